@@ -1,0 +1,28 @@
+"""MetaOptimize on any array library: step sizes that tune themselves."""
+
+from metaopt import blocks, curvature, presets
+from metaopt.checkpoint import load, save
+from metaopt.metaoptimize import MetaOptimize
+from metaopt.rules import SGD, AdamW, Lion, RMSprop
+from metaopt.state import State
+from metaopt.step_sizes import Exp, Identity, Sigmoid, Softplus
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Exp",
+    "Identity",
+    "Lion",
+    "MetaOptimize",
+    "RMSprop",
+    "Sigmoid",
+    "Softplus",
+    "State",
+    "blocks",
+    "curvature",
+    "load",
+    "presets",
+    "save",
+]

@@ -1,0 +1,147 @@
+"""What is asked of an array, and how its namespace is found.
+
+The core is written against the Python array API standard (version 2024.12): the operators below,
+and the functions of the namespace an array belongs to.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, Self, TypeAlias, TypeVar
+
+import numpy as np
+from array_api_compat import array_namespace, device, is_pydata_sparse_array, to_device
+
+__all__ = [
+    "Arithmetic",
+    "Array",
+    "ArrayT",
+    "Leaves",
+    "Namespace",
+    "Shape",
+    "cast",
+    "device",
+    "filled",
+    "is_real_floating",
+    "is_sparse",
+    "map_leaves",
+    "namespace",
+    "per_leaf",
+    "solid",
+    "to_numpy",
+]
+
+
+class Arithmetic(Protocol):
+    """The operators that update rules use; arrays and jets both have them."""
+
+    def __add__(self, other: Any, /) -> Self: ...
+    def __radd__(self, other: Any, /) -> Self: ...
+    def __sub__(self, other: Any, /) -> Self: ...
+    def __rsub__(self, other: Any, /) -> Self: ...
+    def __mul__(self, other: Any, /) -> Self: ...
+    def __rmul__(self, other: Any, /) -> Self: ...
+    def __truediv__(self, other: Any, /) -> Self: ...
+    def __rtruediv__(self, other: Any, /) -> Self: ...
+    def __neg__(self) -> Self: ...
+
+
+class Array(Arithmetic, Protocol):
+    """An array of any library that follows the standard."""
+
+    @property
+    def dtype(self) -> Any: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def ndim(self) -> int: ...  # noqa: D102
+    def __getitem__(self, key: Any, /) -> Self: ...
+    def __pow__(self, other: Any, /) -> Self: ...
+
+
+ArrayT = TypeVar("ArrayT", bound=Arithmetic)
+ValueT = TypeVar("ValueT")
+ResultT = TypeVar("ResultT")
+
+#: The standard has no static type for a namespace.
+Namespace: TypeAlias = Any
+Shape: TypeAlias = tuple[int, ...]
+
+#: One value per leaf (a leaf is one named parameter array), in the order of the parameters at
+#: `init`. Ordered explicitly because JAX sorts the keys of a plain dict wherever it
+#: rebuilds one, and the blocks of a state must not change places under jit.
+Leaves: TypeAlias = OrderedDict[str, ValueT]
+
+_namespaces: dict[type, Namespace] = {}
+
+
+def namespace(array: Any) -> Namespace:
+    """Return the namespace of `array`, looked up once per array type.
+
+    A plain dict rather than `functools.cache`: torch.compile traces through it.
+    """
+    kind = type(array)
+    if kind not in _namespaces:
+        _namespaces[kind] = array_namespace(array)
+    return _namespaces[kind]
+
+
+def cast(array: Any, dtype: Any) -> Any:
+    """Return `array` in `dtype`, itself where it has that dtype already."""
+    if array.dtype == dtype:
+        return array
+    return namespace(array).asarray(array, dtype=dtype)
+
+
+def filled(like: Any, shape: Shape, value: float, dtype: Any = None) -> Any:
+    """Return an array of one value, on the device of `like` and by default in its dtype."""
+    dtype = like.dtype if dtype is None else dtype
+    return namespace(like).full(shape, value, dtype=dtype, device=device(like))
+
+
+def to_numpy(array: Any) -> np.ndarray[Any, Any]:
+    """Copy an array of any library and device, or a number, to host memory."""
+    if isinstance(array, np.ndarray | np.generic | int | float):
+        return np.array(array)
+    on_host = to_device(array, "cpu")
+    try:
+        return np.array(on_host)
+    except (TypeError, RuntimeError):  # array-api-strict speaks DLPack only
+        return np.array(np.from_dlpack(on_host))
+
+
+def map_leaves(function: Callable[..., ResultT], *trees: Any) -> Any:
+    """Apply `function` to arrays in parallel: to each value of mappings, or to the trees."""
+    first = trees[0]
+    if isinstance(first, Mapping):
+        return OrderedDict(
+            (key, map_leaves(function, *(tree[key] for tree in trees))) for key in first
+        )
+    return function(*trees)
+
+
+def solid(array: Any) -> Any:
+    """Return `array` as an array: NumPy's operators turn 0-d arrays into scalars."""
+    return np.asarray(array) if isinstance(array, np.generic) else array
+
+
+def per_leaf(items: Iterable[tuple[str, ValueT]]) -> Leaves[ValueT]:
+    """Collect (leaf name, value) pairs in order."""
+    return OrderedDict(items)
+
+
+def is_real_floating(dtype: Any, xp: Namespace) -> bool:
+    """Say whether `dtype` is a real floating dtype of `xp`."""
+    try:
+        return bool(xp.isdtype(dtype, "real floating"))
+    except (TypeError, ValueError):  # an extension dtype that the namespace does not know
+        return False
+
+
+def is_sparse(array: Any) -> bool:
+    """Say whether `array` is sparse: torch's layouts, pydata's arrays and SciPy's matrices."""
+    return bool(
+        getattr(array, "is_sparse", False)
+        or getattr(array, "is_sparse_csr", False)
+        or is_pydata_sparse_array(array)
+        or type(array).__module__.startswith("scipy.sparse")
+    )

@@ -1,0 +1,237 @@
+"""Checks of what a user hands in: the error comes at the call that made it."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from metaopt.arrays import Leaves, Namespace, is_real_floating, is_sparse, namespace, per_leaf
+from metaopt.plan import Plan
+
+__all__: list[str] = []
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        msg = f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}."
+        raise ValueError(msg)
+
+
+def check_number(name: str, value: Any, lo: float, hi: float = math.inf) -> None:
+    """Raise unless `value` is a finite number in [lo, hi]."""
+    if (
+        not isinstance(value, int | float | np.number)
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or not lo <= value <= hi
+    ):
+        where = f"in [{lo:g}, {hi:g}]" if hi < math.inf else f"and at least {lo:g}"
+        msg = f"`{name}` must be a finite number {where}; got {value!r}."
+        raise ValueError(msg)
+
+
+def check_params(params: Any) -> Namespace:
+    """Return the namespace of `params`, or raise for what cannot be optimized."""
+    if not isinstance(params, Mapping) or not params:
+        msg = f"`params` must be a mapping of name to array with at least one; got {params!r}."
+        raise TypeError(msg)
+    for name, param in params.items():
+        if not isinstance(name, str):
+            msg = f"`params` must have strings as names; got {name!r}."
+            raise TypeError(msg)
+        check_array(f"params[{name!r}]", param)
+    spaces = {namespace(param).__name__: name for name, param in params.items()}
+    if len(spaces) > 1:
+        msg = f"`params` must all be arrays of one library; got {', '.join(sorted(spaces))}."
+        raise TypeError(msg)
+    return namespace(next(iter(params.values())))
+
+
+def check_array(name: str, array: Any) -> None:
+    """Raise TypeError unless `array` is dense, real and floating."""
+    if is_sparse(array):
+        msg = f"`{name}` must be a dense array; got a sparse {type(array).__name__}."
+        raise TypeError(msg)
+    try:
+        xp = namespace(array)
+    except TypeError:
+        msg = (
+            f"`{name}` must be an array of a library that follows the array API standard; "
+            f"got {type(array).__name__}."
+        )
+        raise TypeError(msg) from None
+    if not is_real_floating(array.dtype, xp):
+        msg = f"`{name}` must be real and floating; got dtype {array.dtype}."
+        raise TypeError(msg)
+
+
+def check_names(name: str, mapping: Any, expected: Mapping[str, Any], what: str = "leaf") -> None:
+    """Raise unless `mapping` has exactly the keys of `expected`."""
+    if not isinstance(mapping, Mapping):
+        msg = (
+            f"`{name}` must be a mapping with the names of `params`; got {type(mapping).__name__}."
+        )
+        raise TypeError(msg)
+    if mapping.keys() != expected.keys():
+        missing = [key for key in expected if key not in mapping]
+        unknown = [key for key in mapping if key not in expected]
+        parts = [f"lacks {what} {missing[0]!r}"] if missing else []
+        parts += [f"has unknown {what} {unknown[0]!r}"] if unknown else []
+        msg = f"`{name}` {' and '.join(parts)}; expected exactly: {', '.join(expected)}."
+        raise ValueError(msg)
+
+
+def check_shapes(name: str, mapping: Mapping[str, Any], shapes: Leaves[tuple[int, ...]]) -> None:
+    """Raise unless the arrays that are not None have the shapes of their leaves."""
+    for key, shape in shapes.items():
+        array = mapping[key]
+        if array is None:
+            continue
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            msg = f"`{name}[{key!r}]` must be an array; got {type(array).__name__}."
+            raise TypeError(msg)
+        if tuple(array.shape) != shape:
+            msg = f"`{name}[{key!r}]` has shape {tuple(array.shape)}; expected {shape}."
+            raise ValueError(msg)
+
+
+def check_grads(grads: Any, params: Mapping[str, Any], shapes: Leaves[tuple[int, ...]]) -> None:
+    """Raise unless `grads` holds for every leaf None or a gradient of its shape."""
+    check_names("grads", grads, shapes)
+    check_shapes("grads", grads, shapes)
+    for name, grad in grads.items():
+        if grad is not None and (grad.dtype != params[name].dtype or is_sparse(grad)):
+            check_array(f"grads[{name!r}]", grad)
+
+
+def multipliers(lr: Any, names: Leaves[Any]) -> Leaves[Any]:
+    """Return for every leaf its multiplier, a float or an array of shape ().
+
+    Raises
+    ------
+    ValueError
+        If a number is negative or not finite, an array is not 0-d, or a name is amiss.
+    """
+    if isinstance(lr, Mapping):
+        check_names("lr", lr, names)
+        return per_leaf((name, _multiplier(f"lr[{name!r}]", lr[name])) for name in names)
+    value = _multiplier("lr", lr)
+    return per_leaf((name, value) for name in names)
+
+
+def _multiplier(name: str, lr: Any) -> Any:
+    if isinstance(lr, int | float | np.number):
+        check_number(name, lr, 0.0)
+        return float(lr)
+    if getattr(lr, "shape", None) != ():
+        msg = f"`{name}` must be a number or an array of shape (); got {lr!r}."
+        raise ValueError(msg)
+    return lr
+
+
+def check_bounds(bounds: Any, span: tuple[float, float]) -> None:
+    """Raise unless `bounds` is None or a pair lo < hi within the range of the step-size map."""
+    if bounds is None:
+        return
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        msg = f"`bounds` must be None or a pair (lo, hi); got {bounds!r}."
+        raise ValueError(msg)
+    lo, hi = bounds
+    if not span[0] <= lo < hi <= span[1]:
+        msg = f"`bounds` must satisfy {span[0]:g} <= lo < hi <= {span[1]:g}; got {bounds!r}."
+        raise ValueError(msg)
+
+
+def check_step_size(
+    name: str, value: Any, span: tuple[float, float], bounds: tuple[float, float] | None
+) -> None:
+    """Raise unless all numbers of `value` lie inside the map's range and the bounds."""
+    values = np.asarray(value, dtype=np.float64)
+    inside = (values > span[0]) & (values < span[1])
+    if not np.all(inside):
+        msg = f"`{name}` must lie between {span[0]:g} and {span[1]:g}, exclusively; got {value!r}."
+        raise ValueError(msg)
+    if bounds is not None and not np.all((values >= bounds[0]) & (values <= bounds[1])):
+        msg = f"`{name}` must lie within `bounds` {tuple(bounds)}; got {value!r}."
+        raise ValueError(msg)
+
+
+def check_rules(base: Any, meta: Any) -> None:
+    """Raise unless `base` is a rule or a mapping of them and `meta` a rule without decay."""
+    if isinstance(base, Mapping) and not base:
+        msg = "`base` must be a rule or a mapping of pattern to rule; got an empty mapping."
+        raise ValueError(msg)
+    rules = (
+        {f"base[{key!r}]": rule for key, rule in base.items()}
+        if isinstance(base, Mapping)
+        else {"base": base}
+    )
+    for name, rule in (rules | {"meta": meta}).items():
+        if isinstance(rule, type) or not all(
+            hasattr(rule, member) for member in ("slots", "weight_decay", "direction")
+        ):
+            msg = f"`{name}` must be a rule such as metaopt.AdamW(); got {rule!r}."
+            raise TypeError(msg)
+    if meta.weight_decay != 0.0:
+        msg = (
+            "`meta` must have weight_decay 0, for it would pull the step sizes towards 1; "
+            f"got {meta.weight_decay}."
+        )
+        raise ValueError(msg)
+
+
+def check_state(state: Any, plan: Plan) -> None:
+    """Raise unless `state` was made for leaves and a configuration like these."""
+    for name, trace in state.trace.items():
+        expected = plan.layout.shape(plan.shapes[name])
+        if tuple(trace.shape) != expected:
+            msg = (
+                f"`state.trace[{name!r}]` has shape {tuple(trace.shape)}; expected {expected}. "
+                "Pass the state that `init` of this configuration made for these params."
+            )
+            raise ValueError(msg)
+        if state.slots[name].keys() != set(plan.rules[name].slots):
+            msg = (
+                f"`state.slots[{name!r}]` holds {sorted(state.slots[name])}; expected "
+                f"{sorted(plan.rules[name].slots)}. Pass the state of this configuration."
+            )
+            raise ValueError(msg)
+    if state.beta_trace.keys() != set(plan.beta_feeding):
+        msg = (
+            f"`state.beta_trace` holds {sorted(state.beta_trace)}; expected "
+            f"{sorted(plan.beta_feeding)}. Pass the state of this configuration."
+        )
+        raise ValueError(msg)
+
+
+def check_curvature(
+    kind: str, hvp: Any, hessian_diagonal: Any, grads: Mapping[str, Any], plan: Plan
+) -> None:
+    """Raise unless what the curvature needs is given."""
+    if kind == "exact" and not callable(hvp):
+        msg = (
+            f'`hvp` is needed by `curvature="exact"`; got {hvp!r}. Pass a callable from tangents '
+            "(name -> array with one leading axis) to Hessian-vector products: with JAX, "
+            "jax.vmap over jax.jvp of the gradient; with torch, torch.func.vmap over "
+            "torch.func.jvp of torch.func.grad; from gradients alone, "
+            "metaopt.curvature.central_difference(grad_fn, params)."
+        )
+        raise ValueError(msg)
+    if kind == "diagonal":
+        if hessian_diagonal is None:
+            msg = (
+                '`hessian_diagonal` is needed by `curvature="diagonal"`: a mapping of name to the '
+                "diagonal of the Hessian, known in closed form for a linear model, or estimated by "
+                "metaopt.curvature.hutchinson(hvp, probes)."
+            )
+            raise ValueError(msg)
+        check_names("hessian_diagonal", hessian_diagonal, plan.shapes)
+        check_shapes("hessian_diagonal", hessian_diagonal, plan.shapes)
+        for name, grad in grads.items():
+            if grad is not None and hessian_diagonal[name] is None:
+                msg = (
+                    f"`hessian_diagonal[{name!r}]` must be an array, as its gradient is; got None."
+                )
+                raise ValueError(msg)

@@ -1,0 +1,556 @@
+"""MetaOptimize: a base update, and a meta update that tunes its step sizes."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from metaopt import inputs
+from metaopt import step as parts
+from metaopt.arrays import (
+    Array,
+    Leaves,
+    cast,
+    device,
+    filled,
+    map_leaves,
+    namespace,
+    per_leaf,
+    solid,
+    to_numpy,
+)
+from metaopt.blocks import Partition, partition
+from metaopt.curvature import Curvature, Diagonal, curvature
+from metaopt.passes import Leaf, leaf_pass, meta_pass
+from metaopt.plan import Following, Plan, following, make_plan, rules_by_leaf
+from metaopt.rules.rule import Rule
+from metaopt.rules.sgd import SGD
+from metaopt.state import State
+from metaopt.step_sizes import StepSizeMap, step_size_map
+
+__all__ = ["MetaOptimize"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaOptimize:
+    r"""Wraps a base update and adapts its step sizes online with a meta update.
+
+    docs/mathematics.md sections 2 to 11. An instance is a configuration; what changes is in the
+    :class:`State` that `init` makes and `step` returns. Everything is pure: no input is changed.
+
+    Parameters
+    ----------
+    base : Rule, or mapping of pattern to Rule
+        The update of the weights. With a mapping, every leaf takes the rule of the first
+        `fnmatch` pattern that matches its name.
+    meta : Rule
+        The update of the meta-parameters; without weight decay.
+    step_size : float, or mapping of block name to float or array, default 1e-4
+        Initial learned step size :math:`\alpha_0`. A mapping has exactly the keys of `step_sizes`.
+    meta_lr : float, default 1e-3
+        Step size :math:`\eta` of the meta update. With 0 this is `base` at a fixed step size.
+    discount : float, default 1.0
+        Discount :math:`\gamma` of future losses, in [0, 1].
+    blocks : {"scalar", "tensor", "node", "weight"}, mapping or Partition, default "scalar"
+        Which weights share a step size; a mapping gives named groups by pattern. See
+        `metaopt.blocks`.
+    sigma : {"exp", "identity", "softplus"} or StepSizeMap, default "exp"
+        From meta-parameters to step sizes; see `metaopt.step_sizes`.
+    bounds : (float, float), optional
+        Least and largest step size, before the multiplier `lr`.
+    approximation : {"l", "2x2"}, default "l"
+        Which derivatives the traces follow, section 4.
+    curvature : {"none", "diagonal", "exact"} or metaopt.curvature.Diagonal, default "none"
+        How much of the Hessian they follow; "none" is Hessian-free.
+    trace : {"update", "gradient"}, default "update"
+        What a change of the step size is taken to multiply, section 10.
+    meta_first : bool, default False
+        Update the meta-parameters before the weights of the same step.
+    skip_nonfinite : bool, default False
+        Leave everything as it is in steps whose gradients hold inf or NaN.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as described, or two do not go together.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> opt = MetaOptimize(base=SGD(), meta=SGD(), step_size=0.1, meta_lr=0.01)
+    >>> params = {"w": np.array([3.0, -2.0])}
+    >>> state = opt.init(params)
+    >>> for _ in range(100):
+    ...     grads = {"w": params["w"]}  # of half the squared norm
+    ...     params, state = opt.step(params, grads, state)
+    >>> bool(abs(params["w"]).max() < 1e-3)
+    True
+    """
+
+    base: Rule | Mapping[str, Rule]
+    meta: Rule
+    step_size: float | Mapping[str, Any] = 1e-4
+    meta_lr: float = 1e-3
+    discount: float = 1.0
+    blocks: str | Mapping[str, Any] | Partition = "scalar"
+    sigma: str | StepSizeMap = "exp"
+    bounds: tuple[float, float] | None = None
+    approximation: str = "l"
+    curvature: str | Curvature = "none"
+    trace: str = "update"
+    meta_first: bool = False
+    skip_nonfinite: bool = False
+
+    _partition: Partition = field(init=False, repr=False, compare=False)
+    _sigma: StepSizeMap = field(init=False, repr=False, compare=False)
+    _curvature: Curvature = field(init=False, repr=False, compare=False)
+    _beta_bounds: tuple[float | None, float | None] = field(init=False, repr=False, compare=False)
+    _plans: dict[Any, Plan] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        inputs.check_rules(self.base, self.meta)
+        inputs.check_number("meta_lr", self.meta_lr, 0.0)
+        inputs.check_number("discount", self.discount, 0.0, 1.0)
+        inputs.check_choice("approximation", self.approximation, ("l", "2x2"))
+        inputs.check_choice("trace", self.trace, ("update", "gradient"))
+        sigma, kind = step_size_map(self.sigma), curvature(self.curvature)
+        inputs.check_bounds(self.bounds, sigma.range)
+        sizes = self.step_size
+        for key, size in sizes.items() if isinstance(sizes, Mapping) else [(None, sizes)]:
+            name = "step_size" if key is None else f"step_size[{key!r}]"
+            inputs.check_step_size(name, to_numpy(size), sigma.range, self.bounds)
+        if self.trace == "gradient":
+            if kind.kind != "none":
+                msg = f'`trace="gradient"` needs `curvature` "none"; got {self.curvature!r}.'
+                raise ValueError(msg)
+            for rule in self._rules():
+                rule.without_momentum()
+        if isinstance(kind, Diagonal) and kind.rectified:
+            for rule in self._rules():
+                if not isinstance(rule, SGD) or rule.slots:
+                    msg = (
+                        "`curvature` Diagonal(rectified=True) needs SGD without momentum as "
+                        f"`base`; got {rule!r}."
+                    )
+                    raise ValueError(msg)
+        fields = {
+            "base": dict(self.base) if isinstance(self.base, Mapping) else self.base,
+            "step_size": dict(sizes) if isinstance(sizes, Mapping) else sizes,
+            "meta_lr": float(self.meta_lr),
+            "discount": float(self.discount),
+            "_partition": partition(self.blocks),
+            "_sigma": sigma,
+            "_curvature": kind,
+            "_beta_bounds": _bounds_of_beta(sigma, self.bounds),
+            "_plans": {},
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def _rules(self) -> list[Rule]:
+        return list(self.base.values()) if isinstance(self.base, Mapping) else [self.base]
+
+    def plan(self, params: Mapping[str, Array]) -> Plan:
+        """Return what this configuration means for `params`: their rules, blocks and dtypes.
+
+        Only names, shapes and dtypes are looked at; the result is kept for the next call.
+
+        Raises
+        ------
+        ValueError
+            If patterns or a partition do not fit, or dense traces would be too large.
+        """
+        return self._plan(
+            namespace(next(iter(params.values()))),
+            per_leaf((name, tuple(param.shape)) for name, param in params.items()),
+            per_leaf((name, param.dtype) for name, param in params.items()),
+        )
+
+    def _plan(self, xp: Any, shapes: Leaves[Any], dtypes: Leaves[Any]) -> Plan:
+        key = (xp.__name__, tuple(shapes.items()), tuple(dtypes.values()))
+        if key not in self._plans:
+            rules = rules_by_leaf(self.base, shapes)
+            self._plans[key] = make_plan(
+                xp,
+                shapes,
+                dtypes,
+                rules=rules,
+                meta=self.meta,
+                partition=self._partition,
+                follow=self._following(rules),
+            )
+        return self._plans[key]
+
+    def _following(self, rules: Leaves[Rule]) -> Following:
+        return following(rules, self.meta, self._curvature, self.approximation, self.discount)
+
+    def _plan_of(self, state: State) -> Plan:
+        """Return the plan of the params that `state` belongs to."""
+        dense = self._following(rules_by_leaf(self.base, state.trace)).curvature == "exact"
+        return self._plan(
+            namespace(state.step),
+            per_leaf(
+                (name, tuple(trace.shape[1:] if dense else trace.shape))
+                for name, trace in state.trace.items()
+            ),
+            per_leaf((name, trace.dtype) for name, trace in state.trace.items()),
+        )
+
+    def init(self, params: Mapping[str, Array]) -> State:
+        """Return the state at the start of a run.
+
+        Parameters
+        ----------
+        params : mapping of leaf name to array
+            Of any one array library, real and floating. Their order is that of the blocks.
+
+        Raises
+        ------
+        TypeError
+            If a parameter is not a dense, real floating array.
+        ValueError
+            If patterns, blocks or `step_size` do not fit the names or shapes.
+        """
+        inputs.check_params(params)
+        plan = self.plan(params)
+        like = next(iter(params.values()))
+        xp, blocks = namespace(like), plan.blocks
+
+        def zeros(name: str, shape: tuple[int, ...]) -> Any:
+            param, dtype = params[name], plan.dtypes[name]
+            if shape == plan.shapes[name]:
+                return xp.zeros_like(param, dtype=dtype)
+            return filled(param, shape, 0.0, dtype)
+
+        beta = self._initial_beta(params, plan)
+
+        def integer(*shape: int) -> Any:
+            return filled(like, shape, 0, xp.int32)
+
+        families = len(blocks.families)
+        start = {"beta": plan.layout.start(beta)} if plan.beta_feeding else {}
+        return State(
+            step=integer(),
+            count=per_leaf((name, integer()) for name in params),
+            meta_count=integer(families),
+            beta=beta,
+            meta_slots=per_leaf(
+                (slot, map_leaves(xp.zeros_like, beta)) for slot in self.meta.slots
+            ),
+            slots=per_leaf(
+                (name, per_leaf((slot, zeros(name, plan.shapes[name])) for slot in rule.slots))
+                for name, rule in plan.rules.items()
+            ),
+            trace=per_leaf(
+                (name, zeros(name, plan.layout.shape(plan.shapes[name]))) for name in params
+            ),
+            slot_traces=per_leaf(
+                (
+                    name,
+                    per_leaf(
+                        (slot, zeros(name, plan.layout.shape(plan.shapes[name]))) for slot in slots
+                    ),
+                )
+                for name, slots in plan.feeding.items()
+                if slots
+            ),
+            beta_trace=per_leaf(
+                (
+                    key,
+                    start["beta"] if key == "beta" else map_leaves(xp.zeros_like, start["beta"]),
+                )
+                for key in plan.beta_feeding
+            ),
+            meta_grad=map_leaves(xp.zeros_like, beta),
+            restarts=integer(families if blocks.partition.per_leaf else blocks.size),
+            skipped=integer(),
+        )
+
+    def _initial_beta(self, params: Mapping[str, Array], plan: Plan) -> Any:
+        blocks, xp = plan.blocks, namespace(next(iter(params.values())))
+        keys = blocks.families
+        sizes = self.step_size
+        if isinstance(sizes, Mapping):
+            inputs.check_names("step_size", sizes, keys, "block")
+        values = {}
+        for key, family in keys.items():
+            size = to_numpy(sizes[key] if isinstance(sizes, Mapping) else sizes)
+            shape = plan.shapes[key] if blocks.partition.per_leaf else (family.size,)
+            if size.shape not in ((), shape):
+                msg = f"`step_size[{key!r}]` has shape {size.shape}; expected () or {shape}."
+                raise ValueError(msg)
+            like = params[key] if blocks.partition.per_leaf else next(iter(params.values()))
+            beta: Any = self._sigma.inverse(np.asarray(size, dtype=np.float64))
+            values[key] = xp.asarray(
+                np.ascontiguousarray(np.broadcast_to(beta, shape)),
+                dtype=plan.beta_dtype,
+                device=device(like),
+            )
+        return blocks.from_names(values)
+
+    def step(
+        self,
+        params: Mapping[str, Array],
+        grads: Mapping[str, Any],
+        state: State,
+        *,
+        lr: Any = 1.0,
+        hvp: Callable[[Mapping[str, Array]], Mapping[str, Any]] | None = None,
+        hessian_diagonal: Mapping[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], State]:
+        r"""Return the parameters and the state after one step; sections 2 to 11.
+
+        Parameters
+        ----------
+        params : mapping of leaf name to array
+            The leaves given to `init`.
+        grads : mapping of leaf name to array or None
+            Gradient of this step's loss at `params`, of their shapes, any floating dtype. A leaf
+            with None rests: it and all its state stay as they are.
+        state : State
+        lr : float, array of shape () or mapping of leaf name to these, default 1.0
+            Multiplies the learned step sizes: schedules, warm-up, groups. Where it is 0 the leaf
+            stays where it is, and blocks whose leaves all rest do not learn.
+        hvp : callable, needed by `curvature="exact"`
+            From tangents, a mapping of leaf name to array (k, \*shape), to the Hessian at `params`
+            times each of the k tangents; None is allowed for leaves without gradient.
+        hessian_diagonal : mapping of leaf name to array, needed by `curvature="diagonal"`
+            Diagonal of the Hessian at `params`; None is allowed for leaves without gradient.
+
+        Returns
+        -------
+        params : mapping of leaf name to array, dtypes of `params`
+        state : State
+
+        Raises
+        ------
+        ValueError, TypeError
+            If names, shapes or dtypes do not fit, `lr` is negative, or what `curvature` needs is
+            not given. Nothing is changed then, nor ever.
+        """
+        inputs.check_names("params", params, state.trace)
+        params_in_order = per_leaf((name, params[name]) for name in state.trace)
+        plan = self.plan(params_in_order)
+        inputs.check_shapes("params", params, plan.shapes)
+        inputs.check_state(state, plan)
+        inputs.check_grads(grads, params, plan.shapes)
+        inputs.check_curvature(plan.curvature, hvp, hessian_diagonal, grads, plan)
+        kind = OrderedDict if isinstance(params, OrderedDict) else dict
+        new_params, new_state, finite = self._step(
+            plan, params, grads, state, lr, hvp, hessian_diagonal
+        )
+        if finite is not None:
+            xp = namespace(finite)
+
+            def select(new: Any, old: Any) -> Any:
+                return xp.where(finite, new, old)
+
+            skipped = state.skipped + cast(xp.logical_not(finite), state.skipped.dtype)
+            new_params = {name: select(new_params[name], params[name]) for name in params}
+            selected = {
+                name: map_leaves(select, value, getattr(state, name))
+                for name, value in vars(new_state).items()
+            }
+            new_state = State(**(selected | {"skipped": skipped}))
+        solid_state = State(
+            **{name: map_leaves(solid, value) for name, value in vars(new_state).items()}
+        )
+        return kind((name, solid(new_params[name])) for name in params), solid_state
+
+    def _step(
+        self,
+        plan: Plan,
+        params: Mapping[str, Any],
+        grads: Mapping[str, Any],
+        state: State,
+        lr: Any,
+        hvp: Any,
+        hessian_diagonal: Any,
+    ) -> tuple[dict[str, Any], State, Any]:
+        """Return params, state, and whether all that came in was finite (None: not asked)."""
+        xp = namespace(state.step)
+        lrs = per_leaf(
+            (name, lr if isinstance(lr, float) else xp.asarray(lr, dtype=plan.dtypes[name]))
+            for name, lr in inputs.multipliers(lr, plan.shapes).items()
+        )
+        awake = parts.awake_leaves(grads, lrs)
+        z = parts.product_with_trace(plan, state, awake, grads)
+        if z is None:
+            z = map_leaves(xp.zeros_like, state.beta)
+        finite = map_leaves(xp.isfinite, z)
+
+        hats: Mapping[str, parts.Hatted] = {}
+        products: Mapping[str, Any] = {}
+        z_trace = None
+        if plan.curvature != "none":
+            hats = parts.hatted(plan, state, awake, finite, self.discount)
+            products = parts.grad_traces(plan, hats, grads, hvp, hessian_diagonal)
+            if plan.beta_feeding:
+                z_trace = parts.product_with_trace(plan, state, awake, products)
+        beta_trace, held_trace = parts.hatted_beta_trace(plan, state, finite, self.discount)
+
+        meta = meta_pass(
+            self.meta,
+            plan.blocks,
+            z,
+            finite,
+            state.beta,
+            state.meta_slots,
+            state.meta_count,
+            state.restarts,
+            meta_lr=self.meta_lr,
+            awake=parts.awake_families(plan, awake, state.step),
+            bounds=self._beta_bounds,
+            beta_trace=beta_trace,
+            held_trace=held_trace,
+            z_trace=z_trace,
+        )
+        value, rate = (
+            parts.rates(plan, self._sigma, meta.beta, meta.beta_trace)
+            if self.meta_first
+            else parts.rates(plan, self._sigma, state.beta, beta_trace)
+        )
+
+        new_params: dict[str, Any] = {}
+        count, slots, trace, slot_traces = (OrderedDict[str, Any]() for _ in range(4))
+        for name, rule in plan.rules.items():
+            if grads[name] is None:
+                new_params[name] = params[name]
+                count[name], slots[name], trace[name] = (
+                    state.count[name],
+                    state.slots[name],
+                    state.trace[name],
+                )
+                if name in state.slot_traces:
+                    slot_traces[name] = state.slot_traces[name]
+                continue
+            dtype, ndim = plan.dtypes[name], len(plan.shapes[name])
+            multiplier = lrs[name]
+            alpha = _times(multiplier, cast(plan.blocks.expand_leaf(value, name, ndim), dtype))
+            alpha_trace = (
+                alpha
+                if rate is value
+                else _times(multiplier, cast(plan.blocks.expand_leaf(rate, name, ndim), dtype))
+            )
+            leaf = Leaf(
+                params[name],
+                grads[name],
+                state.slots[name],
+                state.count[name],
+                hats[name].trace if hats else state.trace[name],
+                hats[name].slot_traces if hats else {},
+            )
+            rectified = self._rectified and plan.curvature == "diagonal"
+            result = leaf_pass(
+                rule,
+                leaf,
+                alpha,
+                alpha_trace,
+                grad_trace=products.get(name) if not rectified else None,
+                discount=1.0
+                if hats
+                else parts.leaf_discount(plan, name, awake[name], self.discount),
+                keep=None if hats else plan.layout.columns(finite, name, ndim),
+                inject=self.trace,
+                rectified=cast(hessian_diagonal[name], dtype) if rectified else None,
+            )
+            new_params[name] = cast(cast(params[name], dtype) - result.delta, params[name].dtype)
+            count[name] = state.count[name] + 1
+            slots[name] = per_leaf((slot, result.slots[slot]) for slot in state.slots[name])
+            trace[name] = result.trace
+            if name in state.slot_traces:
+                slot_traces[name] = per_leaf(
+                    (slot, result.slot_traces[slot]) for slot in state.slot_traces[name]
+                )
+        new_state = State(
+            step=state.step + 1,
+            count=count,
+            meta_count=meta.meta_count,
+            beta=meta.beta,
+            meta_slots=meta.meta_slots,
+            slots=slots,
+            trace=trace,
+            slot_traces=slot_traces,
+            beta_trace=meta.beta_trace,
+            meta_grad=z,
+            restarts=meta.restarts,
+            skipped=state.skipped,
+        )
+        finite = parts.all_finite(grads, products) if self.skip_nonfinite else None
+        return new_params, new_state, finite
+
+    @property
+    def _rectified(self) -> bool:
+        return isinstance(self._curvature, Diagonal) and self._curvature.rectified
+
+    def step_sizes(self, state: State) -> dict[str, Any]:
+        """Return the learned step sizes sigma(beta) by block, before the multiplier `lr`.
+
+        Returns
+        -------
+        mapping of block name to array
+            "all" for one block; the leaf's name at tensor, node (one per unit) and weight (in its
+            shape) level; the group's name for named groups. In the dtype of beta.
+        """
+        blocks = self._plan_of(state).blocks
+        return _solid(blocks.by_name(map_leaves(self._sigma.value, state.beta)))
+
+    def diagnostics(self, state: State) -> dict[str, Any]:
+        """Return what tells how the adaptation is doing; arrays, nothing is copied to the host.
+
+        Returns
+        -------
+        dict
+            "beta", "meta_grad" and "trace_norm" (root of the sum of squares of a block's trace),
+            each a mapping like `step_sizes`; "restarts", meta-gradients that were not finite, by
+            block (at weight level by leaf); "skipped", the steps left out.
+        """
+        plan, xp = self._plan_of(state), namespace(state.step)
+        blocks = plan.blocks
+        squares = {
+            name: plan.layout.square(trace, name, plan.beta_dtype)
+            for name, trace in state.trace.items()
+        }
+        norms = map_leaves(xp.sqrt, plan.layout.gather(squares))
+        restarts = (
+            {name: state.restarts[index] for index, name in enumerate(blocks.views)}
+            if blocks.partition.per_leaf
+            else blocks.by_name(state.restarts)
+        )
+        return {
+            "beta": _solid(blocks.by_name(state.beta)),
+            "meta_grad": _solid(blocks.by_name(state.meta_grad)),
+            "trace_norm": _solid(blocks.by_name(norms)),
+            "restarts": _solid(restarts),
+            "skipped": state.skipped,
+        }
+
+
+def _times(multiplier: Any, array: Any) -> Any:
+    """Multiply; a multiplier of 1.0 leaves the very array, whose products are shared."""
+    if isinstance(multiplier, float) and multiplier == 1.0:
+        return array
+    return multiplier * array
+
+
+def _solid(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: solid(array) for name, array in arrays.items()}
+
+
+def _bounds_of_beta(
+    sigma: StepSizeMap, bounds: tuple[float, float] | None
+) -> tuple[float | None, float | None]:
+    """Return bounds on beta, None where a bound is no closer than the map's own range."""
+    if bounds is None:
+        return (None, None)
+    lo, hi = (
+        None if bound == end else _float(sigma.inverse(np.asarray(bound, dtype=np.float64)))
+        for bound, end in zip(bounds, sigma.range, strict=True)
+    )
+    return lo, hi
+
+
+def _float(value: Any) -> float:
+    return float(value)

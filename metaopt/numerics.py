@@ -1,0 +1,89 @@
+"""Elementwise functions for arrays and jets, careful where the literal formula is not.
+
+Update rules call these and not the namespace's own, so that the same formula takes both.
+"""
+
+import math
+from typing import Any
+
+from metaopt.arrays import ArrayT, namespace
+from metaopt.jets import Jet, lift, scaled
+
+__all__ = ["divide", "one_minus_power", "only_where_positive", "reciprocal", "sign", "sqrt"]
+
+
+def sqrt(x: ArrayT) -> ArrayT:
+    """Square root; its derivative is taken as 0 where the root is 0."""
+    if isinstance(x, Jet):
+        root = sqrt(x.value)
+        return _as(x, Jet(root, scaled(x.first, 0.5 * reciprocal(root))))
+    return namespace(x).sqrt(x)
+
+
+def sign(x: ArrayT) -> ArrayT:
+    """Sign; its derivative is zero by structure."""
+    if isinstance(x, Jet):
+        return _as(x, Jet(sign(x.value)))
+    return namespace(x).sign(x)
+
+
+def reciprocal(x: ArrayT) -> ArrayT:
+    """Return 1/x, and 0 where x is 0; the derivative likewise."""
+    if isinstance(x, Jet):
+        inverse = reciprocal(x.value)
+        return _as(x, Jet(inverse, scaled(x.first, -(inverse * inverse))))
+    xp = namespace(x)
+    zero = x == 0.0
+    return xp.where(zero, xp.zeros_like(x), 1.0 / xp.where(zero, xp.ones_like(x), x))
+
+
+def divide(numerator: ArrayT, denominator: ArrayT, eps: Any) -> ArrayT:
+    """Return numerator / (denominator + eps), value and derivative 0 where the divisor is 0.
+
+    Parameters
+    ----------
+    numerator : array or jet
+    denominator : array or jet, nowhere negative
+    eps : float, not negative
+        Only 0 needs the guard, and only then is it paid for.
+    """
+    if isinstance(eps, int | float) and eps == 0:
+        return numerator * reciprocal(denominator)
+    return numerator / (denominator + eps)
+
+
+def only_where_positive(condition: ArrayT, x: ArrayT) -> ArrayT:
+    """Return x where `condition` (its value, nowhere negative) is positive, and 0 elsewhere."""
+    if isinstance(x, Jet):
+        first = None if x.first is None else only_where_positive(condition, x.first)
+        return _as(x, Jet(only_where_positive(condition, x.value), first))
+    xp = namespace(x)
+    return xp.where(lift(condition).value > 0.0, x, xp.zeros_like(x))
+
+
+def one_minus_power(beta: Any, count: ArrayT) -> ArrayT:
+    """Return 1 - beta**count for 0 <= beta < 1, to the last digit also where beta is near 1.
+
+    In float32 the literal `1 - 0.999**t` puts the first step 7e-6 off, this form 2e-7.
+
+    Parameters
+    ----------
+    beta : float or jet
+    count : array or jet, floating dtype
+    """
+    if isinstance(beta, Jet) or isinstance(count, Jet):
+        base, power = lift(beta), lift(count)
+        value = one_minus_power(base.value, power.value)
+        slope = -power.value * (1.0 - value) / base.value
+        return _as(count, Jet(value, scaled(base.first, slope)))
+    xp = namespace(count)
+    if isinstance(beta, int | float):
+        if beta == 0.0:  # it has no logarithm; 0**0 is 1
+            return xp.where(count == 0.0, xp.zeros_like(count), xp.ones_like(count))
+        return -xp.expm1(count * math.log(beta))
+    return -xp.expm1(count * xp.log(beta))
+
+
+def _as(like: ArrayT, jet: Any) -> ArrayT:  # noqa: ARG001
+    """Return `jet`; where the argument is a jet, so is the result, which a checker cannot see."""
+    return jet

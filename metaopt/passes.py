@@ -1,0 +1,289 @@
+"""The passes that a step is made of, for adapters to call or to compile on their own.
+
+A step is `leaf_product` per leaf, summed to the meta-gradient by `Blocks.reduce`; `leaf_pass` per
+leaf; and `meta_pass`. The meta-gradient is known before a trace is written, as a restart, the
+Hessian-vector products and `meta_first` all need it; an adapter that fuses `leaf_product` and
+`leaf_pass` into one pass over memory repeats the latter in the rare step that restarts a trace.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from metaopt.arrays import Array, cast, map_leaves, namespace
+from metaopt.blocks import Blocks
+from metaopt.jets import Jet
+from metaopt.rules.move import move
+from metaopt.rules.rule import Rule
+
+__all__ = ["Leaf", "LeafStep", "MetaStep", "leaf_pass", "leaf_product", "meta_pass"]
+
+
+class Leaf(NamedTuple):
+    """One leaf at the start of a step.
+
+    `param` and `grad` may have any floating dtype; the rest is held in the compute dtype, `count`
+    in int32. `trace` and `slot_traces` may have a leading axis of columns.
+    """
+
+    param: Any
+    grad: Any
+    slots: Mapping[str, Any]
+    count: Any
+    trace: Any
+    slot_traces: Mapping[str, Any] = {}
+
+
+class LeafStep(NamedTuple):
+    """What `leaf_pass` returns: w' = w - delta, and the leaf's next state."""
+
+    delta: Any
+    slots: dict[str, Any]
+    trace: Any
+    slot_traces: dict[str, Any]
+
+
+class MetaStep(NamedTuple):
+    """What `meta_pass` returns: the next state of the meta update."""
+
+    beta: Any
+    meta_slots: Any
+    meta_count: Any
+    restarts: Any
+    beta_trace: Any
+
+
+def leaf_product(trace: Any, grad: Any) -> Any:
+    """Return h * g elementwise; its sum over a block is the block's meta-gradient (section 2).
+
+    Both in the compute dtype and of the leaf's shape; the trace is that from before the step.
+    """
+    return trace * grad
+
+
+def leaf_pass(
+    rule: Rule,
+    leaf: Leaf,
+    lr: Any,
+    lr_trace: Any,
+    *,
+    grad_trace: Any = None,
+    discount: Any = 1.0,
+    keep: Any = None,
+    inject: str = "update",
+    rectified: Any = None,
+) -> LeafStep:
+    r"""Return a leaf's step and its next slots and traces; elementwise.
+
+    docs/mathematics.md sections 3 and 10. Without curvature (`grad_trace` None, no `slot_traces`)
+    the rule sees plain arrays; else jets, and the same formula yields the tangents.
+
+    Parameters
+    ----------
+    rule : Rule
+    leaf : Leaf
+    lr : array broadcastable to the leaf, compute dtype
+        Step size taken, :math:`\alpha`.
+    lr_trace : array broadcastable to the trace, compute dtype
+        Its derivative; pass `lr` itself where the two are equal, and they share a product.
+    grad_trace : array like the trace, optional
+        Derivative of the gradient: Hessian times the discounted trace. Where it is given, `trace`
+        and `slot_traces` are discounted and restarted already (`metaopt.rules.move.hat`).
+    discount : float or array, shape (), default 1.0
+        Discount of the trace.
+    keep : boolean array broadcastable to the trace, optional
+        Where False, the trace restarts (section 11).
+    inject : {"update", "gradient"}, default "update"
+        What a change of the step size multiplies, section 10.
+    rectified : array like the leaf, optional
+        Diagonal of the Hessian, capped as in IDBD (section 12); for SGD without momentum.
+
+    Returns
+    -------
+    LeafStep
+        In the compute dtype.
+    """
+    dtype = leaf.trace.dtype
+    param, grad, count = (
+        cast(leaf.param, dtype),
+        cast(leaf.grad, dtype),
+        cast(leaf.count + 1, dtype),
+    )
+    direction_trace = followed = retain = None
+    slot_traces: dict[str, Any] = {}
+    if grad_trace is None and not leaf.slot_traces:
+        direction, slots = rule.direction(grad, leaf.slots, count)
+    else:
+        jets = {slot: Jet(value, leaf.slot_traces.get(slot)) for slot, value in leaf.slots.items()}
+        jet, moved = rule.direction(Jet(grad, grad_trace), jets, Jet(count))
+        direction, direction_trace = jet.value, jet.first
+        slots = {slot: moved[slot].value for slot in leaf.slots}
+        slot_traces = {slot: moved[slot].first for slot in leaf.slot_traces}
+    if inject == "gradient":
+        followed, _ = rule.without_momentum().direction(grad, leaf.slots, count)
+    if rectified is not None:
+        retain = namespace(param).clip(1.0 - lr * (rule.weight_decay + rectified), min=0.0)
+    moved_param = move(
+        param,
+        direction,
+        lr,
+        rule.weight_decay,
+        trace=leaf.trace,
+        direction_trace=direction_trace,
+        lr_trace=lr_trace,
+        followed=followed,
+        retain=retain,
+        discount=discount,
+        keep=keep,
+    )
+    return LeafStep(moved_param.delta, slots, moved_param.trace, slot_traces)
+
+
+def meta_pass(
+    rule: Rule,
+    blocks: Blocks,
+    z: Any,
+    finite: Any,
+    beta: Any,
+    meta_slots: Mapping[str, Any],
+    meta_count: Array,
+    restarts: Array,
+    *,
+    meta_lr: float,
+    awake: Any = None,
+    bounds: tuple[float | None, float | None] = (None, None),
+    beta_trace: Mapping[str, Any],
+    held_trace: Mapping[str, Any],
+    z_trace: Any = None,
+) -> MetaStep:
+    """Return the next meta-parameters, meta state, counts and their traces.
+
+    docs/mathematics.md sections 3, 6, 7, 8 and 11. "Blocks" are values per block as in `State`.
+
+    Parameters
+    ----------
+    rule : Rule
+        The meta update.
+    blocks : Blocks
+    z : blocks
+        Meta-gradient, 0 for blocks that rest.
+    finite : blocks, bool
+        Where `z` is finite.
+    beta, meta_slots, meta_count, restarts
+        As in `State`.
+    meta_lr : float
+    awake : boolean array, one entry per family, optional
+        False for families whose leaves all rest: they stay as they are.
+    bounds : pair of float or None
+        Bounds on beta, not on the step sizes.
+    beta_trace : mapping
+        Y as in `State`, discounted and restarted; empty where Y stays E.
+    held_trace : mapping
+        Y restarted but not discounted: what the rows of blocks that stay are left at.
+    z_trace : blocks, with a leading axis of columns where dense, optional
+        Term A of section 3.
+    """
+    moves, family_moves = finite, blocks.some(finite)
+    if awake is not None:
+        family_moves = family_moves & awake
+        moves = map_leaves(lambda finite, awake: finite & awake, finite, blocks.spread(awake))
+    xp = namespace(meta_count)
+    counts = blocks.spread(meta_count + 1)
+    lost = map_leaves(xp.logical_not, finite)
+    steps = {
+        key: _meta_piece(
+            rule,
+            pick(z),
+            pick(moves),
+            pick(beta),
+            {slot: pick(values) for slot, values in meta_slots.items()},
+            cast(pick(counts), pick(beta).dtype),
+            meta_lr,
+            bounds,
+            {slot: pick(values) for slot, values in beta_trace.items()},
+            {slot: pick(values) for slot, values in held_trace.items()},
+            pick(z_trace),
+        )
+        for key, pick in _pieces(beta)
+    }
+
+    def blocks_of(take: Callable[[_Piece], Any]) -> Any:
+        return (
+            OrderedDict((key, take(step)) for key, step in steps.items())
+            if isinstance(beta, Mapping)
+            else take(steps[None])
+        )
+
+    return MetaStep(
+        blocks_of(lambda step: step.beta),
+        OrderedDict(
+            (slot, blocks_of(lambda step, slot=slot: step.slots[slot]))  # type: ignore[misc]
+            for slot in meta_slots
+        ),
+        meta_count + cast(family_moves, meta_count.dtype),
+        restarts + (blocks.total(lost) if isinstance(lost, Mapping) else cast(lost, xp.int32)),
+        OrderedDict(
+            (slot, blocks_of(lambda step, slot=slot: step.traces[slot]))  # type: ignore[misc]
+            for slot in beta_trace
+        ),
+    )
+
+
+class _Piece(NamedTuple):
+    beta: Any
+    slots: dict[str, Any]
+    traces: dict[str, Any]
+
+
+def _meta_piece(
+    rule: Rule,
+    z: Array,
+    moves: Array,
+    beta: Array,
+    slots: dict[str, Any],
+    count: Array,
+    meta_lr: float,
+    bounds: tuple[float | None, float | None],
+    traces: dict[str, Any],
+    held: dict[str, Any],
+    z_trace: Any,
+) -> _Piece:
+    """Return the meta update of one array of blocks; what does not move stays as it was."""
+    xp = namespace(beta)
+    z = xp.where(moves, z, xp.zeros_like(z))
+    if traces:
+        jets = {slot: Jet(value, traces.get(slot)) for slot, value in slots.items()}
+        direction, jets = rule.direction(Jet(z, z_trace), jets, Jet(count))
+        new_slots = {slot: jets[slot].value for slot in slots}
+        moved = move(
+            beta,
+            direction.value,
+            meta_lr,
+            rule.weight_decay,
+            trace=traces["beta"],
+            direction_trace=direction.first,
+        )
+        new_traces = {slot: moved.trace if slot == "beta" else jets[slot].first for slot in traces}
+    else:
+        unit, new_slots = rule.direction(z, slots, count)
+        moved = move(beta, unit, meta_lr, rule.weight_decay)
+        new_traces = {}
+    lo, hi = bounds
+    new_beta = beta - moved.delta
+    if lo is not None or hi is not None:
+        new_beta = xp.clip(new_beta, min=lo, max=hi)
+    return _Piece(
+        xp.where(moves, new_beta, beta),
+        {slot: xp.where(moves, new_slots[slot], slots[slot]) for slot in slots},
+        {slot: xp.where(moves, new_traces[slot], held[slot]) for slot in traces},
+    )
+
+
+def _pieces(beta: Any) -> list[tuple[str | None, Callable[[Any], Any]]]:
+    """Return for each array of blocks its key and what picks its part out of values per block."""
+    if not isinstance(beta, Mapping):
+        return [(None, lambda values: values)]
+    return [
+        (key, lambda values, key=key: None if values is None else values[key])  # type: ignore[misc]
+        for key in beta
+    ]

@@ -1,0 +1,130 @@
+"""What a configuration means for leaves of given names, shapes and dtypes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from metaopt.arrays import Leaves, Namespace, Shape, per_leaf
+from metaopt.blocks import Blocks, Partition, first_match
+from metaopt.curvature import Curvature
+from metaopt.rules.rule import Rule, feeding_slots, follows_gradient
+from metaopt.traces import Layout, choose_layout
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The leaves' rules, blocks and dtypes, and which traces are kept.
+
+    Parameters
+    ----------
+    shapes : mapping of leaf to tuple of int
+    rules : mapping of leaf to Rule
+        Base update of each leaf.
+    dtypes : mapping of leaf to dtype
+        Compute dtype, the wider of the leaf's own and float32.
+    beta_dtype : dtype
+        The widest of these, in which blocks are held and sums are taken.
+    blocks : Blocks
+    layout : Layout
+    curvature : {"none", "diagonal", "exact"}
+        What the traces need: "none" also where nothing feeds back.
+    feeding : mapping of leaf to tuple of str
+        Slots whose traces are kept.
+    beta_feeding : tuple of str
+        Keys of `State.beta_trace`, empty where Y stays E.
+    """
+
+    shapes: Leaves[Shape]
+    rules: Leaves[Rule]
+    dtypes: Leaves[Any]
+    beta_dtype: Any
+    blocks: Blocks
+    layout: Layout
+    curvature: str
+    feeding: Leaves[tuple[str, ...]]
+    beta_feeding: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """What the traces follow, given the rules."""
+
+    curvature: str
+    beta: bool
+
+
+def following(
+    rules: Leaves[Rule], meta: Rule, curvature: Curvature, approximation: str, discount: float
+) -> Following:
+    """Return the curvature that the traces need and whether Y moves away from E."""
+    if discount == 0.0 or curvature.kind == "none":
+        return Following("none", beta=False)
+    beta = approximation == "2x2" and follows_gradient(meta)
+    if not beta and not any(follows_gradient(rule) for rule in set(rules.values())):
+        return Following("none", beta=False)  # no direction depends on the weights
+    return Following(curvature.kind, beta)
+
+
+def make_plan(
+    xp: Namespace,
+    shapes: Leaves[Shape],
+    dtypes: Leaves[Any],
+    *,
+    rules: Leaves[Rule],
+    meta: Rule,
+    partition: Partition,
+    follow: Following,
+) -> Plan:
+    """Return the plan for leaves of these shapes and dtypes.
+
+    Raises
+    ------
+    ValueError
+        If the partition does not fit the leaves, or dense traces are too large.
+    """
+    blocks = partition.bind(shapes)
+    compute = per_leaf(
+        (name, xp.float64 if dtype == xp.float64 else xp.float32) for name, dtype in dtypes.items()
+    )
+    slots = {
+        rule: feeding_slots(rule) for rule in set(rules.values()) if follow.curvature != "none"
+    }
+    return Plan(
+        shapes=shapes,
+        rules=rules,
+        dtypes=compute,
+        beta_dtype=xp.float64 if xp.float64 in compute.values() else xp.float32,
+        blocks=blocks,
+        layout=choose_layout(blocks, shapes, dense=follow.curvature == "exact"),
+        curvature=follow.curvature,
+        feeding=per_leaf((name, slots.get(rule, ())) for name, rule in rules.items()),
+        beta_feeding=("beta", *feeding_slots(meta)) if follow.beta else (),
+    )
+
+
+def rules_by_leaf(base: Rule | Mapping[str, Rule], leaves: Leaves[Any]) -> Leaves[Rule]:
+    """Return the rule of each leaf: the one rule, or that of the first pattern that matches.
+
+    Raises
+    ------
+    ValueError
+        If no pattern matches a leaf, or a pattern is the first match of none.
+    """
+    if not isinstance(base, Mapping):
+        return per_leaf((name, base) for name in leaves)
+    patterns = list(base)
+    won = {name: first_match(name, patterns) for name in leaves}
+    for name, index in won.items():
+        if index is None:
+            msg = f'`base` has no pattern that matches leaf {name!r}; add one, or a last one "*".'
+            raise ValueError(msg)
+    for index, pattern in enumerate(patterns):
+        if index not in won.values():
+            msg = (
+                f"`base` pattern {pattern!r} is the first match of no leaf; leaves: "
+                f"{', '.join(leaves)}."
+            )
+            raise ValueError(msg)
+    return per_leaf((name, base[patterns[index or 0]]) for name, index in won.items())

@@ -1,0 +1,62 @@
+"""Lion."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Never
+
+from metaopt.arrays import ArrayT
+from metaopt.numerics import sign
+from metaopt.rules.rule import Slots, check_betas, check_not_negative
+
+__all__ = ["Lion"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lion:
+    r"""Lion, Chen et al. (2023); docs/mathematics.md section 5.
+
+    .. math::
+        u_t &= \operatorname{sign}(c\, m_t + (1 - c)\, g_t) \\
+        m_{t+1} &= \rho\, m_t + (1 - \rho)\, g_t
+
+    The direction is constant almost everywhere, so no derivative passes through it: the moment
+    never enters the traces.
+
+    Parameters
+    ----------
+    betas : tuple of two floats, default (0.9, 0.99)
+        :math:`c`, the interpolation inside the sign, and :math:`\rho`, the decay of the moment,
+        each in [0, 1).
+    weight_decay : float, default 0.0
+        Decoupled weight decay :math:`\kappa`.
+
+    Raises
+    ------
+    ValueError
+        If an argument lies outside its range.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+
+    slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
+
+    def __post_init__(self) -> None:
+        check_betas(self.betas)
+        check_not_negative("weight_decay", self.weight_decay)
+
+    def direction(
+        self,
+        grad: ArrayT,
+        slots: Slots[ArrayT],
+        count: ArrayT,  # noqa: ARG002
+    ) -> tuple[ArrayT, dict[str, ArrayT]]:
+        """Return :math:`u_t` and the next slots, all of the shape and dtype of `grad`."""
+        interpolation, decay = self.betas
+        exp_avg = slots["exp_avg"]
+        direction = sign(interpolation * exp_avg + (1.0 - interpolation) * grad)
+        return direction, {"exp_avg": decay * exp_avg + (1.0 - decay) * grad}
+
+    def without_momentum(self) -> Never:
+        """Raise: the sign leaves nothing to follow without the moment."""
+        msg = '`trace="gradient"` is not defined for Lion; use `trace="update"`.'
+        raise ValueError(msg)

@@ -1,0 +1,122 @@
+"""What an update rule is."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol, Self, TypeAlias
+
+import numpy as np
+
+from metaopt.arrays import ArrayT
+from metaopt.jets import Jet
+
+__all__ = ["Rule", "Slots"]
+
+Slots: TypeAlias = Mapping[str, ArrayT]
+
+
+class Rule(Protocol):
+    """A first-order update, written as one formula for its direction.
+
+    The same rule serves as base update on the weights and as meta update on the step sizes.
+    A rule of your own is a frozen dataclass with these members; see docs/mathematics.md section 5.
+    """
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the arrays of state kept per parameter, all of its shape and zero at first."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """Decoupled weight decay: the parameters lose step size times this times themselves."""
+        ...
+
+    def direction(
+        self, grad: ArrayT, slots: Slots[ArrayT], count: ArrayT
+    ) -> tuple[ArrayT, dict[str, ArrayT]]:
+        """Return the direction u, of the shape and dtype of `grad`, and the next slots.
+
+        Called with arrays, or with a jet for every argument; use operators with Python numbers
+        and the functions of `metaopt.numerics`, and no branch on a value.
+
+        Parameters
+        ----------
+        grad : array
+        slots : mapping of slot name to array
+        count : array, shape (), dtype of `grad`
+            Number of this step, the first being 1.
+        """
+        ...
+
+    def without_momentum(self) -> Self | Any:
+        """Return the rule whose direction is u0 of `trace="gradient"`, section 10.
+
+        Raises
+        ------
+        ValueError
+            If the rule has no such form.
+        """
+        ...
+
+
+def feeding_slots(rule: Rule) -> tuple[str, ...]:
+    """Return the slots whose change can reach the direction of this or a later step.
+
+    Found by pushing a change of each slot through the formula and seeing where it arrives.
+    """
+    reaches: dict[str, set[str]] = {}
+    direct = set()
+    for slot in rule.slots:
+        direction, slots = _push(rule, slot)
+        reaches[slot] = {name for name, jet in slots.items() if jet.first is not None}
+        if direction.first is not None:
+            direct.add(slot)
+    feeding = direct
+    while more := {slot for slot in rule.slots if reaches[slot] & feeding} - feeding:
+        feeding = feeding | more
+    return tuple(slot for slot in rule.slots if slot in feeding)
+
+
+def follows_gradient(rule: Rule) -> bool:
+    """Say whether a change of the gradient can change the direction of this or a later step."""
+    direction, slots = _push(rule, "grad")
+    feeding = feeding_slots(rule)
+    return direction.first is not None or any(slots[name].first is not None for name in feeding)
+
+
+def _push(rule: Rule, source: str) -> tuple[Jet[Any], dict[str, Jet[Any]]]:
+    """Run the formula on ones, with a change of `source` ("grad" or a slot) alone."""
+    one = np.ones(())
+    jets = {name: Jet(one, one if name == source else None) for name in ("grad", *rule.slots)}
+    grad = jets.pop("grad")
+    return rule.direction(grad, jets, Jet(one))
+
+
+def check_decay(name: str, value: Any) -> None:
+    """Raise unless a decay rate lies in [0, 1); jets and arrays pass."""
+    if isinstance(value, int | float) and not 0.0 <= value < 1.0:
+        msg = f"`{name}` must lie in [0, 1); got {value}."
+        raise ValueError(msg)
+
+
+def check_betas(betas: Any) -> None:
+    """Raise unless there are two decay rates in [0, 1)."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        msg = f"`betas` must be two numbers in [0, 1); got {betas!r}."
+        raise ValueError(msg)
+    for index, value in enumerate(betas):
+        check_decay(f"betas[{index}]", value)
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Raise unless a hyperparameter is finite and at least 0; jets and arrays pass."""
+    if isinstance(value, int | float) and not (value >= 0.0 and math.isfinite(value)):
+        msg = f"`{name}` must be finite and not negative; got {value}."
+        raise ValueError(msg)
+
+
+def refuse_delayed(rule: Any) -> None:
+    """Raise for a rule with delayed moments, which has no form without momentum."""
+    if rule.delayed:
+        msg = f'`trace="gradient"` is not defined for delayed moments; got {rule!r}.'
+        raise ValueError(msg)

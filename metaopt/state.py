@@ -1,0 +1,62 @@
+"""The state of a run."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from metaopt.arrays import Leaves
+
+__all__ = ["State"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything MetaOptimize carries from step to step: arrays and nothing else.
+
+    Floating arrays have the compute dtype of their leaf, the wider of the parameter's dtype and
+    float32; what belongs to blocks has the widest of these. A *leaf* is one named parameter array.
+    Values per block ("blocks" below) are one vector in order of first appearance, at weight
+    level a mapping of leaf to array of its shape. Mappings are ordered like the parameters at
+    `init`.
+
+    Parameters
+    ----------
+    step : array, shape (), int32
+        Calls of `step` so far, skipped ones left out.
+    count : mapping of leaf to array, shape (), int32
+        Steps in which the leaf had a gradient.
+    meta_count : array, int32
+        Meta updates made: an entry per block; at node and weight level an entry per leaf.
+    beta : blocks
+        Meta-parameters; the step sizes are sigma(beta).
+    meta_slots : mapping of slot to blocks
+        Moments of the meta update.
+    slots : mapping of leaf to mapping of slot to array of the leaf's shape
+        Moments of the base update.
+    trace : mapping of leaf to array
+        How the leaf depends on past meta-parameters, docs/mathematics.md section 3: of the leaf's
+        shape where condensed; (m, *shape), one column per block, where dense.
+    slot_traces : mapping of leaf to mapping of slot to array like the leaf's trace
+        The same of the moments; only of those that feed back.
+    beta_trace : mapping of "beta" or slot to blocks
+        The same of the meta update's state (Y), with one leading axis of columns where dense;
+        empty where it does not feed back and stays E.
+    meta_grad : blocks
+        The last meta-gradient z, as it was.
+    restarts : array, int32
+        Meta-gradients that were not finite: an entry per block, at weight level per leaf.
+    skipped : array, shape (), int32
+        Steps left out by `skip_nonfinite`.
+    """
+
+    step: Any
+    count: Leaves[Any]
+    meta_count: Any
+    beta: Any
+    meta_slots: Leaves[Any]
+    slots: Leaves[Leaves[Any]]
+    trace: Leaves[Any]
+    slot_traces: Leaves[Leaves[Any]]
+    beta_trace: Leaves[Any]
+    meta_grad: Any
+    restarts: Any
+    skipped: Any

@@ -1,0 +1,187 @@
+"""The parts of a step that look at several leaves; docs/mathematics.md sections 2, 3, 7 and 11."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from metaopt.arrays import Leaves, cast, filled, map_leaves, namespace, per_leaf
+from metaopt.plan import Plan
+from metaopt.rules.move import hat
+from metaopt.state import State
+from metaopt.step_sizes import StepSizeMap
+
+__all__: list[str] = []
+
+
+def awake_leaves(grads: Mapping[str, Any], lrs: Leaves[Any]) -> Leaves[Any]:
+    """Say for each leaf whether it moves: True or False where known, else a boolean array."""
+    return per_leaf((name, grads[name] is not None and lr != 0.0) for name, lr in lrs.items())
+
+
+def awake_families(plan: Plan, awake: Leaves[Any], like: Any) -> Any:
+    """Return a boolean per family, False where all its leaves rest; None where all are awake."""
+    xp, flags = namespace(like), OrderedDict[str, Any].fromkeys(plan.blocks.families, False)
+    for name, moves in awake.items():
+        key = plan.blocks.family_of[name]
+        if moves is True or flags[key] is False:
+            flags[key] = moves
+        elif moves is not False and flags[key] is not True:
+            flags[key] = xp.logical_or(flags[key], moves)
+    if all(flag is True for flag in flags.values()):
+        return None
+    return xp.stack(
+        [
+            filled(like, (), flag, xp.bool) if isinstance(flag, bool) else flag
+            for flag in flags.values()
+        ]
+    )
+
+
+def product_with_trace(
+    plan: Plan, state: State, awake: Leaves[Any], arrays: Mapping[str, Any]
+) -> Any:
+    """Return H^T times `arrays` over the leaves that move, values per block.
+
+    With gradients it is the meta-gradient z, with derivatives of gradients term A of section 3.
+    None where no leaf moves.
+    """
+    partials = {}
+    for name, moves in awake.items():
+        if moves is False:
+            continue
+        array = cast(arrays[name], plan.dtypes[name])
+        part = plan.layout.partial(state.trace[name], array, name, plan.beta_dtype)
+        if moves is not True:
+            xp = namespace(part)
+            part = xp.where(moves, part, xp.zeros_like(part))
+        partials[name] = part
+    return plan.layout.gather(partials) if partials else None
+
+
+class Hatted(NamedTuple):
+    """A leaf's traces, discounted and restarted."""
+
+    trace: Any
+    slot_traces: Mapping[str, Any]
+
+
+def leaf_discount(plan: Plan, name: str, moves: Any, discount: float) -> Any:
+    """Return the discount of a leaf's traces: 1 where it rests."""
+    if moves is True or discount == 1.0:
+        return discount
+    if moves is False:
+        return 1.0
+    xp, dtype = namespace(moves), plan.dtypes[name]
+    return xp.where(moves, filled(moves, (), discount, dtype), filled(moves, (), 1.0, dtype))
+
+
+def hatted(
+    plan: Plan, state: State, awake: Leaves[Any], finite: Any, discount: float
+) -> Leaves[Hatted]:
+    """Return all leaves' hatted traces, of which curvature needs the Hessian products."""
+    result: Leaves[Hatted] = OrderedDict()
+    for name, moves in awake.items():
+        keep = plan.layout.columns(finite, name, len(plan.shapes[name]))
+        factor = leaf_discount(plan, name, moves, discount)
+        slots: Mapping[str, Any] = state.slot_traces.get(name, {})
+        result[name] = Hatted(
+            hat(state.trace[name], factor, keep),
+            {slot: hat(trace, factor, keep) for slot, trace in slots.items()},
+        )
+    return result
+
+
+def hatted_beta_trace(
+    plan: Plan, state: State, finite: Any, discount: float
+) -> tuple[Leaves[Any], Leaves[Any]]:
+    """Return Y discounted towards E, and as it is, both at E in columns whose z is not finite."""
+    hats, held = OrderedDict[str, Any](), OrderedDict[str, Any]()
+    if not plan.beta_feeding:
+        return hats, held
+    start = plan.layout.start(state.beta)
+    zeros = map_leaves(lambda piece: namespace(piece).zeros_like(piece), start)
+    keep = plan.layout.beta_columns(finite)
+
+    def restarted(trace: Any, keep: Any, target: Any) -> Any:
+        return namespace(trace).where(keep, trace, target)
+
+    def mixed(trace: Any, target: Any) -> Any:
+        return trace if discount == 1.0 else discount * trace + (1.0 - discount) * target
+
+    for key, trace in state.beta_trace.items():
+        target = start if key == "beta" else zeros
+        held[key] = map_leaves(restarted, trace, keep, target)
+        hats[key] = map_leaves(mixed, held[key], target)
+    return hats, held
+
+
+def grad_traces(
+    plan: Plan,
+    hats: Mapping[str, Hatted],
+    grads: Mapping[str, Any],
+    hvp: Callable[[Any], Mapping[str, Any]] | None,
+    hessian_diagonal: Mapping[str, Any] | None,
+) -> Leaves[Any]:
+    """Return the derivative of each gradient, Hessian times trace; None for leaves without one."""
+    if hessian_diagonal is not None and plan.curvature == "diagonal":
+        return per_leaf(
+            (
+                name,
+                None
+                if grads[name] is None
+                else cast(hessian_diagonal[name], plan.dtypes[name]) * hats[name].trace,
+            )
+            for name in hats
+        )
+    assert hvp is not None  # `inputs.check_curvature` has seen to it
+    kind = OrderedDict if isinstance(grads, OrderedDict) else dict
+    products = hvp(kind((name, hats[name].trace) for name in grads))
+    _check_products(products, plan, hats, grads)
+    return per_leaf(
+        (name, None if grads[name] is None else cast(products[name], plan.dtypes[name]))
+        for name in hats
+    )
+
+
+def _check_products(
+    products: Any, plan: Plan, hats: Mapping[str, Hatted], grads: Mapping[str, Any]
+) -> None:
+    for name, hatted in hats.items():
+        if grads[name] is None:
+            continue
+        product = products.get(name) if isinstance(products, Mapping) else None
+        if product is None or tuple(product.shape) != tuple(hatted.trace.shape):
+            got = "nothing" if product is None else f"shape {tuple(product.shape)}"
+            msg = (
+                f"`hvp` must return for {name!r} an array of shape {tuple(hatted.trace.shape)}, a "
+                f"product per tangent of {plan.shapes[name]}; got {got}."
+            )
+            raise ValueError(msg)
+
+
+def rates(
+    plan: Plan, sigma: StepSizeMap, beta: Any, beta_trace: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Return the step sizes and their derivatives, before the multiplier, as values per block.
+
+    The derivative is the very object of the step sizes where the two are equal.
+    """
+    value = map_leaves(sigma.value, beta)
+    rate: Any = map_leaves(sigma.first, beta, value)
+    if isinstance(beta, Mapping) and all(rate[key] is value[key] for key in value):
+        rate = value
+    if plan.curvature == "exact" or beta_trace:
+        columns = beta_trace["beta"] if beta_trace else plan.layout.start(beta)
+        rate = map_leaves(lambda rate, column: rate * column, rate, columns)
+    return value, rate
+
+
+def all_finite(grads: Mapping[str, Any], products: Mapping[str, Any]) -> Any:
+    """Return, as an array, whether all gradients and Hessian products are finite; None if none."""
+    result = None
+    for array in (*grads.values(), *products.values()):
+        if array is not None:
+            xp = namespace(array)
+            finite = xp.all(xp.isfinite(array))
+            result = finite if result is None else xp.logical_and(result, finite)
+    return result
