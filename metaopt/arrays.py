@@ -9,7 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_pydata_sparse_array, to_device
+from array_api_compat import (
+    array_namespace,
+    device,
+    is_cupy_array,
+    is_torch_array,
+)
 
 __all__ = [
     "Arithmetic",
@@ -100,13 +105,11 @@ def filled(like: Any, shape: Shape, value: float, dtype: Any = None) -> Any:
 
 def to_numpy(array: Any) -> np.ndarray[Any, Any]:
     """Copy an array of any library and device, or a number, to host memory."""
-    if isinstance(array, np.ndarray | np.generic | int | float):
-        return np.array(array)
-    on_host = to_device(array, "cpu")
-    try:
-        return np.array(on_host)
-    except (TypeError, RuntimeError):  # array-api-strict speaks DLPack only
-        return np.array(np.from_dlpack(on_host))
+    if is_torch_array(array):
+        return np.array(array.detach().cpu().numpy())
+    if is_cupy_array(array):
+        return np.array(array.get())
+    return np.array(array)
 
 
 def map_leaves(function: Callable[..., ResultT], *trees: Any) -> Any:
@@ -142,6 +145,5 @@ def is_sparse(array: Any) -> bool:
     return bool(
         getattr(array, "is_sparse", False)
         or getattr(array, "is_sparse_csr", False)
-        or is_pydata_sparse_array(array)
-        or type(array).__module__.startswith("scipy.sparse")
+        or type(array).__module__.startswith(("sparse.", "scipy.sparse", "jax.experimental.sparse"))
     )

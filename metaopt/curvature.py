@@ -93,7 +93,7 @@ def central_difference(
             tangent = {name: values[column, ...] for name, values in tangents.items()}
             length = _norm(xp, tangent.values())
             # a zero tangent is stepped along by nothing; its product is then exactly zero
-            eps = step * scale / xp.where(length == 0.0, xp.ones_like(length), length)
+            eps = step * scale / xp.where(length == 0.0, 1.0, length)
             ahead, behind = (
                 grad_fn(
                     {

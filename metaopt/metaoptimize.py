@@ -284,7 +284,7 @@ class MetaOptimize:
             like = params[key] if blocks.partition.per_leaf else next(iter(params.values()))
             beta: Any = self._sigma.inverse(np.asarray(size, dtype=np.float64))
             values[key] = xp.asarray(
-                np.ascontiguousarray(np.broadcast_to(beta, shape)),
+                np.array(np.broadcast_to(beta, shape)),
                 dtype=plan.beta_dtype,
                 device=device(like),
             )
@@ -414,7 +414,10 @@ class MetaOptimize:
         )
 
         new_params: dict[str, Any] = {}
-        count, slots, trace, slot_traces = (OrderedDict[str, Any]() for _ in range(4))
+        count: Leaves[Any] = OrderedDict()
+        slots: Leaves[Any] = OrderedDict()
+        trace: Leaves[Any] = OrderedDict()
+        slot_traces: Leaves[Any] = OrderedDict()
         for name, rule in plan.rules.items():
             if grads[name] is None:
                 new_params[name] = params[name]

@@ -34,7 +34,7 @@ def reciprocal(x: ArrayT) -> ArrayT:
         return _as(x, Jet(inverse, scaled(x.first, -(inverse * inverse))))
     xp = namespace(x)
     zero = x == 0.0
-    return xp.where(zero, xp.zeros_like(x), 1.0 / xp.where(zero, xp.ones_like(x), x))
+    return xp.where(zero, 0.0, 1.0 / xp.where(zero, 1.0, x))
 
 
 def divide(numerator: ArrayT, denominator: ArrayT, eps: Any) -> ArrayT:
@@ -58,7 +58,7 @@ def only_where_positive(condition: ArrayT, x: ArrayT) -> ArrayT:
         first = None if x.first is None else only_where_positive(condition, x.first)
         return _as(x, Jet(only_where_positive(condition, x.value), first))
     xp = namespace(x)
-    return xp.where(lift(condition).value > 0.0, x, xp.zeros_like(x))
+    return xp.where(lift(condition).value > 0.0, x, 0.0)
 
 
 def one_minus_power(beta: Any, count: ArrayT) -> ArrayT:

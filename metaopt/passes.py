@@ -250,7 +250,7 @@ def _meta_piece(
 ) -> _Piece:
     """Return the meta update of one array of blocks; what does not move stays as it was."""
     xp = namespace(beta)
-    z = xp.where(moves, z, xp.zeros_like(z))
+    z = xp.where(moves, z, 0.0)
     if traces:
         jets = {slot: Jet(value, traces.get(slot)) for slot, value in slots.items()}
         direction, jets = rule.direction(Jet(z, z_trace), jets, Jet(count))

@@ -20,7 +20,8 @@ def awake_leaves(grads: Mapping[str, Any], lrs: Leaves[Any]) -> Leaves[Any]:
 
 def awake_families(plan: Plan, awake: Leaves[Any], like: Any) -> Any:
     """Return a boolean per family, False where all its leaves rest; None where all are awake."""
-    xp, flags = namespace(like), OrderedDict[str, Any].fromkeys(plan.blocks.families, False)
+    xp = namespace(like)
+    flags: dict[str, Any] = dict.fromkeys(plan.blocks.families, False)
     for name, moves in awake.items():
         key = plan.blocks.family_of[name]
         if moves is True or flags[key] is False:
@@ -52,8 +53,7 @@ def product_with_trace(
         array = cast(arrays[name], plan.dtypes[name])
         part = plan.layout.partial(state.trace[name], array, name, plan.beta_dtype)
         if moves is not True:
-            xp = namespace(part)
-            part = xp.where(moves, part, xp.zeros_like(part))
+            part = namespace(part).where(moves, part, 0.0)
         partials[name] = part
     return plan.layout.gather(partials) if partials else None
 
@@ -95,7 +95,8 @@ def hatted_beta_trace(
     plan: Plan, state: State, finite: Any, discount: float
 ) -> tuple[Leaves[Any], Leaves[Any]]:
     """Return Y discounted towards E, and as it is, both at E in columns whose z is not finite."""
-    hats, held = OrderedDict[str, Any](), OrderedDict[str, Any]()
+    hats: Leaves[Any] = OrderedDict()
+    held: Leaves[Any] = OrderedDict()
     if not plan.beta_feeding:
         return hats, held
     start = plan.layout.start(state.beta)

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from metaopt.arrays import Array, namespace
 
 __all__ = ["Move", "hat", "move"]
@@ -66,40 +68,41 @@ def move(
     step = direction if weight_decay == 0.0 else direction + weight_decay * param
     delta = lr * step
 
-    new = None
-    if trace is not None:
-        if retain is None:
-            retain = 1.0 if weight_decay == 0.0 else 1.0 - weight_decay * lr
-        new = hat(trace, discount * retain, keep)
+    if retain is None:
+        retain = 1.0 if weight_decay == 0.0 else 1.0 - weight_decay * lr
+    change = None
+    if lr_trace is not None and followed is not None:
+        change = lr_trace * followed
+    elif lr_trace is not None:
+        change = delta if lr_trace is lr else lr_trace * step
     if direction_trace is not None:
-        change = lr * direction_trace
-        new = -change if new is None else new - change
-    if lr_trace is not None:
-        if followed is None:
-            injected = delta if lr_trace is lr else lr_trace * step
-        else:
-            injected = lr_trace * followed
-        new = -injected if new is None else new - injected
-    return Move(delta, new)
+        turn = lr * direction_trace
+        change = turn if change is None else change + turn
+    factor = discount * retain
+    if trace is None or (isinstance(factor, float) and factor == 0.0):
+        return Move(delta, None if change is None else -change)
+    if change is None:
+        return Move(delta, hat(trace, factor, keep))
+    return Move(delta, hat(trace, factor, keep) - change)
 
 
 def hat(trace: Any, factor: Any, keep: Any) -> Any:
-    """Return `factor` times `trace` where `keep`, and 0 elsewhere; None where all is zero.
+    """Return `factor` times `trace` where `keep`, and 0 elsewhere.
 
     Sections 3 and 11: the discount on a trace, and its restart after a meta-gradient that is not
     finite. A selection and not a product, for what is not kept may hold NaN.
 
     Parameters
     ----------
-    trace : array or None
+    trace : array
     factor : float or array broadcastable to `trace`
     keep : boolean array broadcastable to `trace`, or None for everywhere
     """
-    if trace is None or (isinstance(factor, float) and factor == 0.0):
-        return None
-    if not (isinstance(factor, float) and factor == 1.0):
-        trace = factor * trace
+    scaled = not (isinstance(factor, float) and factor == 1.0)
+    if isinstance(keep, np.bool_):  # a value at hand and no array: NumPy makes scalars of 0-d
+        keep = None if keep else np.asarray(keep)
     if keep is None:
-        return trace
+        return trace * factor if scaled else trace
     xp = namespace(trace)
-    return xp.where(keep, trace, xp.astype(xp.zeros_like(keep), trace.dtype))
+    # one expression, here and where the result is used: NumPy then computes in the temporary
+    return xp.where(keep, trace, 0.0) * factor if scaled else xp.where(keep, trace, 0.0)
