@@ -1,0 +1,49 @@
+"""What counts as equal: every allowance of the tests, each with its reason.
+
+Errors are relative to the largest expected entry of the array compared, as an update that is the
+difference of larger numbers keeps their absolute rounding.
+"""
+
+import numpy as np
+
+#: 50 float64 steps against the framework's own optimizer, which orders its operations otherwise:
+#: 50 steps of some 20 operations at 1.1e-16 each are 1e-13; one digit more for cancellation.
+OPTIMIZER = 1e-12
+
+#: Whole runs of float64 against a literature form written out: the same operations in another
+#: order; 1e-13 by count, as above.
+LITERATURE = 1e-12
+
+#: One or a dozen float64 steps against the dense oracle, which sums in another order and over
+#: structural zeros: 12 steps of 50 operations at 1.1e-16 are 7e-14, times the growth of an error
+#: along such a run, 1e2 on the problem used.
+ORACLE = 1e-11
+
+#: Traces against central differences of whole runs in float64: the step h = eps**(1/3) balances
+#: truncation h**2 and rounding eps / h at 4e-11, times the third derivative of the run; 2e-9 was
+#: seen at worst.
+FINITE_DIFFERENCES = 1e-6
+
+#: First derivatives of one formula against its central differences, as above but a single step.
+FORMULA = 1e-7
+
+
+def rounding(dtype: str, operations: int, steps: int = 1) -> float:
+    """Return the allowance for rounding alone: 4 eps for each operation of each step.
+
+    A rounding is half an eps; errors of a chain add up, and 4 leaves room for a division or a
+    square root that passes twice an error on.
+    """
+    eps = {"bfloat16": 2.0**-7}.get(dtype) or float(np.finfo(dtype).eps)
+    return 4.0 * eps * operations * steps
+
+
+def relative_error(got: object, want: object) -> float:
+    """Return the largest absolute error over the largest expected entry, or over 1e-300."""
+    wanted, gotten = np.asarray(want, dtype=np.float64), np.asarray(got, dtype=np.float64)
+    if gotten.shape != wanted.shape:
+        msg = f"shapes differ: got {gotten.shape}, want {wanted.shape}"
+        raise AssertionError(msg)
+    if wanted.size == 0:
+        return 0.0
+    return float(np.max(np.abs(gotten - wanted)) / max(np.max(np.abs(wanted)), 1e-300))

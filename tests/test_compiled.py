@@ -1,0 +1,138 @@
+"""One trace under jax.jit, one graph under torch.compile, and the numbers of the eager run."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from metaopt_conformance.tolerances import relative_error, rounding
+
+import metaopt as mo
+
+SHAPES = {"w": (4, 3), "b": (3,), "a": (2, 1, 2, 2)}
+STEPS = 50
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "scalar": {},
+    "tensor": {"blocks": "tensor", "meta": mo.AdamW()},
+    "node": {"blocks": "node", "base": mo.RMSprop()},
+    "weight": {"blocks": "weight", "bounds": (1e-5, 1e-1), "base": mo.SGD(momentum=0.9)},
+    "named": {"blocks": {"head": "w", "rest": "*"}, "base": {"w": mo.Lion(), "*": mo.AdamW()}},
+    "meta first": {"meta_first": True, "discount": 0.9},
+    "gradient": {"trace": "gradient"},
+    "skip": {"skip_nonfinite": True},
+    "exact": {"curvature": "exact", "approximation": "2x2", "blocks": "tensor", "meta": mo.AdamW()},
+    "diagonal": {"curvature": "diagonal", "approximation": "2x2", "meta": mo.SGD()},
+}
+
+
+def configured(name: str) -> mo.MetaOptimize:
+    options = {"base": mo.AdamW(weight_decay=0.1), "meta": mo.Lion(), "step_size": 1e-2}
+    return mo.MetaOptimize(**(options | CONFIGURATIONS[name]))
+
+
+def start() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=shape).astype("float32") for name, shape in SHAPES.items()}
+
+
+def one_step(opt: mo.MetaOptimize, params: Any, state: Any, lr: Any) -> Any:
+    """Make a step on half the squared norm, whose Hessian is the identity."""
+    return opt.step(
+        params,
+        params,
+        state,
+        lr=lr,
+        hvp=lambda tangents: tangents,
+        hessian_diagonal={name: 0.0 * param + 1.0 for name, param in params.items()},
+    )
+
+
+def same(name: str, got: Any, want: Any) -> None:
+    for leaf, value in want.items():
+        error = relative_error(np.asarray(got[leaf]), np.asarray(value))
+        assert error < rounding("float32", operations=25, steps=STEPS), (name, leaf)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_jit_traces_once(name: str) -> None:
+    jax = pytest.importorskip("jax")
+    if mo.State not in registered:
+        jax.tree_util.register_dataclass(mo.State)
+        registered.add(mo.State)
+    opt, traces = configured(name), []
+
+    def step(params: Any, state: Any, lr: Any) -> Any:
+        traces.append(name)
+        return one_step(opt, params, state, lr)
+
+    compiled = jax.jit(step)
+    params = {leaf: jax.numpy.asarray(value) for leaf, value in start().items()}
+    state = opt.init(params)
+    eager_params, eager_state = params, state
+    for t in range(STEPS):
+        lr = jax.numpy.asarray(0.0 if t % 7 == 3 else 1.0, "float32")
+        params, state = compiled(params, state, lr)
+        eager_params, eager_state = one_step(opt, eager_params, eager_state, lr)
+    assert len(traces) == 1
+    same(name, params, eager_params)
+    assert jax.tree.structure(state) == jax.tree.structure(eager_state)
+    # jit sorts the keys of a plain dict; the state's leaves and so its blocks keep their order
+    assert list(state.trace) == list(SHAPES)
+    same(name, opt.step_sizes(state), opt.step_sizes(eager_state))
+
+
+registered: set[type] = set()
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_scan_keeps_the_structure_of_the_state(name: str) -> None:
+    jax = pytest.importorskip("jax")
+    if mo.State not in registered:
+        jax.tree_util.register_dataclass(mo.State)
+        registered.add(mo.State)
+    opt = configured(name)
+    params = {leaf: jax.numpy.asarray(value) for leaf, value in start().items()}
+
+    def body(carry: Any, lr: Any) -> Any:
+        return one_step(opt, *carry, lr), None
+
+    (last, _), _ = jax.lax.scan(body, (params, opt.init(params)), jax.numpy.ones(5, "float32"))
+    state = opt.init(params)
+    for _ in range(5):
+        params, state = one_step(opt, params, state, 1.0)
+    same(name, last, params)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_torch_compiles_one_graph(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    dynamo = pytest.importorskip("torch._dynamo")
+    opt = configured(name)
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    # the graph is what is looked at; running it needs no C++ compiler
+    compiled = torch.compile(
+        lambda params, state, lr: one_step(opt, params, state, lr), fullgraph=True, backend="eager"
+    )
+    params = {leaf: torch.asarray(value) for leaf, value in start().items()}
+    state = opt.init(params)
+    eager_params, eager_state = params, state
+    for t in range(STEPS):
+        lr = torch.asarray(0.0 if t % 7 == 3 else 1.0)
+        params, state = compiled(params, state, lr)
+        eager_params, eager_state = one_step(opt, eager_params, eager_state, lr)
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    same(name, params, eager_params)
+    same(name, opt.step_sizes(state), opt.step_sizes(eager_state))
+
+
+def test_torch_compiles_without_tracing_the_plan() -> None:
+    """What depends on names and shapes alone is worked out once, outside of what is compiled."""
+    torch = pytest.importorskip("torch")
+    opt = configured("named")
+    params = {leaf: torch.asarray(value) for leaf, value in start().items()}
+    state = opt.init(params)
+    plans = dict(opt._plans)
+    opt.step(params, params, state)
+    opt.step_sizes(state)
+    assert opt._plans == plans

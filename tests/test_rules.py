@@ -1,0 +1,294 @@
+"""Every rule: equal to the frameworks' own optimizers, and its jets equal to its slopes."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from metaopt_conformance.tolerances import FORMULA, OPTIMIZER, relative_error, rounding
+
+import metaopt as mo
+from metaopt.jets import Jet
+from metaopt.rules.rule import feeding_slots, follows_gradient
+
+SHAPES = {"w": (4, 3), "b": (3,), "s": ()}
+LR = 0.05
+
+# name, rule with the settings at which the two are the same update
+TORCH: dict[str, Any] = {
+    "AdamW": mo.AdamW(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+    "Adam": mo.AdamW(betas=(0.8, 0.95), eps=1e-6),
+    "SGD": mo.SGD(),
+    "SGD with momentum": mo.SGD(momentum=0.9),
+    "RMSprop": mo.RMSprop(beta2=0.95, eps=1e-6, bias_correction=False),
+}
+OPTAX: dict[str, Any] = {
+    "adamw": mo.AdamW(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+    "lion": mo.Lion(betas=(0.8, 0.95), weight_decay=0.1),
+    "sgd": mo.SGD(),
+    "adam": mo.AdamW(betas=(0.8, 0.95), eps=1e-6),
+}
+
+
+def start() -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    return {name: np.asarray(rng.normal(size=shape)) for name, shape in SHAPES.items()}
+
+
+def grads_at(step: int, params: Any) -> dict[str, Any]:
+    rng = np.random.default_rng(100 + step)
+    return {
+        name: np.sin(np.asarray(params[name])) + 0.3 * rng.normal(size=shape)
+        for name, shape in SHAPES.items()
+    }
+
+
+def our_run(rule: Any, dtype: str, steps: int = 50, lr: Any = 1.0) -> list[dict[str, Any]]:
+    opt = mo.MetaOptimize(base=rule, meta=mo.AdamW(), step_size=LR, meta_lr=0.0)
+    params = {name: value.astype(dtype) for name, value in start().items()}
+    state, run = opt.init(params), []
+    for step in range(steps):
+        grads = {name: g.astype(dtype) for name, g in grads_at(step, params).items()}
+        params, state = opt.step(params, grads, state, lr=lr(step) if callable(lr) else lr)
+        run.append(params)
+    return run
+
+
+def schedule(step: int) -> float:
+    return 0.0 if step % 5 == 3 else 1.0 / (1 + step)
+
+
+def allowance(dtype: str) -> float:
+    if dtype == "float64":
+        return OPTIMIZER
+    # log and exp of the step size, held as float32: |log 0.05| roundings more, taken once
+    return rounding(dtype, operations=24, steps=10)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("lr", [1.0, schedule], ids=["constant", "schedule"])
+@pytest.mark.parametrize("name", list(TORCH))
+def test_without_meta_updates_equals_torch(name: str, lr: Any, dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    rule = TORCH[name]
+    leaves = [torch.nn.Parameter(torch.tensor(value.astype(dtype))) for value in start().values()]
+    if isinstance(rule, mo.AdamW):
+        theirs = torch.optim.AdamW(
+            leaves, lr=LR, betas=rule.betas, eps=rule.eps, weight_decay=rule.weight_decay
+        )
+    elif isinstance(rule, mo.RMSprop):
+        theirs = torch.optim.RMSprop(leaves, lr=LR, alpha=rule.beta2, eps=rule.eps)
+    else:
+        theirs = torch.optim.SGD(leaves, lr=LR, momentum=rule.momentum, dampening=rule.momentum)
+        for leaf in leaves if rule.momentum else []:
+            theirs.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
+    # in float32 a run amplifies rounding; the first steps tell the same
+    steps = 50 if dtype == "float64" else 10
+    for step, ours in enumerate(our_run(rule, dtype, steps, lr)):
+        values = dict(zip(SHAPES, (leaf.detach().numpy() for leaf in leaves), strict=True))
+        for leaf, grad in zip(leaves, grads_at(step, values).values(), strict=True):
+            leaf.grad = torch.tensor(grad.astype(dtype))
+        theirs.param_groups[0]["lr"] = LR * (lr(step) if callable(lr) else lr)
+        theirs.step()
+        for leaf, mine in zip(leaves, ours.values(), strict=True):
+            assert relative_error(mine, leaf.detach().numpy()) < allowance(dtype)
+
+
+@pytest.mark.parametrize("name", list(OPTAX))
+def test_without_meta_updates_equals_optax(name: str) -> None:
+    jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
+    jax.config.update("jax_enable_x64", True)
+    rule = OPTAX[name]
+    options = {"eps": rule.eps} if isinstance(rule, mo.AdamW) else {}
+    if rule.slots:
+        options |= {"b1": rule.betas[0], "b2": rule.betas[1]}
+    if rule.weight_decay:
+        options["weight_decay"] = rule.weight_decay
+    theirs = getattr(optax, name)(LR, **options)
+    params = {key: jax.numpy.asarray(value) for key, value in start().items()}
+    state = theirs.init(params)
+    for step, ours in enumerate(our_run(rule, "float64")):
+        grads = {key: jax.numpy.asarray(grad) for key, grad in grads_at(step, params).items()}
+        updates, state = theirs.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for key, mine in ours.items():
+            assert relative_error(mine, np.asarray(params[key])) < OPTIMIZER
+
+
+DELAYABLE = [
+    mo.SGD(momentum=0.9),
+    mo.RMSprop(beta2=0.9, eps=0.01),
+    mo.RMSprop(beta2=0.9, eps=0.01, bias_correction=False),
+    mo.RMSprop(beta2=0.9, eps=0.0),
+    mo.AdamW(betas=(0.7, 0.9), eps=0.01),
+    mo.AdamW(betas=(0.7, 0.9), eps=0.0),
+]
+RULES: list[Any] = [
+    mo.SGD(),
+    mo.Lion(),
+    *DELAYABLE,
+    *(replace(rule, delayed=True) for rule in DELAYABLE),
+]
+
+
+def values_of(rule: Any, where: str) -> dict[str, Any]:
+    """Return grad and slots at which to differentiate, coordinate by coordinate."""
+    rng = np.random.default_rng(5)
+    values = {"grad": rng.normal(size=6)}
+    for slot in rule.slots:
+        value = rng.normal(size=6)
+        values[slot] = value * value + 0.1 if slot == "exp_avg_sq" else value
+    if where == "first step":
+        values |= {slot: np.zeros(6) for slot in rule.slots}
+    return values
+
+
+@pytest.mark.parametrize("where", ["middle", "first step"])
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_jets_equal_central_differences(rule: Any, where: str) -> None:
+    values = values_of(rule, where)
+    count = np.asarray(1.0 if where == "first step" else 3.0)
+    h = np.finfo(float).eps ** (1 / 3)
+
+    def outputs(**changed: Any) -> dict[str, Any]:
+        at = values | changed
+        slots = {slot: at[slot] for slot in rule.slots}
+        direction, new = rule.direction(at["grad"], slots, count)
+        return {"direction": direction, **new}
+
+    for source in values:
+        if where == "first step" and source == "exp_avg_sq":
+            continue  # nothing lies below zero; the value there has its own test
+        jets = {
+            name: Jet(value, np.ones(6) if name == source else None)
+            for name, value in values.items()
+        }
+        direction, new = rule.direction(jets.pop("grad"), jets, Jet(count))
+        ahead = outputs(**{source: values[source] + h})
+        behind = outputs(**{source: values[source] - h})
+        plain = outputs()
+        for name, jet in {"direction": direction, **new}.items():
+            np.testing.assert_array_equal(jet.value, plain[name])
+            slope = (ahead[name] - behind[name]) / (2 * h)
+            got = np.zeros(6) if jet.first is None else jet.first
+            scale = max(np.max(np.abs(slope)), np.max(np.abs(jet.value)))
+            assert np.max(np.abs(got - slope)) < FORMULA * scale, (source, name)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_jets_take_columns(rule: Any) -> None:
+    values = values_of(rule, "middle")
+    columns = {name: np.random.default_rng(8).normal(size=(3, 6)) for name in values}
+
+    def push(pick: Any) -> Any:
+        jets = {name: Jet(value, pick(columns[name])) for name, value in values.items()}
+        return rule.direction(jets.pop("grad"), jets, Jet(np.asarray(3.0)))[0].first
+
+    together = push(lambda column: column)
+    if together is None:
+        assert not follows_gradient(rule)
+        return
+    for j in range(3):
+        np.testing.assert_array_equal(together[j], push(lambda column, j=j: column[j]))
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.0])
+@pytest.mark.parametrize("kind", [mo.RMSprop, mo.AdamW])
+def test_a_coordinate_without_gradient_contributes_zero(kind: Any, eps: float) -> None:
+    """Section 5: where v' = 0 the derivative of the root is 0, and with eps = 0 all is 0."""
+    rule = kind(eps=eps)
+    slots = {slot: Jet(np.zeros(2), np.ones(2)) for slot in rule.slots}
+    direction, new = rule.direction(Jet(np.zeros(2), np.ones(2)), slots, Jet(np.asarray(1.0)))
+    assert not np.any(direction.value)
+    if eps == 0.0:
+        assert not np.any(direction.first)
+    else:
+        # du = dm' / (correction eps), the rest of the quotient rule; dm' = beta1 + (1 - beta1)
+        want = 1.0 / eps if kind is mo.RMSprop else 1.0 / ((1.0 - rule.betas[0]) * eps)
+        np.testing.assert_allclose(direction.first, want, rtol=1e-12)
+    assert all(np.all(np.isfinite(jet.first)) for jet in new.values())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_the_first_delayed_direction_is_zero(rule: Any) -> None:
+    if not getattr(rule, "delayed", False):
+        pytest.skip("not delayed")
+    slots = {slot: np.zeros(3) for slot in rule.slots}
+    direction, _ = rule.direction(np.asarray([1.0, -2.0, 0.0]), slots, np.asarray(1.0))
+    assert not np.any(direction)
+
+
+@pytest.mark.parametrize("rule", DELAYABLE, ids=repr)
+def test_delayed_uses_the_moments_of_the_step_before(rule: Any) -> None:
+    """A delayed moment at step t+1 is the fresh one of step t; the gradient alone is newer."""
+    rng = np.random.default_rng(3)
+    delayed = replace(rule, delayed=True)
+    fresh_slots = late_slots = {slot: np.zeros(4) for slot in rule.slots}
+    previous = None
+    for step in range(1, 6):
+        grad, count = rng.normal(size=4), np.asarray(float(step))
+        late, late_slots = delayed.direction(grad, late_slots, count)
+        if previous is not None:
+            want = previous * grad / previous_grad if isinstance(rule, mo.RMSprop) else previous
+            np.testing.assert_allclose(late, want, rtol=1e-12)
+        previous, fresh_slots = rule.direction(grad, fresh_slots, count)
+        previous_grad = grad
+        for slot in rule.slots:
+            np.testing.assert_array_equal(late_slots[slot], fresh_slots[slot])
+
+
+def test_what_feeds_back_is_found_from_the_formula() -> None:
+    assert feeding_slots(mo.AdamW()) == ("exp_avg", "exp_avg_sq")
+    assert feeding_slots(mo.RMSprop()) == ("exp_avg_sq",)
+    assert feeding_slots(mo.SGD(momentum=0.5)) == ("exp_avg",)
+    assert feeding_slots(mo.SGD()) == ()
+    assert feeding_slots(mo.Lion()) == ()
+    assert not follows_gradient(mo.Lion())
+    assert all(follows_gradient(rule) for rule in DELAYABLE)
+    assert all(follows_gradient(replace(rule, delayed=True)) for rule in DELAYABLE)
+
+
+def test_a_hyperparameter_can_be_a_jet() -> None:
+    """Tangents of other hyperparameters come from the same formula: beta2 of AdamW here."""
+    values, count, h = values_of(mo.AdamW(), "middle"), np.asarray(7.0), 1e-6
+    slots = {slot: values[slot] for slot in mo.AdamW.slots}
+
+    def direction(beta2: float) -> Any:
+        return mo.AdamW(betas=(0.9, beta2)).direction(values["grad"], slots, count)[0]
+
+    rule = mo.AdamW(betas=(0.9, Jet(0.95, 1.0)))  # type: ignore[arg-type, type-var]
+    jets = {slot: Jet(value) for slot, value in slots.items()}
+    jet, _ = rule.direction(Jet(values["grad"]), jets, Jet(count))
+    slope = (direction(0.95 + h) - direction(0.95 - h)) / (2 * h)
+    assert relative_error(jet.first, slope) < FORMULA
+
+
+@pytest.mark.parametrize(
+    ("rule", "plain"),
+    [
+        (mo.SGD(momentum=0.9, weight_decay=0.1), mo.SGD(weight_decay=0.1)),
+        (mo.RMSprop(beta2=0.9), mo.RMSprop(beta2=0.9)),
+        (mo.AdamW(betas=(0.9, 0.8), eps=1e-3), mo.RMSprop(beta2=0.8, eps=1e-3)),
+    ],
+    ids=repr,
+)
+def test_without_momentum(rule: Any, plain: Any) -> None:
+    assert rule.without_momentum() == plain
+
+
+def test_a_rule_of_ones_own_runs() -> None:
+    """One file, one formula: here sign descent with a decaying step."""
+
+    class SignDescent:
+        slots = ()
+        weight_decay = 0.0
+
+        def direction(self, grad: Any, slots: Any, count: Any) -> Any:  # noqa: ARG002
+            return mo.rules.Lion().direction(grad, {"exp_avg": 0.0 * grad}, count)[0] / count, {}
+
+    opt = mo.MetaOptimize(base=SignDescent(), meta=mo.SGD(), step_size=0.5, meta_lr=0.0)  # type: ignore[arg-type]
+    params = {"w": np.asarray([3.0, -4.0])}
+    state = opt.init(params)
+    for _ in range(3):
+        params, state = opt.step(params, {"w": params["w"]}, state)
+    np.testing.assert_allclose(params["w"], np.asarray([3.0, -4.0]) - np.asarray([1, -1]) * 11 / 12)
