@@ -9,12 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
-from array_api_compat import (
-    array_namespace,
-    device,
-    is_cupy_array,
-    is_torch_array,
-)
+from array_api_compat import array_namespace, is_cupy_array, is_torch_array
 
 __all__ = [
     "Arithmetic",
@@ -95,6 +90,15 @@ def cast(array: Any, dtype: Any) -> Any:
     if array.dtype == dtype:
         return array
     return namespace(array).asarray(array, dtype=dtype)
+
+
+def device(array: Any) -> Any:
+    """Return the device of `array`; None, the default one, where it says none.
+
+    Traced JAX arrays and Dask's say none. Not array_api_compat's function: torch.compile warns of
+    the caches inside, and this is called within a step.
+    """
+    return getattr(array, "device", None)
 
 
 def filled(like: Any, shape: Shape, value: float, dtype: Any = None) -> Any:
