@@ -22,6 +22,10 @@ class Backend:
         """Return a mapping of NumPy arrays as arrays of this library, copied."""
         return {name: self.asarray(np.array(array)) for name, array in arrays.items()}
 
+    def settled(self, tree: Any) -> Any:
+        """Return arrays, mappings of them or a state with what is lazy computed."""
+        return importlib.import_module("dask").persist(tree)[0] if self.name == "dask" else tree
+
     def to_numpy(self, tree: Any) -> Any:
         """Return arrays, or (nested) mappings of them, as NumPy arrays."""
         if hasattr(tree, "items"):

@@ -26,7 +26,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 def configured(name: str) -> mo.MetaOptimize:
-    options = {"base": mo.AdamW(weight_decay=0.1), "meta": mo.Lion(), "step_size": 1e-2}
+    options: dict[str, Any] = {
+        "base": mo.AdamW(weight_decay=0.1),
+        "meta": mo.Lion(),
+        "step_size": 1e-2,
+    }
     return mo.MetaOptimize(**(options | CONFIGURATIONS[name]))
 
 
@@ -94,7 +98,8 @@ def test_scan_keeps_the_structure_of_the_state(name: str) -> None:
     params = {leaf: jax.numpy.asarray(value) for leaf, value in start().items()}
 
     def body(carry: Any, lr: Any) -> Any:
-        return one_step(opt, *carry, lr), None
+        params, state = carry
+        return one_step(opt, params, state, lr), None
 
     (last, _), _ = jax.lax.scan(body, (params, opt.init(params)), jax.numpy.ones(5, "float32"))
     state = opt.init(params)

@@ -1,0 +1,80 @@
+r"""The traces by central differences of whole trajectories: no derivative, analytic or not.
+
+docs/mathematics.md section 4. A run is recorded; then every past beta is moved a little, the run
+repeated from there with what the approximation holds fixed at its recorded values, and the
+changes of the last state are combined with the weights of section 3.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from metaopt_conformance.oracle import Config, Matrix, State, sigma
+from metaopt_conformance.problems import LogCosh
+from metaopt_conformance.updates import Vector, direction
+
+__all__ = ["ROWS", "rerun", "traces"]
+
+#: The parts of a state that depend on past meta-parameters, and the names of their traces.
+ROWS = {"w": "H", "m": "M", "v": "V", "beta": "B", "meta_m": "Bm", "meta_v": "Bv"}
+
+STEP = float(np.finfo(np.float64).eps) ** (1.0 / 3.0)
+
+
+def traces(config: Config, problem: LogCosh, run: Sequence[State]) -> dict[str, Matrix]:
+    """Return X and Y after a run, by their rows' names "H", "M", "V", "B", "Bm", "Bv".
+
+    Parameters
+    ----------
+    config : Config
+        Of approximation "l" or "2x2" and without bounds.
+    problem : LogCosh
+    run : sequence of State
+        The states before each step and after the last.
+    """
+    end, gamma = len(run) - 1, config.discount
+    total = {trace: np.zeros_like(getattr(run[0], trace)) for trace in ROWS.values()}
+    for tau in range(end):
+        weight = (1.0 - gamma) * gamma ** (end - 1 - tau) + (gamma**end if tau == 0 else 0.0)
+        if weight == 0.0:
+            continue
+        for j in range(config.blocks):
+            nudge = np.where(np.arange(config.blocks) == j, STEP, 0.0)
+            ahead = rerun(config, problem, run, tau, nudge)
+            behind = rerun(config, problem, run, tau, -nudge)
+            for row, trace in ROWS.items():
+                change = getattr(ahead, row) - getattr(behind, row)
+                total[trace][:, j] += weight * change / (2.0 * STEP)
+    return total
+
+
+def rerun(config: Config, problem: LogCosh, run: Sequence[State], tau: int, nudge: Vector) -> State:
+    """Return the last state of the run repeated from step `tau` with beta moved by `nudge`.
+
+    With "l" every z is held at its recorded value, with "2x2" every H.
+    """
+    state = replace(run[tau], beta=run[tau].beta + nudge)
+    for t in range(tau, len(run) - 1):
+        grad = problem.grad(t, state.w)
+        z = run[t + 1].z if config.approximation == "l" else run[t].H.T @ grad
+        after = _meta(config, state, z)
+        state = _base(config, after, grad, after.beta if config.meta_first else state.beta)
+    return state
+
+
+def _base(config: Config, state: State, grad: Vector, beta: Vector) -> State:
+    alpha = sigma(config.sigma, beta)[config.block_of]
+    w, m, v = state.w.copy(), state.m.copy(), state.v.copy()
+    for rule, at in config.base:
+        u, m[at], v[at] = direction(rule, grad[at], state.m[at], state.v[at], state.count[at] + 1)
+        w[at] = state.w[at] - alpha[at] * (u + rule.weight_decay * state.w[at])
+    return replace(state, w=w, m=m, v=v, count=state.count + 1)
+
+
+def _meta(config: Config, state: State, z: Vector) -> State:
+    count = state.meta_count + 1
+    u, m, v = direction(config.meta, z, state.meta_m, state.meta_v, count)
+    return replace(
+        state, beta=state.beta - config.meta_lr * u, meta_m=m, meta_v=v, meta_count=count
+    )

@@ -1,0 +1,393 @@
+r"""MetaOptimize as docs/mathematics.md writes it: dense, literal, in float64 NumPy.
+
+All weights are one vector of length n, all blocks one of length m, and every trace is a full
+matrix: rows are weights or meta-parameters, columns the blocks whose past values they depend on.
+One function an equation. Meant to be read beside the mathematics, and to be compared with.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from metaopt_conformance.updates import Partials, Update, Vector, direction, partials
+
+__all__ = ["Config", "State", "first", "init", "inverse", "sigma", "step"]
+
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A configuration for n weights in m blocks.
+
+    Parameters
+    ----------
+    base : tuple of (Update, slice)
+        The rule of each leaf, and which weights are the leaf's.
+    meta : Update
+    block_of : integers, shape (n,)
+        The block of each weight.
+    step_size : array (m,)
+        Initial step sizes.
+    meta_lr, discount : float
+    sigma : "exp", "identity", "softplus" or a pair (lo, hi) for the sigmoid between these
+    bounds : pair of float or None
+    approximation : {"l", "2x2"}
+    curvature : {"none", "diagonal", "exact"}
+    rectified : bool
+    trace : {"update", "gradient"}
+    meta_first : bool
+    """
+
+    base: tuple[tuple[Update, slice], ...]
+    meta: Update
+    block_of: Any
+    step_size: Vector
+    meta_lr: float
+    discount: float = 1.0
+    sigma: Any = "exp"
+    bounds: tuple[float, float] | None = None
+    approximation: str = "l"
+    curvature: str = "none"
+    rectified: bool = False
+    trace: str = "update"
+    meta_first: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """The number m of blocks."""
+        return len(self.step_size)
+
+    @property
+    def weight_decay(self) -> Vector:
+        """The weight decay of every weight, shape (n,)."""
+        return _by_leaf(self, lambda rule, part: np.full(_length(part), rule.weight_decay))
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Everything carried from step to step.
+
+    `w`, `m`, `v`, `count` have a value per weight; `beta`, `meta_m`, `meta_v`, `meta_count`, `z`,
+    `restarts` one per block. `H`, `M`, `V` are the rows of w, m and v of the trace X (n by m);
+    `B`, `Bm`, `Bv` the rows of beta and the meta moments of Y (m by m).
+    """
+
+    w: Vector
+    m: Vector
+    v: Vector
+    count: Vector
+    beta: Vector
+    meta_m: Vector
+    meta_v: Vector
+    meta_count: Vector
+    H: Matrix
+    M: Matrix
+    V: Matrix
+    B: Matrix
+    Bm: Matrix
+    Bv: Matrix
+    z: Vector
+    restarts: Vector
+    step: int = field(default=0)
+
+
+def init(config: Config, w: Vector) -> State:
+    """Return the state at the start: Y = E, X = 0 (section 3)."""
+    n, m = len(w), config.blocks
+    return State(
+        w=w,
+        m=np.zeros(n),
+        v=np.zeros(n),
+        count=np.zeros(n),
+        beta=inverse(config.sigma, config.step_size),
+        meta_m=np.zeros(m),
+        meta_v=np.zeros(m),
+        meta_count=np.zeros(m),
+        H=np.zeros((n, m)),
+        M=np.zeros((n, m)),
+        V=np.zeros((n, m)),
+        B=np.eye(m),
+        Bm=np.zeros((m, m)),
+        Bv=np.zeros((m, m)),
+        z=np.zeros(m),
+        restarts=np.zeros(m),
+    )
+
+
+def step(
+    config: Config,
+    state: State,
+    grad: Vector,
+    hessian: Matrix,
+    lr: Any = 1.0,
+    present: Any = True,
+) -> State:
+    """Return the state after one step (section 2).
+
+    Parameters
+    ----------
+    grad : array (n,)
+    hessian : array (n, n)
+        Of which the curvature takes all, the diagonal or nothing.
+    lr : float or array (n,)
+        Multiplier.
+    present : bool or array (n,) of bool
+        Where there is a gradient at all.
+    """
+    lr, present = np.broadcast_to(lr, grad.shape), np.broadcast_to(present, grad.shape)
+    grad = np.where(present, grad, 0.0)
+    awake = present & (lr != 0.0)
+    z = meta_gradient(state, grad, awake)
+    finite = np.isfinite(z)
+
+    hatted = hats(config, state, awake, finite)
+    grad_trace = curvature_term(config, hessian, hatted.H)
+    moves = finite & np.array([np.any(awake[config.block_of == j]) for j in range(config.blocks)])
+    after_meta = meta_update(config, state, hatted, np.where(moves, z, 0.0), moves)
+    after_meta = meta_traces(config, state, hatted, after_meta, z, moves, awake, grad_trace)
+
+    beta, B = (after_meta.beta, after_meta.B) if config.meta_first else (state.beta, hatted.B)
+    after_base = base_update(config, state, after_meta, grad, lr, beta)
+    after_base = base_traces(
+        config, state, hatted, after_base, grad, lr, beta, B, grad_trace, hessian
+    )
+    after_base = keep_absent(state, after_base, present)
+    return replace(
+        after_base, z=z, restarts=state.restarts + np.logical_not(finite), step=state.step + 1
+    )
+
+
+def meta_gradient(state: State, grad: Vector, awake: Flags) -> Vector:
+    """Return z = H^T g, summed over the weights that move (sections 2 and 7)."""
+    return np.sum(np.where(awake[:, None], state.H * grad[:, None], 0.0), axis=0)
+
+
+def hats(config: Config, state: State, awake: Flags, finite: Flags) -> State:
+    """Return the traces as gamma (Y, X) + (1 - gamma) (E, 0) (section 3).
+
+    Gamma acts as 1 on the rows of weights that rest (section 7), and the columns of blocks whose
+    meta-gradient is not finite start anew (section 11).
+    """
+    gamma, eye = config.discount, np.eye(config.blocks)
+    rows = np.where(awake, gamma, 1.0)[:, None]
+
+    def x(trace: Matrix) -> Matrix:
+        return np.where(finite, rows * trace, 0.0)
+
+    def y(trace: Matrix, start: Any) -> Matrix:
+        return np.where(finite, gamma * trace + (1.0 - gamma) * start, start)
+
+    return replace(
+        state,
+        H=x(state.H),
+        M=x(state.M),
+        V=x(state.V),
+        B=y(state.B, eye),
+        Bm=y(state.Bm, 0.0),
+        Bv=y(state.Bv, 0.0),
+    )
+
+
+def curvature_term(config: Config, hessian: Matrix, H: Matrix) -> Matrix:
+    """Return how the gradient depends on the past: Hessian times H (sections 3 and 4)."""
+    if config.curvature == "exact":
+        return hessian @ H
+    if config.curvature == "diagonal":
+        return np.diag(hessian)[:, None] * H
+    return np.zeros_like(H)
+
+
+def base_update(
+    config: Config, state: State, into: State, grad: Vector, lr: Vector, beta: Vector
+) -> State:
+    """Return the weights and moments after w' = w - alpha (u + kappa w) (section 5)."""
+    u, m, v = _directions(config, state, grad)
+    alpha = lr * sigma(config.sigma, beta)[config.block_of]
+    w = state.w - alpha * (u + config.weight_decay * state.w)
+    return replace(into, w=w, m=m, v=v, count=state.count + 1)
+
+
+def base_traces(
+    config: Config,
+    state: State,
+    hatted: State,
+    into: State,
+    grad: Vector,
+    lr: Vector,
+    beta: Vector,
+    B: Matrix,
+    grad_trace: Matrix,
+    hessian: Matrix,
+) -> State:
+    """Return X' = Phi_x X + Phi_g (Hess H) + Phi_alpha lr sigma' B (section 3)."""
+    d, kappa = _partials(config, state, grad), config.weight_decay
+    alpha = lr * sigma(config.sigma, beta)[config.block_of]
+    alpha_trace = (lr * first(config.sigma, beta)[config.block_of])[:, None] * B[config.block_of]
+    followed = _directions(config, state, grad)[0] + kappa * state.w
+    if config.trace == "gradient":
+        followed = _without_momentum(config, state, grad)
+    retain = 1.0 - kappa * alpha
+    u_trace = _rows(d.u_g, grad_trace) + _rows(d.u_m, hatted.M) + _rows(d.u_v, hatted.V)
+    if config.rectified:  # the diagonal is capped: min(alpha d, 1 - kappa alpha), section 12
+        retain = np.maximum(0.0, 1.0 - alpha * (kappa + np.diag(hessian)))
+        u_trace = np.zeros_like(u_trace)
+    return replace(
+        into,
+        H=_rows(retain, hatted.H) - _rows(alpha, u_trace) - _rows(followed, alpha_trace),
+        M=_rows(d.m_m, hatted.M) + _rows(d.m_g, grad_trace),
+        V=_rows(d.v_v, hatted.V) + _rows(d.v_g, grad_trace),
+    )
+
+
+def meta_update(config: Config, state: State, into: State, z: Vector, moves: Flags) -> State:
+    """Return the meta-parameters after beta' = beta - eta u, and the meta moments (section 6).
+
+    Blocks that do not move keep theirs. Bounds project sigma(beta), section 8.
+    """
+    count = state.meta_count + 1
+    u, m, v = direction(config.meta, z, state.meta_m, state.meta_v, count)
+    beta = state.beta - config.meta_lr * u
+    if config.bounds is not None:
+        lo, hi = config.bounds
+        sizes = np.clip(sigma(config.sigma, beta), lo, hi)
+        inside = sizes == sigma(config.sigma, beta)
+        beta = np.where(inside, beta, inverse(config.sigma, sizes))
+    return replace(
+        into,
+        beta=np.where(moves, beta, state.beta),
+        meta_m=np.where(moves, m, state.meta_m),
+        meta_v=np.where(moves, v, state.meta_v),
+        meta_count=np.where(moves, count, state.meta_count),
+    )
+
+
+def meta_traces(
+    config: Config,
+    state: State,
+    hatted: State,
+    into: State,
+    z: Vector,
+    moves: Flags,
+    awake: Flags,
+    grad_trace: Matrix,
+) -> State:
+    """Return Y' = Psi_y Y + Psi_z (H^T Hess H) (section 3, term A); E where it is not followed."""
+    if config.approximation == "l":
+        eye = np.eye(config.blocks)
+        return replace(into, B=eye, Bm=np.zeros_like(eye), Bv=np.zeros_like(eye))
+    held = hats(replace(config, discount=1.0), state, awake, np.isfinite(z))
+    z, count = np.where(moves, z, 0.0), state.meta_count + 1
+    d = partials(config.meta, z, state.meta_m, state.meta_v, count)
+    term_a = np.where(awake[:, None], state.H, 0.0).T @ np.where(awake[:, None], grad_trace, 0.0)
+    u_trace = _rows(d.u_g, term_a) + _rows(d.u_m, hatted.Bm) + _rows(d.u_v, hatted.Bv)
+    # rows of blocks that rest are left as they were, but for columns that start anew
+    stays = np.logical_not(moves)[:, None]
+    return replace(
+        into,
+        B=np.where(stays, held.B, hatted.B - config.meta_lr * u_trace),
+        Bm=np.where(stays, held.Bm, _rows(d.m_m, hatted.Bm) + _rows(d.m_g, term_a)),
+        Bv=np.where(stays, held.Bv, _rows(d.v_v, hatted.Bv) + _rows(d.v_g, term_a)),
+    )
+
+
+def keep_absent(before: State, after: State, present: Flags) -> State:
+    """Return `after`, with everything of weights without a gradient as it was (section 7)."""
+    rows = present[:, None]
+    return replace(
+        after,
+        w=np.where(present, after.w, before.w),
+        m=np.where(present, after.m, before.m),
+        v=np.where(present, after.v, before.v),
+        count=np.where(present, after.count, before.count),
+        H=np.where(rows, after.H, before.H),
+        M=np.where(rows, after.M, before.M),
+        V=np.where(rows, after.V, before.V),
+    )
+
+
+def sigma(kind: Any, beta: Vector) -> Vector:
+    """Return the step sizes of meta-parameters (section 8)."""
+    if kind == "exp":
+        return np.exp(beta)
+    if kind == "identity":
+        return beta
+    if kind == "softplus":
+        return np.log1p(np.exp(beta))
+    lo, hi = kind
+    return np.asarray(lo * (hi / lo) ** (1.0 / (1.0 + np.exp(-beta))))
+
+
+def first(kind: Any, beta: Vector) -> Vector:
+    """Return the derivative of `sigma`."""
+    if kind == "exp":
+        return np.exp(beta)
+    if kind == "identity":
+        return np.ones_like(beta)
+    logistic = 1.0 / (1.0 + np.exp(-beta))
+    if kind == "softplus":
+        return logistic
+    lo, hi = kind
+    return sigma(kind, beta) * np.log(hi / lo) * logistic * (1.0 - logistic)
+
+
+def inverse(kind: Any, sizes: Vector) -> Vector:
+    """Return the meta-parameters of step sizes."""
+    if kind == "exp":
+        return np.log(sizes)
+    if kind == "identity":
+        return sizes
+    if kind == "softplus":
+        return np.log(np.expm1(sizes))
+    lo, hi = kind
+    share = np.log(sizes / lo) / np.log(hi / lo)
+    return np.log(share / (1.0 - share))
+
+
+def _directions(config: Config, state: State, grad: Vector) -> tuple[Vector, Vector, Vector]:
+    parts = [
+        direction(rule, grad[at], state.m[at], state.v[at], state.count[at] + 1)
+        for rule, at in config.base
+    ]
+    u, m, v = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
+    return u, m, v
+
+
+def _partials(config: Config, state: State, grad: Vector) -> Partials:
+    parts = [
+        partials(rule, grad[at], state.m[at], state.v[at], state.count[at] + 1)
+        for rule, at in config.base
+    ]
+    return Partials(
+        **{
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in Partials.__dataclass_fields__
+        }
+    )
+
+
+def _without_momentum(config: Config, state: State, grad: Vector) -> Vector:
+    """Return u0 of section 10: g for SGD, g / (sqrt(v' / cv) + eps) for RMSprop and AdamW."""
+
+    def plain(rule: Update, at: slice) -> Vector:
+        if rule.kind == "sgd":
+            return grad[at]
+        rmsprop = replace(rule, kind="rmsprop")
+        return direction(rmsprop, grad[at], state.m[at], state.v[at], state.count[at] + 1)[0]
+
+    return _by_leaf(config, plain)
+
+
+def _by_leaf(config: Config, of: Any) -> Vector:
+    return np.concatenate([of(rule, part) for rule, part in config.base])
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _rows(factor: Vector, trace: Matrix) -> Matrix:
+    """Multiply every column of a trace by an elementwise factor."""
+    return factor[:, None] * trace

@@ -1,0 +1,195 @@
+"""From the library's configurations and states to the oracle's: the one place that knows both."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+import metaopt as mo
+from metaopt.arrays import to_numpy
+from metaopt_conformance.oracle import Config, Matrix
+from metaopt_conformance.updates import Update, Vector
+
+__all__ = ["block_index", "config_of", "dense", "expected", "flat", "slices", "tree"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def slices(shapes: Shapes) -> dict[str, slice]:
+    """Return where each leaf lies in the vector of all weights."""
+    stops = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
+    starts = [0, *stops[:-1]]
+    return {
+        name: slice(int(start), int(stop))
+        for name, start, stop in zip(shapes, starts, stops, strict=True)
+    }
+
+
+def tree(vector: Vector, shapes: Shapes) -> dict[str, Vector]:
+    """Return a vector of all weights, or (columns, weights), as arrays by leaf."""
+    return {
+        name: np.reshape(vector[..., at], (*vector.shape[:-1], *shapes[name]))
+        for name, at in slices(shapes).items()
+    }
+
+
+def flat(arrays: Mapping[str, Any], shapes: Shapes) -> Vector:
+    """Return arrays by leaf as one float64 vector; the inverse of `tree`."""
+    return np.concatenate(
+        [np.reshape(to_numpy(arrays[name]).astype(np.float64), -1) for name in shapes]
+    )
+
+
+def block_index(blocks: Any, shapes: Shapes) -> Any:
+    """Return the block of every weight, numbered by first appearance (section 9)."""
+    index: list[int] = []
+    seen: dict[tuple[Any, int], int] = {}
+    for name, shape in shapes.items():
+        if blocks == "scalar":
+            keys = np.full(shape, 0)
+            label: Any = "all"
+        elif blocks == "weight":
+            keys, label = np.arange(int(np.prod(shape))).reshape(shape), name
+        elif blocks == "node" and len(shape) > 1:
+            units = np.arange(shape[0]).reshape(-1, *(1,) * (len(shape) - 1))
+            keys, label = np.broadcast_to(units, shape), name
+        elif isinstance(blocks, Mapping):
+            keys = np.full(shape, 0)
+            label = next(group for group, patterns in blocks.items() if _matches(name, patterns))
+        else:
+            keys, label = np.full(shape, 0), name
+        for key in keys.reshape(-1):
+            index.append(seen.setdefault((label, int(key)), len(seen)))
+    return np.array(index)
+
+
+def _matches(name: str, patterns: Any) -> bool:
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def update_of(rule: Any) -> Update:
+    """Return a rule of the library as the oracle's."""
+    common = {"weight_decay": rule.weight_decay, "delayed": getattr(rule, "delayed", False)}
+    if isinstance(rule, mo.SGD):
+        return Update(kind="sgd", rho=rule.momentum, **common)
+    if isinstance(rule, mo.RMSprop):
+        return Update(
+            kind="rmsprop",
+            decay_sq=rule.beta2,
+            eps=rule.eps,
+            bias_correction=rule.bias_correction,
+            **common,
+        )
+    if isinstance(rule, mo.AdamW):
+        rho, decay_sq = rule.betas
+        return Update(kind="adamw", rho=rho, decay_sq=decay_sq, eps=rule.eps, **common)
+    if isinstance(rule, mo.Lion):
+        interpolation, rho = rule.betas
+        return Update(kind="lion", interpolation=interpolation, rho=rho, **common)
+    msg = f"`rule` must be one of metaopt's own; got {rule!r}."
+    raise TypeError(msg)
+
+
+def config_of(opt: mo.MetaOptimize, shapes: Shapes) -> Config:
+    """Return a configuration of the library as the oracle's."""
+    block_of = block_index(opt.blocks, shapes)
+
+    def rule_of(name: str) -> Any:
+        if not isinstance(opt.base, Mapping):
+            return opt.base
+        return next(rule for pattern, rule in opt.base.items() if fnmatchcase(name, pattern))
+
+    kind: Any = opt.curvature
+    return Config(
+        base=tuple((update_of(rule_of(name)), at) for name, at in slices(shapes).items()),
+        meta=update_of(opt.meta),
+        block_of=block_of,
+        step_size=np.full(int(block_of.max()) + 1, opt.step_size, dtype=np.float64),
+        meta_lr=opt.meta_lr,
+        discount=opt.discount,
+        sigma=(opt.sigma.lo, opt.sigma.hi) if isinstance(opt.sigma, mo.Sigmoid) else opt.sigma,
+        bounds=opt.bounds,
+        approximation=opt.approximation,
+        curvature=getattr(kind, "kind", kind),
+        rectified=getattr(kind, "rectified", False),
+        trace=opt.trace,
+        meta_first=opt.meta_first,
+    )
+
+
+def dense(
+    params: Mapping[str, Any], state: mo.State, config: Config, shapes: Shapes
+) -> dict[str, Vector]:
+    """Return params and state under the oracle's names, each as far as the library keeps it.
+
+    "m", "v", "M" and "V" come by leaf ("m/weight"), for the leaves that have the slot or its trace;
+    `expected` returns the oracle's value of a key.
+    """
+    m, block_of = config.blocks, config.block_of
+    found: dict[str, Any] = {
+        "w": flat(params, shapes),
+        "beta": _blocks(state.beta),
+        "z": _blocks(state.meta_grad),
+        "count": np.concatenate(
+            [np.full(int(np.prod(shapes[name])), to_numpy(state.count[name])) for name in shapes]
+        ),
+        "H": np.concatenate(
+            [
+                _columns(state.trace[name], shapes[name], block_of[at], m)
+                for name, at in slices(shapes).items()
+            ]
+        ),
+    }
+    for slot, values, trace in (("exp_avg", "m", "M"), ("exp_avg_sq", "v", "V")):
+        for name, at in slices(shapes).items():
+            if slot in state.slots[name]:
+                found[f"{values}/{name}"] = to_numpy(state.slots[name][slot]).reshape(-1)
+            if slot in state.slot_traces.get(name, {}):
+                found[f"{trace}/{name}"] = _columns(
+                    state.slot_traces[name][slot], shapes[name], block_of[at], m
+                )
+        if slot in state.meta_slots:
+            found[f"meta_{values}"] = _blocks(state.meta_slots[slot])
+        if slot in state.beta_trace:
+            found[f"B{values}"] = _matrix(state.beta_trace[slot], m)
+    if "beta" in state.beta_trace:
+        found["B"] = _matrix(state.beta_trace["beta"], m)
+    if len(to_numpy(state.meta_count)) == m:
+        found["meta_count"] = to_numpy(state.meta_count)
+    if len(to_numpy(state.restarts)) == m:
+        found["restarts"] = to_numpy(state.restarts)
+    return found
+
+
+def expected(oracle_state: Any, key: str, shapes: Shapes) -> Vector:
+    """Return the oracle's value of an entry of `dense`."""
+    name, _, leaf = key.partition("/")
+    value = getattr(oracle_state, name)
+    return value[slices(shapes)[leaf]] if leaf else value
+
+
+def _blocks(values: Any) -> Vector:
+    if isinstance(values, Mapping):
+        return np.concatenate([to_numpy(value).reshape(-1) for value in values.values()])
+    return to_numpy(values)
+
+
+def _columns(trace: Any, shape: tuple[int, ...], block_of: Any, m: int) -> Matrix:
+    """Return a leaf's trace as rows of weights by columns of blocks."""
+    array = to_numpy(trace)
+    if array.ndim == len(shape):  # condensed: every weight has the column of its block alone
+        rows = np.zeros((array.size, m))
+        rows[np.arange(array.size), block_of] = array.reshape(-1)
+        return rows
+    return array.reshape(m, -1).T
+
+
+def _matrix(values: Any, m: int) -> Matrix:
+    """Return a trace of the meta state as rows of blocks by columns of blocks."""
+    pieces = list(values.values()) if isinstance(values, Mapping) else [values]
+    if sum(to_numpy(piece).size for piece in pieces) == m * m and m > 1:
+        return np.concatenate([to_numpy(piece).reshape(m, -1) for piece in pieces], axis=1).T
+    vector = np.concatenate([to_numpy(piece).reshape(-1) for piece in pieces])
+    return np.diag(vector)

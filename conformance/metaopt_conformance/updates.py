@@ -1,0 +1,158 @@
+r"""The update rules by hand: direction, moments, and their partial derivatives.
+
+docs/mathematics.md sections 5 and 6, in float64 and one formula after the other. The library gets
+its derivatives by pushing jets through one formula; here each is a line of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Partials", "Update", "Vector", "direction", "partials"]
+
+Vector = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """An update rule; fields that a kind does not use are ignored.
+
+    Parameters
+    ----------
+    kind : {"sgd", "rmsprop", "adamw", "lion"}
+    rho : float
+        Decay of the first moment; SGD has none at 0.
+    interpolation : float
+        Lion's weight of the moment inside the sign.
+    decay_sq : float
+        Decay of the second moment.
+    eps, weight_decay : float
+    bias_correction : bool
+        Of RMSprop.
+    delayed : bool
+    """
+
+    kind: str
+    rho: float = 0.0
+    interpolation: float = 0.0
+    decay_sq: float = 0.0
+    eps: float = 0.0
+    weight_decay: float = 0.0
+    bias_correction: bool = True
+    delayed: bool = False
+
+
+@dataclass(frozen=True)
+class Partials:
+    """Elementwise derivatives of (u, m', v') with respect to (g, m, v)."""
+
+    u_g: Vector
+    u_m: Vector
+    u_v: Vector
+    m_g: Vector
+    m_m: Vector
+    v_g: Vector
+    v_v: Vector
+
+
+def direction(
+    rule: Update, g: Vector, m: Vector, v: Vector, count: Vector
+) -> tuple[Vector, Vector, Vector]:
+    """Return u, m' and v' of the step number `count`, the first being 1; all shapes equal."""
+    next_m, next_v = _next_moments(rule, g, m, v)
+    if rule.kind == "sgd":
+        if rule.rho == 0.0:
+            return g, next_m, next_v
+        return (np.where(count > 1, m, 0.0) if rule.delayed else next_m), next_m, next_v
+    if rule.kind == "lion":
+        u = np.sign(rule.interpolation * m + (1.0 - rule.interpolation) * g)
+        return u, next_m, next_v
+    q = _quotient(rule, g, m, v, count)
+    return np.where(q.defined, q.numerator / q.divisor, 0.0), next_m, next_v
+
+
+def partials(rule: Update, g: Vector, m: Vector, v: Vector, count: Vector) -> Partials:
+    """Return the derivatives of `direction` at the same arguments."""
+    zero, one = np.zeros_like(g), np.ones_like(g)
+    has_m = rule.kind in ("adamw", "lion") or (rule.kind == "sgd" and rule.rho > 0.0)
+    has_v = rule.kind in ("adamw", "rmsprop")
+    m_g = (1.0 - rule.rho) * one if has_m else zero
+    m_m = rule.rho * one if has_m else zero
+    v_g = 2.0 * (1.0 - rule.decay_sq) * g if has_v else zero
+    v_v = rule.decay_sq * one if has_v else zero
+
+    u_g = u_m = u_v = zero
+    if rule.kind == "sgd" and not has_m:
+        u_g = one
+    elif rule.kind == "sgd" and rule.delayed:
+        u_m = np.where(count > 1, 1.0, 0.0)
+    elif rule.kind == "sgd":
+        u_g, u_m = m_g, m_m
+    elif has_v:
+        q = _quotient(rule, g, m, v, count)
+        # the root has slope 1 / (2 cv s), taken as 0 where the root is 0
+        root_v = np.where(q.root > 0.0, 1.0 / (2.0 * q.correction_sq * _positive(q.root)), 0.0)
+        by_moment = np.where(q.defined, -q.numerator / q.divisor**2 * root_v, 0.0)
+        by_mean = np.where(q.defined, 1.0 / (q.correction * q.divisor), 0.0)
+        if rule.kind == "rmsprop" and rule.delayed:
+            u_g, u_v = by_mean, by_moment
+        elif rule.kind == "rmsprop":
+            u_g, u_v = by_mean + by_moment * v_g, by_moment * v_v
+        elif rule.delayed:
+            u_m, u_v = by_mean, by_moment
+        else:
+            u_g = by_mean * m_g + by_moment * v_g
+            u_m, u_v = by_mean * m_m, by_moment * v_v
+    return Partials(u_g, u_m, u_v, m_g, m_m, v_g, v_v)
+
+
+@dataclass(frozen=True)
+class _Quotient:
+    """The parts of u = numerator / (root + eps), and where it is defined (elsewhere 0)."""
+
+    numerator: Vector
+    root: Vector
+    divisor: Vector
+    correction: Vector
+    correction_sq: Vector
+    defined: Any
+
+
+def _next_moments(rule: Update, g: Vector, m: Vector, v: Vector) -> tuple[Vector, Vector]:
+    next_m, next_v = m, v
+    if rule.kind in ("adamw", "lion") or (rule.kind == "sgd" and rule.rho > 0.0):
+        next_m = rule.rho * m + (1.0 - rule.rho) * g
+    if rule.kind in ("adamw", "rmsprop"):
+        next_v = rule.decay_sq * v + (1.0 - rule.decay_sq) * g**2
+    return next_m, next_v
+
+
+def _quotient(rule: Update, g: Vector, m: Vector, v: Vector, count: Vector) -> _Quotient:
+    next_m, next_v = _next_moments(rule, g, m, v)
+    steps = count - 1.0 if rule.delayed else count
+    used_m, used_v = (m, v) if rule.delayed else (next_m, next_v)
+    # where nothing has been seen yet the corrections are 0, and so is the direction
+    correction_sq = _positive(1.0 - rule.decay_sq**steps)
+    correction = _positive(1.0 - rule.rho**steps)
+    if rule.kind == "rmsprop":
+        correction = np.ones_like(g)
+        if not rule.bias_correction:
+            correction_sq = np.ones_like(g)
+    root = np.sqrt(used_v / correction_sq)
+    defined = (steps > 0) & ((used_v > 0.0) | (rule.eps > 0.0))
+    if rule.kind == "rmsprop" and rule.delayed:
+        defined = defined & (used_v > 0.0)
+    return _Quotient(
+        numerator=g if rule.kind == "rmsprop" else used_m / correction,
+        root=root,
+        divisor=_positive(root + rule.eps),
+        correction=correction,
+        correction_sq=correction_sq,
+        defined=defined,
+    )
+
+
+def _positive(x: Vector) -> Vector:
+    """Return x, and 1 where it is 0 and its reciprocal will not be used."""
+    return np.where(x == 0.0, 1.0, x)
