@@ -74,7 +74,9 @@ def one_minus_power(beta: Any, count: ArrayT) -> ArrayT:
     if isinstance(beta, Jet) or isinstance(count, Jet):
         base, power = lift(beta), lift(count)
         value = one_minus_power(base.value, power.value)
-        slope = -power.value * (1.0 - value) / base.value
+        if base.first is None:
+            return _as(count, Jet(value))
+        slope = -power.value * base.value ** (power.value - 1.0)
         return _as(count, Jet(value, scaled(base.first, slope)))
     xp = namespace(count)
     if isinstance(beta, int | float):

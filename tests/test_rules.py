@@ -122,6 +122,7 @@ DELAYABLE = [
     mo.RMSprop(beta2=0.9, eps=0.0),
     mo.AdamW(betas=(0.7, 0.9), eps=0.01),
     mo.AdamW(betas=(0.7, 0.9), eps=0.0),
+    mo.AdamW(betas=(0.0, 0.9), eps=0.01),
 ]
 RULES: list[Any] = [
     mo.SGD(),

@@ -192,7 +192,12 @@ def hats(config: Config, state: State, awake: Flags, finite: Flags) -> State:
 
 
 def curvature_term(config: Config, hessian: Matrix, H: Matrix) -> Matrix:
-    """Return how the gradient depends on the past: Hessian times H (sections 3 and 4)."""
+    """Return how the gradient depends on the past: Hessian times H (sections 3 and 4).
+
+    Without a future to follow there is none, even of weights that rest (section 7).
+    """
+    if config.discount == 0.0:
+        return np.zeros_like(H)
     if config.curvature == "exact":
         return hessian @ H
     if config.curvature == "diagonal":
