@@ -137,17 +137,16 @@ def per_leaf(items: Iterable[tuple[str, ValueT]]) -> Leaves[ValueT]:
 
 
 def is_real_floating(dtype: Any, xp: Namespace) -> bool:
-    """Say whether `dtype` is a real floating dtype of `xp`."""
+    """Say whether `dtype` is a real floating dtype of `xp`, no wider than float64."""
     try:
-        return bool(xp.isdtype(dtype, "real floating"))
+        return bool(xp.isdtype(dtype, "real floating")) and xp.finfo(dtype).bits <= 64
     except (TypeError, ValueError):  # an extension dtype that the namespace does not know
         return False
 
 
 def is_sparse(array: Any) -> bool:
     """Say whether `array` is sparse: torch's layouts, pydata's arrays and SciPy's matrices."""
-    return bool(
-        getattr(array, "is_sparse", False)
-        or getattr(array, "is_sparse_csr", False)
-        or type(array).__module__.startswith(("sparse.", "scipy.sparse", "jax.experimental.sparse"))
-    )
+    if type(array).__module__.startswith(("sparse.", "scipy.sparse", "jax.experimental.sparse")):
+        return True
+    layout = getattr(array, "layout", None)
+    return layout is not None and layout != getattr(namespace(array), "strided", layout)

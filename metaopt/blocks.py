@@ -103,9 +103,20 @@ class Family:
 class Blocks:
     """A partition bound to leaves of known names and shapes.
 
-    Where the partition has `per_leaf`, a value per block is a mapping of leaf name to array of the
-    leaf's shape; elsewhere it is one vector of length `size`. Both may have a leading axis more,
-    an entry per column of a dense trace.
+    Made by `Partition.bind`. Where the partition has `per_leaf`, a value per block is a mapping of
+    leaf name to array of the leaf's shape; elsewhere it is one vector of length `size`. Both may
+    have a leading axis more, an entry per column of a dense trace.
+
+    Parameters
+    ----------
+    partition : Partition
+    families : mapping of key to Family
+        In order of first appearance; the keys are those of `step_sizes`.
+    family_of : mapping of leaf name to key
+    views : mapping of leaf name to tuple of int
+        Shape in which the leaf's blocks lie along it, see `Partition.assign`.
+    size : int
+        Number m of all blocks.
     """
 
     partition: Partition
@@ -136,7 +147,8 @@ class Blocks:
                 return values[family.start]
             return namespace(values).reshape(self._segment(values, family), view)
         aligned = view if view != () else (1,) * (ndim or 0)
-        return namespace(values).reshape(self._segment(values, family), (-1, *aligned))
+        segment = self._segment(values, family)
+        return namespace(values).reshape(segment, (values.shape[0], *aligned))
 
     def _segment(self, values: Any, family: Family) -> Any:
         if family.size == self.size:
@@ -399,20 +411,33 @@ def named(groups: Mapping[str, Any]) -> Partition:
     Raises
     ------
     ValueError
-        If there is no group or no pattern.
+        If there is no group or no pattern, or a pattern is no string.
     """
     pairs = tuple(
-        (group, (patterns,) if isinstance(patterns, str) else tuple(patterns))
+        (group, tuple(patterns) if isinstance(patterns, tuple | list) else (patterns,))
         for group, patterns in groups.items()
     )
-    if not pairs or not all(patterns for _, patterns in pairs):
+    if not pairs or not all(
+        patterns and all(isinstance(pattern, str) for pattern in patterns) for _, patterns in pairs
+    ):
         msg = f"`blocks` must name one group or more, each with a pattern or more; got {groups!r}."
         raise ValueError(msg)
     return Named(pairs)
 
 
 def partition(blocks: Any) -> Partition:
-    """Return the partition that `blocks` names, lists or is; raise ValueError otherwise."""
+    """Return the partition that `blocks` names, lists or is.
+
+    Parameters
+    ----------
+    blocks : {"scalar", "tensor", "node", "weight"}, mapping or Partition
+        As `MetaOptimize` takes it.
+
+    Raises
+    ------
+    ValueError
+        If it is anything else.
+    """
     short = {"scalar": scalar, "tensor": tensor, "node": node, "weight": weight}
     if isinstance(blocks, Partition):
         return blocks

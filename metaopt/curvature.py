@@ -6,7 +6,7 @@ docs/mathematics.md section 4. The functions here make what it needs from gradie
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from metaopt.arrays import Array, Leaves, cast, is_real_floating, namespace
@@ -16,7 +16,13 @@ __all__ = ["Curvature", "Diagonal", "central_difference", "hutchinson"]
 
 @dataclass(frozen=True, slots=True)
 class Curvature:
-    """How much of the Hessian the traces follow."""
+    """How much of the Hessian the traces follow.
+
+    Parameters
+    ----------
+    kind : {"none", "diagonal", "exact"}
+        As `MetaOptimize` takes it by name.
+    """
 
     kind: str
 
@@ -32,13 +38,8 @@ class Diagonal(Curvature):
         without momentum only.
     """
 
-    kind: str = "diagonal"
+    kind: str = field(init=False, default="diagonal", repr=False)
     rectified: bool = False
-
-    def __post_init__(self) -> None:
-        if self.kind != "diagonal":
-            msg = f"`kind` of Diagonal must be 'diagonal'; got {self.kind!r}."
-            raise ValueError(msg)
 
 
 NAMED = {"none": Curvature("none"), "diagonal": Diagonal(), "exact": Curvature("exact")}
@@ -158,13 +159,17 @@ def hutchinson(
     Raises
     ------
     ValueError
-        If a probe is not real and floating.
+        If a probe is not real and floating, or `hvp` returns nothing for it.
     """
     for name, probe in probes.items():
         if not is_real_floating(probe.dtype, namespace(probe)):
             msg = f"`probes[{name!r}]` must be real and floating; got dtype {probe.dtype}."
             raise ValueError(msg)
     products = hvp(probes)
+    for name in probes:
+        if name not in products:
+            msg = f"`hvp` must return for {name!r} an array or None; got nothing."
+            raise ValueError(msg)
     return OrderedDict(
         (name, namespace(probe).mean(probe * products[name], axis=0))
         for name, probe in probes.items()

@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from metaopt.arrays import Leaves, Namespace, is_real_floating, is_sparse, namespace, per_leaf
+from metaopt.arrays import (
+    Leaves,
+    Namespace,
+    is_real_floating,
+    is_sparse,
+    namespace,
+    per_leaf,
+    to_numpy,
+)
 from metaopt.plan import Plan
 
 __all__: list[str] = []
@@ -21,15 +29,17 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_number(name: str, value: Any, lo: float, hi: float = math.inf) -> None:
     """Raise unless `value` is a finite number in [lo, hi]."""
-    if (
-        not isinstance(value, int | float | np.number)
-        or isinstance(value, bool)
-        or not math.isfinite(value)
-        or not lo <= value <= hi
-    ):
+    if not _is_number(value) or not math.isfinite(value) or not lo <= value <= hi:
         where = f"in [{lo:g}, {hi:g}]" if hi < math.inf else f"and at least {lo:g}"
         msg = f"`{name}` must be a finite number {where}; got {value!r}."
         raise ValueError(msg)
+
+
+def _is_number(value: Any) -> bool:
+    """Say whether `value` is a real number that fits a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return not isinstance(value, int) or abs(value) < 2**1023
 
 
 def check_params(params: Any) -> Namespace:
@@ -42,15 +52,24 @@ def check_params(params: Any) -> Namespace:
             msg = f"`params` must have strings as names; got {name!r}."
             raise TypeError(msg)
         check_array(f"params[{name!r}]", param)
-    spaces = {namespace(param).__name__: name for name, param in params.items()}
+    return library(params)
+
+
+def library(params: Mapping[str, Any]) -> Namespace:
+    """Return the namespace of all `params`, or raise where they have more than one."""
+    spaces = {}
+    for name, param in params.items():
+        if not hasattr(param, "shape") or not hasattr(param, "dtype"):
+            check_array(f"params[{name!r}]", param)
+        spaces[namespace(param).__name__] = namespace(param)
     if len(spaces) > 1:
         msg = f"`params` must all be arrays of one library; got {', '.join(sorted(spaces))}."
         raise TypeError(msg)
-    return namespace(next(iter(params.values())))
+    return next(iter(spaces.values()))
 
 
 def check_array(name: str, array: Any) -> None:
-    """Raise TypeError unless `array` is dense, real and floating."""
+    """Raise TypeError unless `array` is dense, real and floating, of at most 64 bits."""
     if is_sparse(array):
         msg = f"`{name}` must be a dense array; got a sparse {type(array).__name__}."
         raise TypeError(msg)
@@ -64,6 +83,15 @@ def check_array(name: str, array: Any) -> None:
         raise TypeError(msg) from None
     if not is_real_floating(array.dtype, xp):
         msg = f"`{name}` must be real and floating; got dtype {array.dtype}."
+        if "float" in str(array.dtype):
+            msg = f"`{name}` must be of float64 or narrower; got dtype {array.dtype}."
+        raise TypeError(msg)
+
+
+def check_real(name: str, array: Any) -> None:
+    """Raise unless the numbers of an array are real."""
+    if "complex" in str(array.dtype):
+        msg = f"`{name}` must be real; got dtype {array.dtype}."
         raise TypeError(msg)
 
 
@@ -83,27 +111,55 @@ def check_names(name: str, mapping: Any, expected: Mapping[str, Any], what: str 
         raise ValueError(msg)
 
 
-def check_shapes(name: str, mapping: Mapping[str, Any], shapes: Leaves[tuple[int, ...]]) -> None:
-    """Raise unless the arrays that are not None have the shapes of their leaves."""
+def check_leaves(
+    name: str, mapping: Mapping[str, Any], like: Mapping[str, Any], shapes: Leaves[tuple[int, ...]]
+) -> None:
+    """Raise unless the values that are not None are arrays that fit those of `like`."""
     for key, shape in shapes.items():
-        array = mapping[key]
-        if array is None:
-            continue
-        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-            msg = f"`{name}[{key!r}]` must be an array; got {type(array).__name__}."
-            raise TypeError(msg)
-        if tuple(array.shape) != shape:
-            msg = f"`{name}[{key!r}]` has shape {tuple(array.shape)}; expected {shape}."
-            raise ValueError(msg)
+        if mapping[key] is not None:
+            check_leaf(f"{name}[{key!r}]", mapping[key], like[key], shape)
+
+
+def check_leaf(name: str, array: Any, like: Any, shape: tuple[int, ...]) -> None:
+    """Raise unless `array` is dense, real, of the library of `like` and of this shape."""
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        msg = f"`{name}` must be an array; got {type(array).__name__}."
+        raise TypeError(msg)
+    if tuple(array.shape) != shape:
+        msg = f"`{name}` has shape {tuple(array.shape)}; expected {shape}."
+        raise ValueError(msg)
+    if array.dtype != like.dtype or is_sparse(array):
+        check_array(name, array)
+    if namespace(array) is not namespace(like):
+        msg = (
+            f"`{name}` must be an array of {namespace(like).__name__}, like its parameter; "
+            f"got {type(array).__module__}.{type(array).__name__}."
+        )
+        raise TypeError(msg)
 
 
 def check_grads(grads: Any, params: Mapping[str, Any], shapes: Leaves[tuple[int, ...]]) -> None:
     """Raise unless `grads` holds for every leaf None or a gradient of its shape."""
     check_names("grads", grads, shapes)
-    check_shapes("grads", grads, shapes)
-    for name, grad in grads.items():
-        if grad is not None and (grad.dtype != params[name].dtype or is_sparse(grad)):
-            check_array(f"grads[{name!r}]", grad)
+    check_leaves("grads", grads, params, shapes)
+
+
+def check_products(products: Any, tangents: Mapping[str, Any], grads: Mapping[str, Any]) -> None:
+    """Raise unless `hvp` returned a product per tangent for every leaf with a gradient."""
+    for name, tangent in tangents.items():
+        if grads[name] is None:
+            continue
+        product = products.get(name) if isinstance(products, Mapping) else products
+        shape, found = tuple(tangent.shape), getattr(product, "shape", None)
+        if found is None or tuple(found) != shape:
+            got = "nothing" if product is None else type(product).__name__
+            got = got if found is None else f"shape {tuple(found)}"
+            msg = (
+                f"`hvp` must return for {name!r} an array of shape {shape}, a product per tangent "
+                f"of {shape[1:]}; got {got}."
+            )
+            raise ValueError(msg)
+        check_leaf(f"hvp(...)[{name!r}]", product, tangent, shape)
 
 
 def multipliers(lr: Any, names: Leaves[Any]) -> Leaves[Any]:
@@ -122,12 +178,13 @@ def multipliers(lr: Any, names: Leaves[Any]) -> Leaves[Any]:
 
 
 def _multiplier(name: str, lr: Any) -> Any:
-    if isinstance(lr, int | float | np.number):
+    if isinstance(lr, int | float | np.integer | np.floating):
         check_number(name, lr, 0.0)
         return float(lr)
     if getattr(lr, "shape", None) != ():
         msg = f"`{name}` must be a number or an array of shape (); got {lr!r}."
         raise ValueError(msg)
+    check_real(name, lr)
     return lr
 
 
@@ -139,16 +196,25 @@ def check_bounds(bounds: Any, span: tuple[float, float]) -> None:
         msg = f"`bounds` must be None or a pair (lo, hi); got {bounds!r}."
         raise ValueError(msg)
     lo, hi = bounds
-    if not span[0] <= lo < hi <= span[1]:
+    if not all(map(_is_bound, bounds)) or not span[0] <= lo < hi <= span[1]:
         msg = f"`bounds` must satisfy {span[0]:g} <= lo < hi <= {span[1]:g}; got {bounds!r}."
         raise ValueError(msg)
+
+
+def _is_bound(value: Any) -> bool:
+    return _is_number(value) or (isinstance(value, float) and math.isinf(value))
 
 
 def check_step_size(
     name: str, value: Any, span: tuple[float, float], bounds: tuple[float, float] | None
 ) -> None:
     """Raise unless all numbers of `value` lie inside the map's range and the bounds."""
-    values = np.asarray(value, dtype=np.float64)
+    if not _is_number(value) and not hasattr(value, "dtype"):
+        msg = f"`{name}` must be a number, or a mapping of block to number or array; got {value!r}."
+        raise TypeError(msg)
+    if hasattr(value, "dtype"):
+        check_real(name, value)
+    values = to_numpy(value).astype(np.float64)
     inside = (values > span[0]) & (values < span[1])
     if not np.all(inside):
         msg = f"`{name}` must lie between {span[0]:g} and {span[1]:g}, exclusively; got {value!r}."
@@ -168,6 +234,10 @@ def check_rules(base: Any, meta: Any) -> None:
         if isinstance(base, Mapping)
         else {"base": base}
     )
+    for key in base if isinstance(base, Mapping) else ():
+        if not isinstance(key, str):
+            msg = f"`base` must have patterns, strings, as keys; got {key!r}."
+            raise TypeError(msg)
     for name, rule in (rules | {"meta": meta}).items():
         if isinstance(rule, type) or not all(
             hasattr(rule, member) for member in ("slots", "weight_decay", "direction")
@@ -182,35 +252,51 @@ def check_rules(base: Any, meta: Any) -> None:
         raise ValueError(msg)
 
 
-def check_state(state: Any, plan: Plan) -> None:
-    """Raise unless `state` was made for leaves and a configuration like these."""
-    for name, trace in state.trace.items():
-        expected = plan.layout.shape(plan.shapes[name])
-        if tuple(trace.shape) != expected:
+def check_state(state: Any, plan: Plan, params: Mapping[str, Any]) -> None:
+    """Raise unless `state` is what `init` makes for leaves and a configuration like these."""
+    ours, theirs = library(params), namespace(state.step)
+    if ours is not theirs:
+        msg = f"`params` are arrays of {ours.__name__}, but `state` of {theirs.__name__}."
+        raise TypeError(msg)
+    for name, spec in plan.state.items():
+        mismatch = _mismatch(getattr(state, name), spec)
+        if mismatch is not None:
             msg = (
-                f"`state.trace[{name!r}]` has shape {tuple(trace.shape)}; expected {expected}. "
-                "Pass the state that `init` of this configuration made for these params."
+                f"`state.{name}{mismatch}. Pass the state that `init` of this configuration made "
+                "for these params."
             )
             raise ValueError(msg)
-        if state.slots[name].keys() != set(plan.rules[name].slots):
-            msg = (
-                f"`state.slots[{name!r}]` holds {sorted(state.slots[name])}; expected "
-                f"{sorted(plan.rules[name].slots)}. Pass the state of this configuration."
-            )
-            raise ValueError(msg)
-    if state.beta_trace.keys() != set(plan.beta_feeding):
-        msg = (
-            f"`state.beta_trace` holds {sorted(state.beta_trace)}; expected "
-            f"{sorted(plan.beta_feeding)}. Pass the state of this configuration."
-        )
-        raise ValueError(msg)
+
+
+def _mismatch(value: Any, spec: Any) -> str | None:
+    """Return where `value` differs from its specification and how, from "]`" on; None if not."""
+    if not isinstance(spec, Mapping):
+        if isinstance(value, Mapping):
+            return f"` holds {sorted(value)}; expected an array of shape {spec.shape}"
+        if tuple(value.shape) != spec.shape:
+            return f"` has shape {tuple(value.shape)}; expected {spec.shape}"
+        if value.dtype != spec.dtype:
+            return f"` has dtype {value.dtype}; expected {spec.dtype}"
+        return None
+    if not isinstance(value, Mapping) or value.keys() != spec.keys():
+        got = sorted(value) if isinstance(value, Mapping) else f"an array of shape {value.shape}"
+        return f"` holds {got}; expected {sorted(spec)}"
+    for key, part in spec.items():
+        mismatch = _mismatch(value[key], part)
+        if mismatch is not None:
+            return f"[{key!r}]{mismatch}"
+    return None
 
 
 def check_curvature(
-    kind: str, hvp: Any, hessian_diagonal: Any, grads: Mapping[str, Any], plan: Plan
+    hvp: Any,
+    hessian_diagonal: Any,
+    grads: Mapping[str, Any],
+    params: Mapping[str, Any],
+    plan: Plan,
 ) -> None:
     """Raise unless what the curvature needs is given."""
-    if kind == "exact" and not callable(hvp):
+    if plan.curvature == "exact" and not callable(hvp):
         msg = (
             f'`hvp` is needed by `curvature="exact"`; got {hvp!r}. Pass a callable from tangents '
             "(name -> array with one leading axis) to Hessian-vector products: with JAX, "
@@ -219,7 +305,7 @@ def check_curvature(
             "metaopt.curvature.central_difference(grad_fn, params)."
         )
         raise ValueError(msg)
-    if kind == "diagonal":
+    if plan.curvature == "diagonal":
         if hessian_diagonal is None:
             msg = (
                 '`hessian_diagonal` is needed by `curvature="diagonal"`: a mapping of name to the '
@@ -228,7 +314,7 @@ def check_curvature(
             )
             raise ValueError(msg)
         check_names("hessian_diagonal", hessian_diagonal, plan.shapes)
-        check_shapes("hessian_diagonal", hessian_diagonal, plan.shapes)
+        check_leaves("hessian_diagonal", hessian_diagonal, params, plan.shapes)
         for name, grad in grads.items():
             if grad is not None and hessian_diagonal[name] is None:
                 msg = (

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,7 @@ class MetaOptimize:
         sizes = self.step_size
         for key, size in sizes.items() if isinstance(sizes, Mapping) else [(None, sizes)]:
             name = "step_size" if key is None else f"step_size[{key!r}]"
-            inputs.check_step_size(name, to_numpy(size), sigma.range, self.bounds)
+            inputs.check_step_size(name, size, sigma.range, self.bounds)
         if self.trace == "gradient":
             if kind.kind != "none":
                 msg = f'`trace="gradient"` needs `curvature` "none"; got {self.curvature!r}.'
@@ -135,9 +135,18 @@ class MetaOptimize:
                         f"`base`; got {rule!r}."
                     )
                     raise ValueError(msg)
-        fields = {
+        settled = {
             "base": dict(self.base) if isinstance(self.base, Mapping) else self.base,
-            "step_size": dict(sizes) if isinstance(sizes, Mapping) else sizes,
+            "step_size": {key: _size(size) for key, size in sizes.items()}
+            if isinstance(sizes, Mapping)
+            else _size(sizes),
+            "bounds": None if self.bounds is None else tuple(map(float, self.bounds)),
+            "blocks": {
+                group: tuple(patterns) if isinstance(patterns, list) else patterns
+                for group, patterns in self.blocks.items()
+            }
+            if isinstance(self.blocks, Mapping)
+            else self.blocks,
             "meta_lr": float(self.meta_lr),
             "discount": float(self.discount),
             "_partition": partition(self.blocks),
@@ -146,8 +155,18 @@ class MetaOptimize:
             "_beta_bounds": _bounds_of_beta(sigma, self.bounds),
             "_plans": {},
         }
-        for name, value in fields.items():
+        for name, value in settled.items():
             object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other is the same configuration; step sizes may be arrays."""
+        if not isinstance(other, MetaOptimize):
+            return NotImplemented
+        return all(
+            _equal(getattr(self, option.name), getattr(other, option.name))
+            for option in fields(self)
+            if option.init
+        )
 
     def _rules(self) -> list[Rule]:
         return list(self.base.values()) if isinstance(self.base, Mapping) else [self.base]
@@ -161,9 +180,11 @@ class MetaOptimize:
         ------
         ValueError
             If patterns or a partition do not fit, or dense traces would be too large.
+        TypeError
+            If `params` are not arrays of one library.
         """
         return self._plan(
-            namespace(next(iter(params.values()))),
+            inputs.library(params),
             per_leaf((name, tuple(param.shape)) for name, param in params.items()),
             per_leaf((name, param.dtype) for name, param in params.items()),
         )
@@ -216,57 +237,11 @@ class MetaOptimize:
         inputs.check_params(params)
         plan = self.plan(params)
         like = next(iter(params.values()))
-        xp, blocks = namespace(like), plan.blocks
-
-        def zeros(name: str, shape: tuple[int, ...]) -> Any:
-            param, dtype = params[name], plan.dtypes[name]
-            if shape == plan.shapes[name]:
-                return xp.zeros_like(param, dtype=dtype)
-            return filled(param, shape, 0.0, dtype)
-
-        beta = self._initial_beta(params, plan)
-
-        def integer(*shape: int) -> Any:
-            return filled(like, shape, 0, xp.int32)
-
-        families = len(blocks.families)
-        start = {"beta": plan.layout.start(beta)} if plan.beta_feeding else {}
-        return State(
-            step=integer(),
-            count=per_leaf((name, integer()) for name in params),
-            meta_count=integer(families),
-            beta=beta,
-            meta_slots=per_leaf(
-                (slot, map_leaves(xp.zeros_like, beta)) for slot in self.meta.slots
-            ),
-            slots=per_leaf(
-                (name, per_leaf((slot, zeros(name, plan.shapes[name])) for slot in rule.slots))
-                for name, rule in plan.rules.items()
-            ),
-            trace=per_leaf(
-                (name, zeros(name, plan.layout.shape(plan.shapes[name]))) for name in params
-            ),
-            slot_traces=per_leaf(
-                (
-                    name,
-                    per_leaf(
-                        (slot, zeros(name, plan.layout.shape(plan.shapes[name]))) for slot in slots
-                    ),
-                )
-                for name, slots in plan.feeding.items()
-                if slots
-            ),
-            beta_trace=per_leaf(
-                (
-                    key,
-                    start["beta"] if key == "beta" else map_leaves(xp.zeros_like, start["beta"]),
-                )
-                for key in plan.beta_feeding
-            ),
-            meta_grad=map_leaves(xp.zeros_like, beta),
-            restarts=integer(families if blocks.partition.per_leaf else blocks.size),
-            skipped=integer(),
-        )
+        parts = {name: _zeros(spec, like, params) for name, spec in plan.state.items()}
+        parts["beta"] = self._initial_beta(params, plan)
+        if plan.beta_feeding:
+            parts["beta_trace"]["beta"] = plan.layout.start(parts["beta"])
+        return State(**parts)
 
     def _initial_beta(self, params: Mapping[str, Array], plan: Plan) -> Any:
         blocks, xp = plan.blocks, namespace(next(iter(params.values())))
@@ -330,13 +305,18 @@ class MetaOptimize:
             If names, shapes or dtypes do not fit, `lr` is negative, or what `curvature` needs is
             not given. Nothing is changed then, nor ever.
         """
+        if not isinstance(state, State):
+            msg = f"`state` must be the State that `init` made; got {type(state).__name__}."
+            raise TypeError(msg)
         inputs.check_names("params", params, state.trace)
         params_in_order = per_leaf((name, params[name]) for name in state.trace)
         plan = self.plan(params_in_order)
-        inputs.check_shapes("params", params, plan.shapes)
-        inputs.check_state(state, plan)
+        for name, param in params.items():
+            if param.dtype != plan.dtypes[name]:  # those of the state are right, below
+                inputs.check_array(f"params[{name!r}]", param)
+        inputs.check_state(state, plan, params_in_order)
         inputs.check_grads(grads, params, plan.shapes)
-        inputs.check_curvature(plan.curvature, hvp, hessian_diagonal, grads, plan)
+        inputs.check_curvature(hvp, hessian_diagonal, grads, params, plan)
         kind = OrderedDict if isinstance(params, OrderedDict) else dict
         new_params, new_state, finite = self._step(
             plan, params, grads, state, lr, hvp, hessian_diagonal
@@ -529,6 +509,31 @@ class MetaOptimize:
             "restarts": _solid(restarts),
             "skipped": state.skipped,
         }
+
+
+def _size(size: Any) -> Any:
+    """Return a step size as a float, several as a NumPy array."""
+    sizes = to_numpy(size).astype(np.float64)
+    return float(sizes) if sizes.ndim == 0 else sizes
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return list(one) == list(other) and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    return bool(one == other)
+
+
+def _zeros(spec: Any, like: Any, params: Mapping[str, Any]) -> Any:
+    """Return zeros as specified, where a key is a leaf's name on the leaf's device."""
+    if isinstance(spec, Mapping):
+        return per_leaf(
+            (key, _zeros(part, params.get(key, like), params)) for key, part in spec.items()
+        )
+    if spec.shape == tuple(like.shape):
+        return namespace(like).zeros_like(like, dtype=spec.dtype)
+    return filled(like, spec.shape, 0, spec.dtype)
 
 
 def _times(multiplier: Any, array: Any) -> Any:

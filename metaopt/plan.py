@@ -10,7 +10,15 @@ from metaopt.curvature import Curvature
 from metaopt.rules.rule import Rule, feeding_slots, follows_gradient
 from metaopt.traces import Layout, choose_layout
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "Spec"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Shape and dtype of an array."""
+
+    shape: Shape
+    dtype: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,8 @@ class Plan:
         Slots whose traces are kept.
     beta_feeding : tuple of str
         Keys of `State.beta_trace`, empty where Y stays E.
+    state : mapping of field to Spec or (nested) mapping of them
+        What a `State` consists of.
     """
 
     shapes: Leaves[Shape]
@@ -45,6 +55,7 @@ class Plan:
     curvature: str
     feeding: Leaves[tuple[str, ...]]
     beta_feeding: tuple[str, ...]
+    state: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +99,74 @@ def make_plan(
     compute = per_leaf(
         (name, xp.float64 if dtype == xp.float64 else xp.float32) for name, dtype in dtypes.items()
     )
-    slots = {
+    feeds = {
         rule: feeding_slots(rule) for rule in set(rules.values()) if follow.curvature != "none"
     }
+    feeding = per_leaf((name, feeds.get(rule, ())) for name, rule in rules.items())
+    beta_feeding = ("beta", *feeding_slots(meta)) if follow.beta else ()
+    beta_dtype = xp.float64 if xp.float64 in compute.values() else xp.float32
+    layout = choose_layout(blocks, shapes, dense=follow.curvature == "exact")
     return Plan(
         shapes=shapes,
         rules=rules,
         dtypes=compute,
-        beta_dtype=xp.float64 if xp.float64 in compute.values() else xp.float32,
+        beta_dtype=beta_dtype,
         blocks=blocks,
-        layout=choose_layout(blocks, shapes, dense=follow.curvature == "exact"),
+        layout=layout,
         curvature=follow.curvature,
-        feeding=per_leaf((name, slots.get(rule, ())) for name, rule in rules.items()),
-        beta_feeding=("beta", *feeding_slots(meta)) if follow.beta else (),
+        feeding=feeding,
+        beta_feeding=beta_feeding,
+        state=_state(
+            layout, shapes, compute, beta_dtype, xp.int32, rules, meta, feeding, beta_feeding
+        ),
     )
+
+
+def _state(
+    layout: Layout,
+    shapes: Leaves[Shape],
+    dtypes: Leaves[Any],
+    beta_dtype: Any,
+    integer: Any,
+    rules: Leaves[Rule],
+    meta: Rule,
+    feeding: Leaves[tuple[str, ...]],
+    beta_feeding: tuple[str, ...],
+) -> dict[str, Any]:
+    """Return the shape and dtype of every array of a state."""
+    blocks, families = layout.blocks, len(layout.blocks.families)
+
+    def per_block(columns: Shape = ()) -> Any:
+        if blocks.partition.per_leaf:
+            return per_leaf(
+                (name, Spec(columns + shape, beta_dtype)) for name, shape in shapes.items()
+            )
+        return Spec((*columns, blocks.size), beta_dtype)
+
+    def traces(slots: tuple[str, ...], name: str) -> Any:
+        return per_leaf((slot, Spec(layout.shape(shapes[name]), dtypes[name])) for slot in slots)
+
+    return {
+        "step": Spec((), integer),
+        "count": per_leaf((name, Spec((), integer)) for name in shapes),
+        "meta_count": Spec((families,), integer),
+        "beta": per_block(),
+        "meta_slots": per_leaf((slot, per_block()) for slot in meta.slots),
+        "slots": per_leaf(
+            (name, per_leaf((slot, Spec(shapes[name], dtypes[name])) for slot in rule.slots))
+            for name, rule in rules.items()
+        ),
+        "trace": per_leaf(
+            (name, Spec(layout.shape(shape), dtypes[name])) for name, shape in shapes.items()
+        ),
+        "slot_traces": per_leaf(
+            (name, traces(slots, name)) for name, slots in feeding.items() if slots
+        ),
+        "beta_trace": per_leaf((key, per_block(layout.leading)) for key in beta_feeding),
+        "meta_grad": per_block(),
+        "restarts": Spec((families if blocks.partition.per_leaf else blocks.size,), integer),
+        "skipped": Spec((), integer),
+    }
 
 
 def rules_by_leaf(base: Rule | Mapping[str, Rule], leaves: Leaves[Any]) -> Leaves[Rule]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from metaopt.arrays import Leaves, cast, filled, map_leaves, namespace, per_leaf
+from metaopt.inputs import check_products
 from metaopt.plan import Plan
 from metaopt.rules.move import hat
 from metaopt.state import State
@@ -136,28 +137,13 @@ def grad_traces(
         )
     assert hvp is not None  # `inputs.check_curvature` has seen to it
     kind = OrderedDict if isinstance(grads, OrderedDict) else dict
-    products = hvp(kind((name, hats[name].trace) for name in grads))
-    _check_products(products, plan, hats, grads)
+    tangents = kind((name, hats[name].trace) for name in grads)
+    products = hvp(tangents)
+    check_products(products, tangents, grads)
     return per_leaf(
         (name, None if grads[name] is None else cast(products[name], plan.dtypes[name]))
         for name in hats
     )
-
-
-def _check_products(
-    products: Any, plan: Plan, hats: Mapping[str, Hatted], grads: Mapping[str, Any]
-) -> None:
-    for name, hatted in hats.items():
-        if grads[name] is None:
-            continue
-        product = products.get(name) if isinstance(products, Mapping) else None
-        if product is None or tuple(product.shape) != tuple(hatted.trace.shape):
-            got = "nothing" if product is None else f"shape {tuple(product.shape)}"
-            msg = (
-                f"`hvp` must return for {name!r} an array of shape {tuple(hatted.trace.shape)}, a "
-                f"product per tangent of {plan.shapes[name]}; got {got}."
-            )
-            raise ValueError(msg)
 
 
 def rates(

@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from metaopt.arrays import Array, namespace
 
 __all__ = ["Exp", "Identity", "Sigmoid", "Softplus", "StepSizeMap"]
@@ -113,12 +115,20 @@ class Sigmoid(StepSizeMap):
     ------
     ValueError
         If they are not so.
+    TypeError
+        If they are no numbers.
     """
 
     lo: float
     hi: float
 
     def __post_init__(self) -> None:
+        for name in ("lo", "hi"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float | np.integer | np.floating):
+                msg = f"`{name}` must be a number; got {value!r}."
+                raise TypeError(msg)
+            object.__setattr__(self, name, float(value))
         if not 0.0 < self.lo < self.hi < math.inf:
             msg = f"`lo` and `hi` must satisfy 0 < lo < hi < inf; got {self.lo} and {self.hi}."
             raise ValueError(msg)

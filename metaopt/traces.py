@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from metaopt.arrays import Array, Shape, cast, device, filled, map_leaves, namespace
+from metaopt.arrays import Array, Shape, cast, device, map_leaves, namespace
 from metaopt.blocks import Blocks
 from metaopt.passes import leaf_product
 
@@ -28,9 +28,14 @@ class Layout(ABC):
 
     blocks: Blocks
 
+    @property
     @abstractmethod
+    def leading(self) -> Shape:
+        """The axes that a trace has before those of what it is the derivative of."""
+
     def shape(self, leaf_shape: Shape) -> Shape:
         """Return the shape of a leaf's trace."""
+        return self.leading + leaf_shape
 
     @abstractmethod
     def start(self, beta: Any) -> Any:
@@ -65,8 +70,7 @@ class Layout(ABC):
 class Condensed(Layout):
     """Every weight depends on its own block alone."""
 
-    def shape(self, leaf_shape: Shape) -> Shape:  # noqa: D102
-        return leaf_shape
+    leading = ()
 
     def start(self, beta: Any) -> Any:  # noqa: D102
         return map_leaves(lambda piece: namespace(piece).ones_like(piece), beta)
@@ -91,8 +95,10 @@ class Condensed(Layout):
 class Dense(Layout):
     """Every weight may depend on every block."""
 
-    def shape(self, leaf_shape: Shape) -> Shape:  # noqa: D102
-        return (self.blocks.size, *leaf_shape)
+    @property
+    def leading(self) -> Shape:
+        """One axis of columns."""
+        return (self.blocks.size,)
 
     def start(self, beta: Any) -> Any:  # noqa: D102
         like = next(iter(beta.values())) if isinstance(beta, Mapping) else beta
@@ -100,15 +106,18 @@ class Dense(Layout):
         return self.blocks.split(xp.eye(self.blocks.size, dtype=like.dtype, device=device(like)))
 
     def partial(self, trace: Array, array: Array, name: str, dtype: Any) -> Array:  # noqa: ARG002, D102
-        xp, m = namespace(trace), self.blocks.size
+        xp, flat = namespace(trace), self._flat(trace)
         if array.ndim == trace.ndim:
-            rows = xp.reshape(cast(array, dtype), (m, -1))
-            return rows @ xp.matrix_transpose(xp.reshape(cast(trace, dtype), (m, -1)))
-        return xp.sum(xp.reshape(trace * array, (m, -1)), axis=1, dtype=dtype)
+            rows = xp.reshape(cast(array, dtype), flat)
+            return rows @ xp.matrix_transpose(xp.reshape(cast(trace, dtype), flat))
+        return xp.sum(xp.reshape(trace * array, flat), axis=1, dtype=dtype)
 
     def square(self, trace: Array, name: str, dtype: Any) -> Array:  # noqa: ARG002, D102
         xp = namespace(trace)
-        return xp.sum(xp.reshape(trace * trace, (self.blocks.size, -1)), axis=1, dtype=dtype)
+        return xp.sum(xp.reshape(trace * trace, self._flat(trace)), axis=1, dtype=dtype)
+
+    def _flat(self, trace: Array) -> tuple[int, int]:
+        return self.blocks.size, math.prod(trace.shape[1:])
 
     def gather(self, partials: Mapping[str, Array]) -> Any:  # noqa: D102
         parts = iter(partials.values())
@@ -141,8 +150,3 @@ def choose_layout(blocks: Blocks, shapes: Mapping[str, Shape], *, dense: bool) -
         )
         raise ValueError(msg)
     return layout
-
-
-def zero_traces(layout: Layout, like: Array, dtype: Any) -> Any:
-    """Return the trace of a leaf at the start."""
-    return filled(like, layout.shape(tuple(like.shape)), 0.0, dtype)

@@ -169,7 +169,9 @@ def test_operations_of_the_traced_step(base: Any, sigma: Any) -> None:
             for equation in found
             # a fill is part of the selection that reads it
             if equation.primitive.name != "broadcast_in_dim"
-            and any(getattr(v.aval, "size", 0) == SIZE for v in (*equation.invars, *equation.outvars))
+            and any(
+                getattr(v.aval, "size", 0) == SIZE for v in (*equation.invars, *equation.outvars)
+            )
         ]
         return len(sized)
 

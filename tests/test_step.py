@@ -53,7 +53,7 @@ def runs(draw: st.DrawFn) -> Run:
     base: Any = draw(st.sampled_from([*MOMENTS, *DECAYING]))
     if draw(st.booleans()):
         base = {"weight": draw(st.sampled_from([*MOMENTS, *DECAYING])), "*": base}
-    curvature = draw(st.sampled_from(["none", "diagonal", "exact"]))
+    curvature: Any = draw(st.sampled_from(["none", "diagonal", "exact"]))
     trace = "update"
     rules = list(base.values()) if isinstance(base, dict) else [base]
     if all(isinstance(rule, mo.SGD) and not rule.slots for rule in rules) and draw(st.booleans()):

@@ -6,7 +6,7 @@ from typing import ClassVar
 from metaopt.arrays import ArrayT
 from metaopt.numerics import divide, one_minus_power, reciprocal, sqrt
 from metaopt.rules.rmsprop import RMSprop
-from metaopt.rules.rule import Slots, check_betas, check_not_negative, refuse_delayed
+from metaopt.rules.rule import Slots, decay_rates, not_negative, refuse_delayed, settle
 
 __all__ = ["AdamW"]
 
@@ -37,6 +37,8 @@ class AdamW:
     ------
     ValueError
         If an argument lies outside its range.
+    TypeError
+        If it is no number.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -47,9 +49,12 @@ class AdamW:
     slots: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     def __post_init__(self) -> None:
-        check_betas(self.betas)
-        check_not_negative("eps", self.eps)
-        check_not_negative("weight_decay", self.weight_decay)
+        settle(
+            self,
+            betas=decay_rates("betas", self.betas),
+            eps=not_negative("eps", self.eps),
+            weight_decay=not_negative("weight_decay", self.weight_decay),
+        )
 
     def direction(
         self, grad: ArrayT, slots: Slots[ArrayT], count: ArrayT

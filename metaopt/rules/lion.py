@@ -5,7 +5,7 @@ from typing import ClassVar, Never
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import sign
-from metaopt.rules.rule import Slots, check_betas, check_not_negative
+from metaopt.rules.rule import Slots, decay_rates, not_negative, settle
 
 __all__ = ["Lion"]
 
@@ -33,6 +33,8 @@ class Lion:
     ------
     ValueError
         If an argument lies outside its range.
+    TypeError
+        If it is no number.
     """
 
     betas: tuple[float, float] = (0.9, 0.99)
@@ -41,8 +43,11 @@ class Lion:
     slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
 
     def __post_init__(self) -> None:
-        check_betas(self.betas)
-        check_not_negative("weight_decay", self.weight_decay)
+        settle(
+            self,
+            betas=decay_rates("betas", self.betas),
+            weight_decay=not_negative("weight_decay", self.weight_decay),
+        )
 
     def direction(
         self,

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import divide, one_minus_power, only_where_positive, reciprocal, sqrt
-from metaopt.rules.rule import Slots, check_decay, check_not_negative, refuse_delayed
+from metaopt.rules.rule import Slots, decay_rate, not_negative, refuse_delayed, settle
 
 __all__ = ["RMSprop"]
 
@@ -35,6 +35,8 @@ class RMSprop:
     ------
     ValueError
         If an argument lies outside its range.
+    TypeError
+        If it is no number.
     """
 
     beta2: float = 0.999
@@ -46,9 +48,12 @@ class RMSprop:
     slots: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
 
     def __post_init__(self) -> None:
-        check_decay("beta2", self.beta2)
-        check_not_negative("eps", self.eps)
-        check_not_negative("weight_decay", self.weight_decay)
+        settle(
+            self,
+            beta2=decay_rate("beta2", self.beta2),
+            eps=not_negative("eps", self.eps),
+            weight_decay=not_negative("weight_decay", self.weight_decay),
+        )
 
     def direction(
         self, grad: ArrayT, slots: Slots[ArrayT], count: ArrayT

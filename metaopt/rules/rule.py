@@ -92,27 +92,49 @@ def _push(rule: Rule, source: str) -> tuple[Jet[Any], dict[str, Jet[Any]]]:
     return rule.direction(grad, jets, Jet(one))
 
 
-def check_decay(name: str, value: Any) -> None:
-    """Raise unless a decay rate lies in [0, 1); jets and arrays pass."""
-    if isinstance(value, int | float) and not 0.0 <= value < 1.0:
+def decay_rate(name: str, value: Any) -> Any:
+    """Return a decay rate as a Python float, or raise unless it lies in [0, 1)."""
+    number = _number(name, value)
+    if isinstance(number, float) and not 0.0 <= number < 1.0:
         msg = f"`{name}` must lie in [0, 1); got {value}."
         raise ValueError(msg)
+    return number
 
 
-def check_betas(betas: Any) -> None:
-    """Raise unless there are two decay rates in [0, 1)."""
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        msg = f"`betas` must be two numbers in [0, 1); got {betas!r}."
+def decay_rates(name: str, values: Any) -> tuple[Any, Any]:
+    """Return two decay rates, or raise unless there are two in [0, 1)."""
+    if not isinstance(values, tuple | list) or len(values) != 2:
+        msg = f"`{name}` must be two numbers in [0, 1); got {values!r}."
         raise ValueError(msg)
-    for index, value in enumerate(betas):
-        check_decay(f"betas[{index}]", value)
+    return decay_rate(f"{name}[0]", values[0]), decay_rate(f"{name}[1]", values[1])
 
 
-def check_not_negative(name: str, value: Any) -> None:
-    """Raise unless a hyperparameter is finite and at least 0; jets and arrays pass."""
-    if isinstance(value, int | float) and not (value >= 0.0 and math.isfinite(value)):
+def not_negative(name: str, value: Any) -> Any:
+    """Return a hyperparameter as a Python float, or raise unless it is finite and at least 0."""
+    number = _number(name, value)
+    if isinstance(number, float) and not (number >= 0.0 and math.isfinite(number)):
         msg = f"`{name}` must be finite and not negative; got {value}."
         raise ValueError(msg)
+    return number
+
+
+def _number(name: str, value: Any) -> Any:
+    """Return a number as a Python float: NumPy's would promote the arrays it meets.
+
+    Jets and arrays, for derivatives with respect to a hyperparameter, pass as they are.
+    """
+    if isinstance(value, int | float | np.integer | np.floating):
+        return float(value)
+    if isinstance(value, Jet) or (hasattr(value, "dtype") and not isinstance(value, np.generic)):
+        return value
+    msg = f"`{name}` must be a number; got {value!r}."
+    raise TypeError(msg)
+
+
+def settle(rule: Any, **fields: Any) -> None:
+    """Set fields of a frozen rule while it is being made."""
+    for name, value in fields.items():
+        object.__setattr__(rule, name, value)
 
 
 def refuse_delayed(rule: Any) -> None:

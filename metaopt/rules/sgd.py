@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from metaopt.arrays import ArrayT
-from metaopt.rules.rule import Slots, check_decay, check_not_negative, refuse_delayed
+from metaopt.rules.rule import Slots, decay_rate, not_negative, refuse_delayed, settle
 
 __all__ = ["SGD"]
 
@@ -33,6 +33,8 @@ class SGD:
     ------
     ValueError
         If an argument lies outside its range.
+    TypeError
+        If it is no number.
     """
 
     momentum: float = 0.0
@@ -40,15 +42,18 @@ class SGD:
     delayed: bool = False
 
     def __post_init__(self) -> None:
-        check_decay("momentum", self.momentum)
-        check_not_negative("weight_decay", self.weight_decay)
+        settle(
+            self,
+            momentum=decay_rate("momentum", self.momentum),
+            weight_decay=not_negative("weight_decay", self.weight_decay),
+        )
         if self.delayed and not self._has_momentum:
             msg = "`delayed` must be False when `momentum` is 0: there is no moment to delay."
             raise ValueError(msg)
 
     @property
     def _has_momentum(self) -> bool:
-        return not isinstance(self.momentum, int | float) or self.momentum > 0
+        return not isinstance(self.momentum, float) or self.momentum > 0
 
     @property
     def slots(self) -> tuple[str, ...]:
