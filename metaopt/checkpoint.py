@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = ["load", "save"]
 
 _FORMAT = "metaopt.state"
 _VERSION = 1
+_CONFIG = "config/"  # begins the keys of the configuration's arrays
 #: What a configuration may consist of; only these are ever made from a file.
 _TYPES: dict[str, Any] = {
     cls.__name__: cls
@@ -56,18 +58,20 @@ def save(path: str | os.PathLike[str], opt: MetaOptimize, state: State) -> None:
     OSError
         If the file cannot be written.
     """
+    config, arrays = _config(opt)
     header = {
         "format": _FORMAT,
         "version": _VERSION,
         "leaves": list(state.trace),
-        "config": _config(opt),
+        "config": config,
     }
-    tensors = {key: to_numpy(array) for key, array in _flat(vars(state))}
+    tensors = {key: to_numpy(array) for key, array in _flat(vars(state))} | arrays
     data = to_bytes(tensors, metadata={"metaopt": json.dumps(header)})
     target = Path(path).resolve()  # a link keeps pointing to what it names
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    file = temporary.open("xb")
     try:
-        with temporary.open("xb") as file:
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -108,10 +112,11 @@ def load(
         says how.
     """
     header, tensors = _read(path)
+    arrays = {key: tensors.pop(key) for key in list(tensors) if key.startswith(_CONFIG)}
     if opt is None:
-        opt = _build(path, header["config"])
+        opt = _build(path, header["config"], arrays)
     else:
-        _compare(path, header["config"], json.loads(json.dumps(_config(opt))))
+        _compare(path, header["config"], arrays, opt)
     saved, given = set(header["leaves"]), set(params)
     if saved != given:
         which = sorted(saved ^ given)[0]
@@ -122,7 +127,11 @@ def load(
         )
         msg = f"{path} belongs to other parameters: leaf {which!r} is {where}."
         raise ValueError(msg)
-    fresh = opt.init(per_leaf((name, params[name]) for name in header["leaves"]))
+    try:
+        fresh = opt.init(per_leaf((name, params[name]) for name in header["leaves"]))
+    except ValueError as error:
+        msg = f"{path} does not fit `params`: {error}"
+        raise ValueError(msg) from error
     template = dict(_flat(vars(fresh)))
     if template.keys() != tensors.keys():
         which = sorted(template.keys() ^ tensors.keys())[0]
@@ -148,11 +157,20 @@ def load(
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            header = json.loads(metadata.get("metaopt", "null"))
+            header = _header(path, file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        msg = f"{path} is truncated or not a safetensors file: {error}."
+    except (SafetensorError, TypeError) as error:
+        msg = f"{path} is truncated or not a safetensors file of metaopt.save: {error}."
+        raise ValueError(msg) from error
+    return header, tensors
+
+
+def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the header, of the right format and version, with the fields that it must have."""
+    try:
+        header = json.loads(metadata.get("metaopt", "null"))
+    except (ValueError, RecursionError) as error:
+        msg = f"{path} has metadata that cannot be read: {error}."
         raise ValueError(msg) from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         msg = f"{path} is a safetensors file, but not one that metaopt.save wrote."
@@ -160,7 +178,14 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.nd
     if header.get("version") != _VERSION:
         msg = f"{path} has version {header.get('version')!r}; this metaopt reads {_VERSION}."
         raise ValueError(msg)
-    return header, tensors
+    leaves = header.get("leaves")
+    if not isinstance(leaves, list) or not all(isinstance(leaf, str) for leaf in leaves):
+        msg = f"{path} is damaged: its list of leaves is {leaves!r}."
+        raise ValueError(msg)
+    if not isinstance(header.get("config"), dict):
+        msg = f"{path} has a configuration that cannot be rebuilt: {header.get('config')!r}."
+        raise ValueError(msg)
+    return header
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -179,58 +204,86 @@ def _rebuild(key: str, value: Any, placed: Any) -> Any:
     return placed(key, value)
 
 
-def _config(opt: MetaOptimize) -> dict[str, Any]:
-    return {field.name: _encode(getattr(opt, field.name)) for field in _fields()}
+def _config(opt: MetaOptimize) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    """Return the configuration as JSON can hold it, and its arrays by key of the file."""
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    config = {
+        option.name: _encode(getattr(opt, option.name), f"{_CONFIG}{option.name}", arrays)
+        for option in dataclasses.fields(MetaOptimize)
+        if option.init
+    }
+    return config, arrays
 
 
-def _fields() -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(MetaOptimize) if field.init]
-
-
-def _encode(value: Any) -> Any:
+def _encode(value: Any, key: str, arrays: dict[str, np.ndarray[Any, Any]]) -> Any:
     """Return `value` as JSON can hold it; an object of an unknown class by its name and repr."""
     if isinstance(value, Mapping):
-        return {"mapping": [[key, _encode(item)] for key, item in value.items()]}
+        return {
+            "mapping": [
+                [name, _encode(item, f"{key}/{name}", arrays)] for name, item in value.items()
+            ]
+        }
     if isinstance(value, tuple | list):
-        return [_encode(item) for item in value]
+        return [_encode(item, f"{key}/{index}", arrays) for index, item in enumerate(value)]
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if type(value) is _TYPES.get(type(value).__name__):
-        options = dataclasses.fields(value)
         return {
             "type": type(value).__name__,
-            "options": {field.name: _encode(getattr(value, field.name)) for field in options},
+            "options": {
+                option.name: _encode(getattr(value, option.name), f"{key}/{option.name}", arrays)
+                for option in dataclasses.fields(value)
+                if option.init
+            },
         }
-    if hasattr(value, "dtype"):
-        return to_numpy(value).tolist()
-    return {"foreign": f"{type(value).__module__}.{type(value).__qualname__}", "repr": repr(value)}
+    if isinstance(value, np.ndarray):
+        arrays[key] = value
+        return {"array": key}
+    cls: Any = type(value)
+    # the default repr holds an address, which no other process has
+    shown = cls.__qualname__ if cls.__repr__ is object.__repr__ else repr(value)
+    return {"foreign": f"{cls.__module__}.{cls.__qualname__}", "repr": shown}
 
 
-def _decode(value: Any) -> Any:
+def _decode(value: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Any:
     if isinstance(value, list):
-        return tuple(_decode(item) for item in value)
+        return tuple(_decode(item, arrays) for item in value)
     if not isinstance(value, dict):
         return value
     if "mapping" in value:
-        return {key: _decode(item) for key, item in value["mapping"]}
+        return {name: _decode(item, arrays) for name, item in value["mapping"]}
+    if "array" in value:
+        return arrays[value["array"]]
     if "foreign" in value:
         msg = f"holds {value['repr']} of the class {value['foreign']}; pass `opt` to load it"
         raise ValueError(msg)
     cls = _TYPES[value["type"]]
-    return cls(**{name: _decode(item) for name, item in value["options"].items()})
+    return cls(**{name: _decode(item, arrays) for name, item in value["options"].items()})
 
 
-def _build(path: str | os.PathLike[str], config: Any) -> MetaOptimize:
+def _build(
+    path: str | os.PathLike[str], config: Any, arrays: Mapping[str, np.ndarray[Any, Any]]
+) -> MetaOptimize:
     try:
-        return MetaOptimize(**{name: _decode(value) for name, value in config.items()})
+        return MetaOptimize(**{name: _decode(value, arrays) for name, value in config.items()})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         msg = f"{path} has a configuration that cannot be rebuilt: {error}."
         raise ValueError(msg) from error
 
 
-def _compare(path: str | os.PathLike[str], saved: Any, given: dict[str, Any]) -> None:
-    for name, value in given.items():
-        if saved.get(name) != value:
+def _compare(
+    path: str | os.PathLike[str],
+    saved: Mapping[str, Any],
+    saved_arrays: Mapping[str, np.ndarray[Any, Any]],
+    opt: MetaOptimize,
+) -> None:
+    """Raise unless the file was saved with the configuration `opt`."""
+    given, arrays = _config(opt)
+    for name, value in json.loads(json.dumps(given)).items():
+        keys = {key for key in arrays if f"{key}/".startswith(f"{_CONFIG}{name}/")}
+        if saved.get(name) != value or not all(
+            np.array_equal(arrays[key], saved_arrays.get(key, np.zeros(0))) for key in keys
+        ):
             msg = (
                 f"{path} was saved with another `{name}`: {_show(saved.get(name))}; "
                 f"`opt` has {_show(value)}."
@@ -239,8 +292,18 @@ def _compare(path: str | os.PathLike[str], saved: Any, given: dict[str, Any]) ->
 
 
 def _show(value: Any) -> str:
-    """Return an encoded value as a user would write it, as far as that is possible."""
+    """Return an encoded value much as a user would write it."""
+    if isinstance(value, list):
+        return f"({', '.join(map(_show, value))})"
+    if not isinstance(value, dict):
+        return repr(value)
     try:
-        return repr(_decode(value))
-    except ValueError:
-        return str(value["repr"])
+        if "mapping" in value:
+            inner = (f"{name!r}: {_show(item)}" for name, item in value["mapping"])
+            return "{" + ", ".join(inner) + "}"
+        if "type" in value:
+            options = (f"{name}={_show(item)}" for name, item in value["options"].items())
+            return f"{value['type']}({', '.join(options)})"
+        return str(value["repr"] if "repr" in value else value["array"])
+    except (AttributeError, KeyError, TypeError, ValueError):  # a damaged file
+        return json.dumps(value)

@@ -531,8 +531,9 @@ def _zeros(spec: Any, like: Any, params: Mapping[str, Any]) -> Any:
         return per_leaf(
             (key, _zeros(part, params.get(key, like), params)) for key, part in spec.items()
         )
-    if spec.shape == tuple(like.shape):
-        return namespace(like).zeros_like(like, dtype=spec.dtype)
+    xp = namespace(like)
+    if spec.shape == tuple(like.shape) and spec.dtype != xp.int32:  # keeps order and sharding
+        return xp.zeros_like(like, dtype=spec.dtype)
     return filled(like, spec.shape, 0, spec.dtype)
 
 

@@ -1,0 +1,1 @@
+"""The demonstration behind `python -m metaopt demo`: handwritten digits with NumPy alone."""
