@@ -110,7 +110,9 @@ def filled(like: Any, shape: Shape, value: float, dtype: Any = None) -> Any:
 def to_numpy(array: Any) -> np.ndarray[Any, Any]:
     """Copy an array of any library and device, or a number, to host memory."""
     if is_torch_array(array):
-        return np.array(array.detach().cpu().numpy())
+        xp, host = namespace(array), array.detach().cpu()
+        # NumPy has no bfloat16
+        return np.array((host.to(xp.float32) if host.dtype == xp.bfloat16 else host).numpy())
     if is_cupy_array(array):
         return np.array(array.get())
     return np.array(array)

@@ -84,12 +84,21 @@ def hatted(
     for name, moves in awake.items():
         keep = plan.layout.columns(finite, name, len(plan.shapes[name]))
         factor = leaf_discount(plan, name, moves, discount)
+        trace: Any = state.trace[name]
         slots: Mapping[str, Any] = state.slot_traces.get(name, {})
+        if moves is not True:  # its overflow, no part of z, would spread through the Hessian
+            trace, slots = finite_part(trace), map_leaves(finite_part, slots)
         result[name] = Hatted(
-            hat(state.trace[name], factor, keep),
+            hat(trace, factor, keep),
             {slot: hat(trace, factor, keep) for slot, trace in slots.items()},
         )
     return result
+
+
+def finite_part(array: Any) -> Any:
+    """Return `array` with 0 in place of what is not finite."""
+    xp = namespace(array)
+    return xp.where(xp.isfinite(array), array, 0.0)
 
 
 def hatted_beta_trace(

@@ -115,7 +115,7 @@ def test_without_meta_updates_equals_optax(name: str) -> None:
             assert relative_error(mine, np.asarray(params[key])) < OPTIMIZER
 
 
-DELAYABLE = [
+DELAYABLE: list[Any] = [
     mo.SGD(momentum=0.9),
     mo.RMSprop(beta2=0.9, eps=0.01),
     mo.RMSprop(beta2=0.9, eps=0.01, bias_correction=False),
@@ -225,7 +225,8 @@ def test_delayed_uses_the_moments_of_the_step_before(rule: Any) -> None:
     rng = np.random.default_rng(3)
     delayed = replace(rule, delayed=True)
     fresh_slots = late_slots = {slot: np.zeros(4) for slot in rule.slots}
-    previous = None
+    previous: Any = None
+    previous_grad: Any = None
     for step in range(1, 6):
         grad, count = rng.normal(size=4), np.asarray(float(step))
         late, late_slots = delayed.direction(grad, late_slots, count)
@@ -257,7 +258,7 @@ def test_a_hyperparameter_can_be_a_jet() -> None:
     def direction(beta2: float) -> Any:
         return mo.AdamW(betas=(0.9, beta2)).direction(values["grad"], slots, count)[0]
 
-    rule = mo.AdamW(betas=(0.9, Jet(0.95, 1.0)))  # type: ignore[arg-type, type-var]
+    rule = mo.AdamW(betas=(0.9, Jet(0.95, 1.0)))  # type: ignore[arg-type]
     jets = {slot: Jet(value) for slot, value in slots.items()}
     jet, _ = rule.direction(Jet(values["grad"]), jets, Jet(count))
     slope = (direction(0.95 + h) - direction(0.95 - h)) / (2 * h)

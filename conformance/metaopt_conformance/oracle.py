@@ -169,13 +169,15 @@ def hats(config: Config, state: State, awake: Flags, finite: Flags) -> State:
     """Return the traces as gamma (Y, X) + (1 - gamma) (E, 0) (section 3).
 
     Gamma acts as 1 on the rows of weights that rest (section 7), and the columns of blocks whose
-    meta-gradient is not finite start anew (section 11).
+    meta-gradient is not finite start anew, as do numbers that are not finite of weights that rest
+    (section 11).
     """
     gamma, eye = config.discount, np.eye(config.blocks)
     rows = np.where(awake, gamma, 1.0)[:, None]
 
     def x(trace: Matrix) -> Matrix:
-        return np.where(finite, rows * trace, 0.0)
+        resting_overflow = np.logical_not(awake[:, None] | np.isfinite(trace))
+        return np.where(finite & ~resting_overflow, rows * trace, 0.0)
 
     def y(trace: Matrix, start: Any) -> Matrix:
         return np.where(finite, gamma * trace + (1.0 - gamma) * start, start)
