@@ -13,7 +13,12 @@ __all__ = ["divide", "one_minus_power", "only_where_positive", "reciprocal", "si
 
 
 def sqrt(x: ArrayT) -> ArrayT:
-    """Square root; its derivative is taken as 0 where the root is 0."""
+    """Return the square root; its derivative is taken as 0 where the root is 0.
+
+    Parameters
+    ----------
+    x : array or jet, nowhere negative
+    """
     if isinstance(x, Jet):
         root = sqrt(x.value)
         return _as(x, Jet(root, scaled(x.first, 0.5 * reciprocal(root))))
@@ -21,14 +26,24 @@ def sqrt(x: ArrayT) -> ArrayT:
 
 
 def sign(x: ArrayT) -> ArrayT:
-    """Sign; its derivative is zero by structure."""
+    """Return the sign; its derivative is zero by structure.
+
+    Parameters
+    ----------
+    x : array or jet
+    """
     if isinstance(x, Jet):
         return _as(x, Jet(sign(x.value)))
     return namespace(x).sign(x)
 
 
 def reciprocal(x: ArrayT) -> ArrayT:
-    """Return 1/x, and 0 where x is 0; the derivative likewise."""
+    """Return 1/x, and 0 where x is 0; the derivative likewise.
+
+    Parameters
+    ----------
+    x : array or jet
+    """
     if isinstance(x, Jet):
         inverse = reciprocal(x.value)
         return _as(x, Jet(inverse, scaled(x.first, -(inverse * inverse))))
@@ -53,7 +68,14 @@ def divide(numerator: ArrayT, denominator: ArrayT, eps: Any) -> ArrayT:
 
 
 def only_where_positive(condition: ArrayT, x: ArrayT) -> ArrayT:
-    """Return x where `condition` (its value, nowhere negative) is positive, and 0 elsewhere."""
+    """Return x where `condition` is positive, and 0 elsewhere; the derivative likewise.
+
+    Parameters
+    ----------
+    condition : array or jet, nowhere negative
+        A jet's value is what counts.
+    x : array or jet, of the same shape
+    """
     if isinstance(x, Jet):
         first = None if x.first is None else only_where_positive(condition, x.first)
         return _as(x, Jet(only_where_positive(condition, x.value), first))

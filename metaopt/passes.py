@@ -22,8 +22,16 @@ __all__ = ["Leaf", "LeafStep", "MetaStep", "leaf_pass", "leaf_product", "meta_pa
 class Leaf(NamedTuple):
     """One leaf at the start of a step.
 
-    `param` and `grad` may have any floating dtype; the rest is held in the compute dtype, `count`
-    in int32. `trace` and `slot_traces` may have a leading axis of columns.
+    Parameters
+    ----------
+    param, grad : arrays of one shape, any floating dtype
+    slots : mapping of slot to array like `param`, compute dtype
+    count : array, shape (), int32
+        Steps made before this one.
+    trace : array like `param`, compute dtype
+        It may have a leading axis of columns.
+    slot_traces : mapping of slot to array like `trace`, default empty
+        Of the slots whose traces are kept.
     """
 
     param: Any
@@ -35,7 +43,14 @@ class Leaf(NamedTuple):
 
 
 class LeafStep(NamedTuple):
-    """What `leaf_pass` returns: w' = w - delta, and the leaf's next state."""
+    """What `leaf_pass` returns: w' = w - delta, and the leaf's next state.
+
+    Parameters
+    ----------
+    delta : array like the leaf, compute dtype
+    slots, trace, slot_traces
+        As in `Leaf`.
+    """
 
     delta: Any
     slots: dict[str, Any]
@@ -44,7 +59,13 @@ class LeafStep(NamedTuple):
 
 
 class MetaStep(NamedTuple):
-    """What `meta_pass` returns: the next state of the meta update."""
+    """What `meta_pass` returns: the next state of the meta update.
+
+    Parameters
+    ----------
+    beta, meta_slots, meta_count, restarts, beta_trace
+        As in `State`.
+    """
 
     beta: Any
     meta_slots: Any
@@ -56,7 +77,11 @@ class MetaStep(NamedTuple):
 def leaf_product(trace: Any, grad: Any) -> Any:
     """Return h * g elementwise; its sum over a block is the block's meta-gradient (section 2).
 
-    Both in the compute dtype and of the leaf's shape; the trace is that from before the step.
+    Parameters
+    ----------
+    trace : array like the leaf, compute dtype
+        That from before the step.
+    grad : array like the leaf, compute dtype
     """
     return trace * grad
 

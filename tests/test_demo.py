@@ -107,8 +107,8 @@ def test_digits_are_split_the_same_way_every_time() -> None:
 
 
 def test_metaoptimize_learns_where_the_fixed_step_size_is_hopeless(tmp_path: Path) -> None:
-    arguments = ("--pair", "adamw+adam", "--step-size", "1e-6", "--output", str(tmp_path))
-    assert metaopt_demo(*arguments).returncode == 0
+    arguments = ("--pair", "adamw+adam", "--blocks", "scalar", "--step-size", "1e-6")
+    assert metaopt_demo(*arguments, "--output", str(tmp_path)).returncode == 0
     runs = json.loads((tmp_path / "results.json").read_bytes())["runs"]
     (fixed,) = (entry for entry in runs if entry["run"]["step_size"] == 1e-6 and is_fixed(entry))
     (tuned,) = (entry for entry in runs if not is_fixed(entry))

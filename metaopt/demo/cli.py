@@ -31,7 +31,7 @@ far too small. It compares
                  the one with the least training loss at the end.
 
 It prints a table and writes a picture, demo.png, and all numbers, results.json.
-The defaults take about 45 seconds on two cores.
+The defaults take less than a minute on two cores.
 """
 PAIR_HELP = f"""\
 optimizer of the weights + optimizer of the step size: one of {", ".join(PAIRS)}, or all;
@@ -70,7 +70,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--blocks",
         choices=tuple(BLOCKS),
-        default="scalar",
+        default="both",
         help="scalar: one step size for all weights; tensor: one for the weights and one for the "
         "biases of every layer; both: first the one, then the other (default: %(default)s)",
     )
