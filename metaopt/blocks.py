@@ -134,10 +134,10 @@ class Blocks:
 
         Parameters
         ----------
-        values : vector (size,) or mapping, or the same with one leading axis
+        values : vector (size,) or mapping, or the same with leading axes
         name : str
         ndim : int, optional
-            Axes of the leaf, needed where there is a leading axis.
+            Axes of the leaf, needed where there are leading axes.
         """
         if self.partition.per_leaf:
             return values[name]
@@ -148,7 +148,7 @@ class Blocks:
             return namespace(values).reshape(self._segment(values, family), view)
         aligned = view if view != () else (1,) * (ndim or 0)
         segment = self._segment(values, family)
-        return namespace(values).reshape(segment, (values.shape[0], *aligned))
+        return namespace(values).reshape(segment, (*values.shape[:-1], *aligned))
 
     def _segment(self, values: Any, family: Family) -> Any:
         if family.size == self.size:

@@ -144,8 +144,10 @@ def check_grads(grads: Any, params: Mapping[str, Any], shapes: Leaves[tuple[int,
     check_leaves("grads", grads, params, shapes)
 
 
-def check_products(products: Any, tangents: Mapping[str, Any], grads: Mapping[str, Any]) -> None:
-    """Raise unless `hvp` returned a product per tangent for every leaf with a gradient."""
+def check_products(
+    source: str, products: Any, tangents: Mapping[str, Any], grads: Mapping[str, Any]
+) -> None:
+    """Raise unless `hvp`, or `third`, returned an array like the tangents where it has to."""
     for name, tangent in tangents.items():
         if grads[name] is None:
             continue
@@ -154,12 +156,13 @@ def check_products(products: Any, tangents: Mapping[str, Any], grads: Mapping[st
         if found is None or tuple(found) != shape:
             got = "nothing" if product is None else type(product).__name__
             got = got if found is None else f"shape {tuple(found)}"
-            msg = (
-                f"`hvp` must return for {name!r} an array of shape {shape}, a product per tangent "
-                f"of {shape[1:]}; got {got}."
+            msg = f"`{source}` must return for {name!r} an array of shape {shape}, " + (
+                f"a product per tangent of {shape[1:]}; got {got}."
+                if source == "hvp"
+                else f"a product per pair of tangents of {shape[2:]}; got {got}."
             )
             raise ValueError(msg)
-        check_leaf(f"hvp(...)[{name!r}]", product, tangent, shape)
+        check_leaf(f"{source}(...)[{name!r}]", product, tangent, shape)
 
 
 def multipliers(lr: Any, names: Leaves[Any]) -> Leaves[Any]:
@@ -290,6 +293,7 @@ def _mismatch(value: Any, spec: Any) -> str | None:
 
 def check_curvature(
     hvp: Any,
+    third: Any,
     hessian_diagonal: Any,
     grads: Mapping[str, Any],
     params: Mapping[str, Any],
@@ -303,6 +307,15 @@ def check_curvature(
             "jax.vmap over jax.jvp of the gradient; with torch, torch.func.vmap over "
             "torch.func.jvp of torch.func.grad; from gradients alone, "
             "metaopt.curvature.central_difference(grad_fn, params)."
+        )
+        raise ValueError(msg)
+    if plan.third and not callable(third):
+        msg = (
+            f'`third` is needed by `approximation="full"`; got {third!r}. Pass a callable from two '
+            "mappings of tangents U and V (name -> array with one leading axis) to the third "
+            "derivative of the loss, entry [j, k] of each array that along U[j] and V[k]: the "
+            "derivative of a Hessian-vector product, by jax.jvp or torch.func.jvp of it; zeros "
+            "where the loss is quadratic."
         )
         raise ValueError(msg)
     if plan.curvature == "diagonal":

@@ -15,7 +15,7 @@ __all__ = ["Jet"]
 
 @dataclass(frozen=True, slots=True)
 class Jet(Generic[ArrayT]):
-    """A value and its first derivative along some directions.
+    """A value and its first, and on demand second, derivatives along some directions.
 
     Parameters
     ----------
@@ -24,6 +24,11 @@ class Jet(Generic[ArrayT]):
         Derivative of `value`: of its shape, or with one leading axis more, an entry per direction.
         None is a derivative that is zero by structure; it costs nothing and stays None through
         every operation that cannot make it anything else.
+    second : array or None, default None
+        Second derivatives, with two leading axes, an entry per pair of directions; `first` then has
+        one. None is zero.
+    order : {1, 2}, default 1
+        Whether second derivatives are asked for. An operation on jets has the larger order.
 
     Notes
     -----
@@ -33,31 +38,48 @@ class Jet(Generic[ArrayT]):
 
     value: ArrayT
     first: ArrayT | None = None
+    second: ArrayT | None = None
+    order: int = 1
 
     __array_ufunc__: ClassVar[None] = None  # else `numpy array * jet` makes an array of objects
 
     def __add__(self, other: Any) -> "Jet[ArrayT]":
         other = lift(other)
-        return Jet(self.value + other.value, _sum(self.first, other.first))
+        return Jet(
+            self.value + other.value,
+            total(self.first, other.first),
+            total(self.second, other.second),
+            max(self.order, other.order),
+        )
 
     def __sub__(self, other: Any) -> "Jet[ArrayT]":
         return self + (-other)
 
     def __mul__(self, other: Any) -> "Jet[ArrayT]":
         other = lift(other)
+        order = max(self.order, other.order)
+        second = total(scaled(self.second, other.value), scaled(other.second, self.value))
         return Jet(
             self.value * other.value,
-            _sum(scaled(self.first, other.value), scaled(other.first, self.value)),
+            total(scaled(self.first, other.value), scaled(other.first, self.value)),
+            total(second, crossed(self.first, other.first)) if order == 2 else None,
+            order,
         )
 
     def __truediv__(self, other: Any) -> "Jet[ArrayT]":
         other = lift(other)
-        quotient = self.value / other.value
-        change = _sum(self.first, scaled(other.first, -quotient))
-        return Jet(quotient, None if change is None else change / other.value)
+        order = max(self.order, other.order)
+        value = self.value / other.value
+        change = total(self.first, scaled(other.first, -value))
+        first = None if change is None else change / other.value
+        if order == 1:
+            return Jet(value, first)
+        bend = total(self.second, scaled(other.second, -value))
+        bend = total(bend, scaled(crossed(first, other.first), -1.0))
+        return Jet(value, first, None if bend is None else bend / other.value, order)
 
     def __neg__(self) -> "Jet[ArrayT]":
-        return Jet(-self.value, None if self.first is None else -self.first)
+        return Jet(-self.value, scaled(self.first, -1.0), scaled(self.second, -1.0), self.order)
 
     __radd__ = __add__
     __rmul__ = __mul__
@@ -74,12 +96,38 @@ def lift(value: Any) -> Jet[Any]:
     return value if isinstance(value, Jet) else Jet(value)
 
 
-def scaled(first: Any, factor: Any) -> Any:
+def chained(x: Jet[Any], value: Any, slope: Any, bend: Any = None) -> Jet[Any]:
+    """Return the jet of a function of `x` with this value and these derivatives at `x.value`.
+
+    `bend`, the second derivative, is a callable, for it is needed in order 2 alone; None is zero.
+    """
+    second = None
+    if x.order == 2:
+        second = scaled(x.second, slope)
+        if bend is not None and x.first is not None:
+            second = total(second, scaled(outer(x.first, x.first), bend()))
+    return Jet(value, scaled(x.first, slope), second, x.order)
+
+
+def scaled(derivative: Any, factor: Any) -> Any:
     """Multiply a derivative, which may be None, by `factor`."""
-    return None if first is None else first * factor
+    return None if derivative is None else derivative * factor
 
 
-def _sum(first: Any, other: Any) -> Any:
+def total(derivative: Any, other: Any) -> Any:
+    """Add two derivatives, which may be None."""
+    if derivative is None or other is None:
+        return other if derivative is None else derivative
+    return derivative + other
+
+
+def outer(first: Any, other: Any) -> Any:
+    """Return the products of all pairs of entries along the leading axes."""
+    return first[:, None, ...] * other[None, ...]
+
+
+def crossed(first: Any, other: Any) -> Any:
+    """Return what two first derivatives, which may be None, add to the second of a product."""
     if first is None or other is None:
-        return other if first is None else first
-    return first + other
+        return None
+    return outer(first, other) + outer(other, first)

@@ -1,5 +1,6 @@
 """MetaOptimize: a base update, and a meta update that tunes its step sizes."""
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -60,8 +61,9 @@ class MetaOptimize:
         From meta-parameters to step sizes; see `metaopt.step_sizes`.
     bounds : (float, float), optional
         Least and largest step size, before the multiplier `lr`.
-    approximation : {"l", "2x2"}, default "l"
-        Which derivatives the traces follow, section 4.
+    approximation : {"l", "2x2", "full"}, default "l"
+        Which derivatives the traces follow, section 4. "full" is for study and small problems: it
+        needs `curvature="exact"` and is refused with `meta_first`.
     curvature : {"none", "diagonal", "exact"} or metaopt.curvature.Diagonal, default "none"
         How much of the Hessian they follow; "none" is Hessian-free.
     trace : {"update", "gradient"}, default "update"
@@ -113,7 +115,7 @@ class MetaOptimize:
         inputs.check_rules(self.base, self.meta)
         inputs.check_number("meta_lr", self.meta_lr, 0.0)
         inputs.check_number("discount", self.discount, 0.0, 1.0)
-        inputs.check_choice("approximation", self.approximation, ("l", "2x2"))
+        inputs.check_choice("approximation", self.approximation, ("l", "2x2", "full"))
         inputs.check_choice("trace", self.trace, ("update", "gradient"))
         sigma, kind = step_size_map(self.sigma), curvature(self.curvature)
         inputs.check_bounds(self.bounds, sigma.range)
@@ -127,6 +129,14 @@ class MetaOptimize:
                 raise ValueError(msg)
             for rule in self._rules():
                 rule.without_momentum()
+        if self.approximation == "full" and (kind.kind != "exact" or self.meta_first):
+            what = (
+                f'`curvature` "exact"; got {self.curvature!r}'
+                if kind.kind != "exact"
+                else "`meta_first` False; got True"
+            )
+            msg = f'`approximation="full"` needs {what}.'
+            raise ValueError(msg)
         if isinstance(kind, Diagonal) and kind.rectified:
             for rule in self._rules():
                 if not isinstance(rule, SGD) or rule.slots:
@@ -273,6 +283,8 @@ class MetaOptimize:
         *,
         lr: Any = 1.0,
         hvp: Callable[[Mapping[str, Array]], Mapping[str, Any]] | None = None,
+        third: Callable[[Mapping[str, Array], Mapping[str, Array]], Mapping[str, Any]]
+        | None = None,
         hessian_diagonal: Mapping[str, Any] | None = None,
     ) -> tuple[dict[str, Any], State]:
         r"""Return the parameters and the state after one step; sections 2 to 11.
@@ -291,6 +303,9 @@ class MetaOptimize:
         hvp : callable, needed by `curvature="exact"`
             From tangents, a mapping of leaf name to array (k, \*shape), to the Hessian at `params`
             times each of the k tangents; None is allowed for leaves without gradient.
+        third : callable, needed by `approximation="full"`
+            From two mappings U, V of tangents as above, to the third derivative of the loss along
+            each pair: arrays (k, k, \*shape) with entry [i, j] that along U[i] and V[j].
         hessian_diagonal : mapping of leaf name to array, needed by `curvature="diagonal"`
             Diagonal of the Hessian at `params`; None is allowed for leaves without gradient.
 
@@ -316,10 +331,10 @@ class MetaOptimize:
                 inputs.check_array(f"params[{name!r}]", param)
         inputs.check_state(state, plan, params_in_order)
         inputs.check_grads(grads, params, plan.shapes)
-        inputs.check_curvature(hvp, hessian_diagonal, grads, params, plan)
+        inputs.check_curvature(hvp, third, hessian_diagonal, grads, params, plan)
         kind = OrderedDict if isinstance(params, OrderedDict) else dict
         new_params, new_state, finite = self._step(
-            plan, params, grads, state, lr, hvp, hessian_diagonal
+            plan, params, grads, state, lr, hvp, third, hessian_diagonal
         )
         if finite is not None:
             xp = namespace(finite)
@@ -347,6 +362,7 @@ class MetaOptimize:
         state: State,
         lr: Any,
         hvp: Any,
+        third: Any,
         hessian_diagonal: Any,
     ) -> tuple[dict[str, Any], State, Any]:
         """Return params, state, and whether all that came in was finite (None: not asked)."""
@@ -363,12 +379,20 @@ class MetaOptimize:
 
         hats: Mapping[str, parts.Hatted] = {}
         products: Mapping[str, Any] = {}
+        seconds: Mapping[str, Any] = {}
+        grad_seconds: Mapping[str, Any] = {}
         z_trace = None
         if plan.curvature != "none":
             hats = parts.hatted(plan, state, awake, finite, self.discount)
             products = parts.grad_traces(plan, hats, grads, hvp, hessian_diagonal)
             if plan.beta_feeding:
                 z_trace = parts.product_with_trace(plan, state, awake, products)
+            if plan.third:
+                seconds, grad_seconds = parts.grad_seconds(
+                    plan, awake, hats, grads, hvp, third, self.discount
+                )
+                term_b = parts.third_product(plan, awake, hats, grads)
+                z_trace = term_b if z_trace is None else map_leaves(operator.add, z_trace, term_b)
         beta_trace, held_trace = parts.hatted_beta_trace(plan, state, finite, self.discount)
 
         meta = meta_pass(
@@ -387,7 +411,7 @@ class MetaOptimize:
             held_trace=held_trace,
             z_trace=z_trace,
         )
-        value, rate = (
+        value, rate, bend = (
             parts.rates(plan, self._sigma, meta.beta, meta.beta_trace)
             if self.meta_first
             else parts.rates(plan, self._sigma, state.beta, beta_trace)
@@ -398,6 +422,7 @@ class MetaOptimize:
         slots: Leaves[Any] = OrderedDict()
         trace: Leaves[Any] = OrderedDict()
         slot_traces: Leaves[Any] = OrderedDict()
+        third_trace: Leaves[Any] = OrderedDict()
         for name, rule in plan.rules.items():
             if grads[name] is None:
                 new_params[name] = params[name]
@@ -408,6 +433,8 @@ class MetaOptimize:
                 )
                 if name in state.slot_traces:
                     slot_traces[name] = state.slot_traces[name]
+                if plan.third:
+                    third_trace[name] = state.third_trace[name]
                 continue
             dtype, ndim = plan.dtypes[name], len(plan.shapes[name])
             multiplier = lrs[name]
@@ -424,6 +451,7 @@ class MetaOptimize:
                 state.count[name],
                 hats[name].trace if hats else state.trace[name],
                 hats[name].slot_traces if hats else {},
+                seconds.get(name),
             )
             rectified = self._rectified and plan.curvature == "diagonal"
             result = leaf_pass(
@@ -438,6 +466,10 @@ class MetaOptimize:
                 keep=None if hats else plan.layout.columns(finite, name, ndim),
                 inject=self.trace,
                 rectified=cast(hessian_diagonal[name], dtype) if rectified else None,
+                grad_second=grad_seconds.get(name),
+                lr_second=_times(multiplier, cast(plan.blocks.expand_leaf(bend, name, ndim), dtype))
+                if plan.third
+                else None,
             )
             new_params[name] = cast(cast(params[name], dtype) - result.delta, params[name].dtype)
             count[name] = state.count[name] + 1
@@ -447,6 +479,8 @@ class MetaOptimize:
                 slot_traces[name] = per_leaf(
                     (slot, result.slot_traces[slot]) for slot in state.slot_traces[name]
                 )
+            if plan.third:
+                third_trace[name] = result.third_trace
         new_state = State(
             step=state.step + 1,
             count=count,
@@ -457,11 +491,12 @@ class MetaOptimize:
             trace=trace,
             slot_traces=slot_traces,
             beta_trace=meta.beta_trace,
+            third_trace=third_trace,
             meta_grad=z,
             restarts=meta.restarts,
             skipped=state.skipped,
         )
-        finite = parts.all_finite(grads, products) if self.skip_nonfinite else None
+        finite = parts.all_finite(grads, products, grad_seconds) if self.skip_nonfinite else None
         return new_params, new_state, finite
 
     @property

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from metaopt.arrays import ArrayT, namespace
-from metaopt.jets import Jet, lift, scaled
+from metaopt.jets import Jet, chained, lift
 
 __all__ = ["divide", "one_minus_power", "only_where_positive", "reciprocal", "sign", "sqrt"]
 
@@ -21,7 +21,11 @@ def sqrt(x: ArrayT) -> ArrayT:
     """
     if isinstance(x, Jet):
         root = sqrt(x.value)
-        return _as(x, Jet(root, scaled(x.first, 0.5 * reciprocal(root))))
+        inverse = reciprocal(root)
+        return _as(
+            x,
+            chained(x, root, 0.5 * inverse, lambda: -0.25 * (inverse * inverse * inverse)),
+        )
     return namespace(x).sqrt(x)
 
 
@@ -33,7 +37,7 @@ def sign(x: ArrayT) -> ArrayT:
     x : array or jet
     """
     if isinstance(x, Jet):
-        return _as(x, Jet(sign(x.value)))
+        return _as(x, Jet(sign(x.value), order=x.order))
     return namespace(x).sign(x)
 
 
@@ -46,7 +50,8 @@ def reciprocal(x: ArrayT) -> ArrayT:
     """
     if isinstance(x, Jet):
         inverse = reciprocal(x.value)
-        return _as(x, Jet(inverse, scaled(x.first, -(inverse * inverse))))
+        square = inverse * inverse
+        return _as(x, chained(x, inverse, -square, lambda: 2.0 * (square * inverse)))
     xp = namespace(x)
     zero = x == 0.0
     return xp.where(zero, 0.0, 1.0 / xp.where(zero, 1.0, x))
@@ -77,8 +82,11 @@ def only_where_positive(condition: ArrayT, x: ArrayT) -> ArrayT:
     x : array or jet, of the same shape
     """
     if isinstance(x, Jet):
-        first = None if x.first is None else only_where_positive(condition, x.first)
-        return _as(x, Jet(only_where_positive(condition, x.value), first))
+        value, first, second = (
+            None if part is None else only_where_positive(condition, part)
+            for part in (x.value, x.first, x.second)
+        )
+        return _as(x, Jet(value, first, second, x.order))
     xp = namespace(x)
     return xp.where(lift(condition).value > 0.0, x, 0.0)
 
@@ -97,9 +105,12 @@ def one_minus_power(beta: Any, count: ArrayT) -> ArrayT:
         base, power = lift(beta), lift(count)
         value = one_minus_power(base.value, power.value)
         if base.first is None:
-            return _as(count, Jet(value))
-        slope = -power.value * base.value ** (power.value - 1.0)
-        return _as(count, Jet(value, scaled(base.first, slope)))
+            return _as(count, Jet(value, order=max(base.order, power.order)))
+        t = power.value
+        slope = -t * base.value ** (t - 1.0)
+        # at t = 1 the factor is 0, whatever the power; abs keeps it finite for a beta of 0
+        bend = lambda: -t * (t - 1.0) * base.value ** abs(t - 2.0)  # noqa: E731
+        return _as(count, chained(base, value, slope, bend))
     xp = namespace(count)
     if isinstance(beta, int | float):
         if beta == 0.0:  # it has no logarithm; 0**0 is 1

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from metaopt.arrays import Array, cast, map_leaves, namespace
 from metaopt.blocks import Blocks
 from metaopt.jets import Jet
-from metaopt.rules.move import move
+from metaopt.rules.move import move, move_second
 from metaopt.rules.rule import Rule
 
 __all__ = ["Leaf", "LeafStep", "MetaStep", "leaf_pass", "leaf_product", "meta_pass"]
@@ -32,6 +32,8 @@ class Leaf(NamedTuple):
         It may have a leading axis of columns.
     slot_traces : mapping of slot to array like `trace`, default empty
         Of the slots whose traces are kept.
+    third_trace : array with two leading axes of columns, optional
+        Second-order part of `param`, where the approximation is full.
     """
 
     param: Any
@@ -40,6 +42,7 @@ class Leaf(NamedTuple):
     count: Any
     trace: Any
     slot_traces: Mapping[str, Any] = {}
+    third_trace: Any = None
 
 
 class LeafStep(NamedTuple):
@@ -48,7 +51,7 @@ class LeafStep(NamedTuple):
     Parameters
     ----------
     delta : array like the leaf, compute dtype
-    slots, trace, slot_traces
+    slots, trace, slot_traces, third_trace
         As in `Leaf`.
     """
 
@@ -56,6 +59,7 @@ class LeafStep(NamedTuple):
     slots: dict[str, Any]
     trace: Any
     slot_traces: dict[str, Any]
+    third_trace: Any
 
 
 class MetaStep(NamedTuple):
@@ -97,6 +101,8 @@ def leaf_pass(
     keep: Any = None,
     inject: str = "update",
     rectified: Any = None,
+    grad_second: Any = None,
+    lr_second: Any = None,
 ) -> LeafStep:
     r"""Return a leaf's step and its next slots and traces; elementwise.
 
@@ -112,8 +118,8 @@ def leaf_pass(
     lr_trace : array broadcastable to the trace, compute dtype
         Its derivative; pass `lr` itself where the two are equal, and they share a product.
     grad_trace : array like the trace, optional
-        Derivative of the gradient: Hessian times the discounted trace. Where it is given, `trace`
-        and `slot_traces` are discounted and restarted already (`metaopt.rules.move.hat`).
+        Derivative of the gradient: Hessian times the discounted trace. Where it is given, the
+        leaf's traces are discounted and restarted already (`metaopt.rules.move.hat`).
     discount : float or array, shape (), default 1.0
         Discount of the trace.
     keep : boolean array broadcastable to the trace, optional
@@ -122,6 +128,8 @@ def leaf_pass(
         What a change of the step size multiplies, section 10.
     rectified : array like the leaf, optional
         Diagonal of the Hessian, capped as in IDBD (section 12); for SGD without momentum.
+    grad_second, lr_second : arrays like the third trace, optional
+        Second-order parts of the gradient and of `lr`; needed where the leaf has a third trace.
 
     Returns
     -------
@@ -134,14 +142,20 @@ def leaf_pass(
         cast(leaf.grad, dtype),
         cast(leaf.count + 1, dtype),
     )
-    direction_trace = followed = retain = None
+    direction_trace = direction_second = followed = retain = third_trace = None
     slot_traces: dict[str, Any] = {}
     if grad_trace is None and not leaf.slot_traces:
         direction, slots = rule.direction(grad, leaf.slots, count)
     else:
-        jets = {slot: Jet(value, leaf.slot_traces.get(slot)) for slot, value in leaf.slots.items()}
-        jet, moved = rule.direction(Jet(grad, grad_trace), jets, Jet(count))
-        direction, direction_trace = jet.value, jet.first
+        order = 1 if leaf.third_trace is None else 2
+        jets = {
+            slot: Jet(value, leaf.slot_traces.get(slot), order=order)
+            for slot, value in leaf.slots.items()
+        }
+        jet, moved = rule.direction(
+            Jet(grad, grad_trace, grad_second, order), jets, Jet(count, order=order)
+        )
+        direction, direction_trace, direction_second = jet.value, jet.first, jet.second
         slots = {slot: moved[slot].value for slot in leaf.slots}
         slot_traces = {slot: moved[slot].first for slot in leaf.slot_traces}
     if inject == "gradient":
@@ -161,7 +175,20 @@ def leaf_pass(
         discount=discount,
         keep=keep,
     )
-    return LeafStep(moved_param.delta, slots, moved_param.trace, slot_traces)
+    if leaf.third_trace is not None:
+        third_trace = move_second(
+            param,
+            direction,
+            lr,
+            rule.weight_decay,
+            trace=leaf.trace,
+            direction_trace=direction_trace,
+            lr_trace=lr_trace,
+            third_trace=leaf.third_trace,
+            direction_second=direction_second,
+            lr_second=lr_second,
+        )
+    return LeafStep(moved_param.delta, slots, moved_param.trace, slot_traces, third_trace)
 
 
 def meta_pass(
@@ -206,7 +233,7 @@ def meta_pass(
     held_trace : mapping
         Y restarted but not discounted: what the rows of blocks that stay are left at.
     z_trace : blocks, with a leading axis of columns where dense, optional
-        Term A of section 3.
+        Terms A and B of section 3.
     """
     moves, family_moves = finite, blocks.some(finite)
     if awake is not None:

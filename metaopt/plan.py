@@ -42,6 +42,8 @@ class Plan:
         Slots whose traces are kept.
     beta_feeding : tuple of str
         Keys of `State.beta_trace`, empty where Y stays E.
+    third : bool
+        Whether `State.third_trace` is kept.
     state : mapping of field to Spec or (nested) mapping of them
         What a `State` consists of.
     """
@@ -55,6 +57,7 @@ class Plan:
     curvature: str
     feeding: Leaves[tuple[str, ...]]
     beta_feeding: tuple[str, ...]
+    third: bool
     state: dict[str, Any]
 
 
@@ -63,19 +66,20 @@ class Following:
     """What the traces follow, given the rules."""
 
     curvature: str
-    beta: bool
+    beta: bool = False
+    third: bool = False
 
 
 def following(
     rules: Leaves[Rule], meta: Rule, curvature: Curvature, approximation: str, discount: float
 ) -> Following:
-    """Return the curvature that the traces need and whether Y moves away from E."""
+    """Return the curvature that the traces need, and which of Y and Z are kept."""
     if discount == 0.0 or curvature.kind == "none":
-        return Following("none", beta=False)
-    beta = approximation == "2x2" and follows_gradient(meta)
+        return Following("none")
+    beta = approximation != "l" and follows_gradient(meta)
     if not beta and not any(follows_gradient(rule) for rule in set(rules.values())):
-        return Following("none", beta=False)  # no direction depends on the weights
-    return Following(curvature.kind, beta)
+        return Following("none")  # no direction depends on the weights
+    return Following(curvature.kind, beta, third=beta and approximation == "full")
 
 
 def make_plan(
@@ -105,7 +109,7 @@ def make_plan(
     feeding = per_leaf((name, feeds.get(rule, ())) for name, rule in rules.items())
     beta_feeding = ("beta", *feeding_slots(meta)) if follow.beta else ()
     beta_dtype = xp.float64 if xp.float64 in compute.values() else xp.float32
-    layout = choose_layout(blocks, shapes, dense=follow.curvature == "exact")
+    layout = choose_layout(blocks, shapes, dense=follow.curvature == "exact", third=follow.third)
     return Plan(
         shapes=shapes,
         rules=rules,
@@ -116,8 +120,18 @@ def make_plan(
         curvature=follow.curvature,
         feeding=feeding,
         beta_feeding=beta_feeding,
+        third=follow.third,
         state=_state(
-            layout, shapes, compute, beta_dtype, xp.int32, rules, meta, feeding, beta_feeding
+            layout,
+            shapes,
+            compute,
+            beta_dtype,
+            xp.int32,
+            rules,
+            meta,
+            feeding,
+            beta_feeding,
+            third=follow.third,
         ),
     )
 
@@ -132,6 +146,8 @@ def _state(
     meta: Rule,
     feeding: Leaves[tuple[str, ...]],
     beta_feeding: tuple[str, ...],
+    *,
+    third: bool,
 ) -> dict[str, Any]:
     """Return the shape and dtype of every array of a state."""
     blocks, families = layout.blocks, len(layout.blocks.families)
@@ -163,6 +179,11 @@ def _state(
             (name, traces(slots, name)) for name, slots in feeding.items() if slots
         ),
         "beta_trace": per_leaf((key, per_block(layout.leading)) for key in beta_feeding),
+        "third_trace": per_leaf(
+            (name, Spec(layout.leading * 2 + shape, dtypes[name])) for name, shape in shapes.items()
+        )
+        if third
+        else per_leaf(()),
         "meta_grad": per_block(),
         "restarts": Spec((families if blocks.partition.per_leaf else blocks.size,), integer),
         "skipped": Spec((), integer),

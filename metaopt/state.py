@@ -40,6 +40,9 @@ class State:
     beta_trace : mapping of "beta" or slot to blocks
         The same of the meta update's state (Y), with one leading axis of columns where dense;
         empty where it does not feed back and stays E.
+    third_trace : mapping of leaf to array (m, m, *shape)
+        How the leaf's trace depends on past meta-parameters (Z); empty unless
+        `approximation="full"` and it feeds back.
     meta_grad : blocks
         The last meta-gradient z, as it was.
     restarts : array, int32
@@ -57,6 +60,7 @@ class State:
     trace: Leaves[Any]
     slot_traces: Leaves[Leaves[Any]]
     beta_trace: Leaves[Any]
+    third_trace: Leaves[Any]
     meta_grad: Any
     restarts: Any
     skipped: Any

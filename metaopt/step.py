@@ -1,11 +1,13 @@
 """The parts of a step that look at several leaves; docs/mathematics.md sections 2, 3, 7 and 11."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from metaopt.arrays import Leaves, cast, filled, map_leaves, namespace, per_leaf
 from metaopt.inputs import check_products
+from metaopt.jets import outer
 from metaopt.plan import Plan
 from metaopt.rules.move import hat
 from metaopt.state import State
@@ -64,6 +66,7 @@ class Hatted(NamedTuple):
 
     trace: Any
     slot_traces: Mapping[str, Any]
+    third: Any
 
 
 def leaf_discount(plan: Plan, name: str, moves: Any, discount: float) -> Any:
@@ -86,11 +89,16 @@ def hatted(
         factor = leaf_discount(plan, name, moves, discount)
         trace: Any = state.trace[name]
         slots: Mapping[str, Any] = state.slot_traces.get(name, {})
+        third: Any = state.third_trace.get(name)
         if moves is not True:  # its overflow, no part of z, would spread through the Hessian
             trace, slots = finite_part(trace), map_leaves(finite_part, slots)
+            third = None if third is None else finite_part(third)
+        if third is not None:  # a pair restarts with either of its columns
+            third = hat(hat(third, factor, keep), 1.0, keep[:, None, ...])
         result[name] = Hatted(
             hat(trace, factor, keep),
             {slot: hat(trace, factor, keep) for slot, trace in slots.items()},
+            third,
         )
     return result
 
@@ -148,19 +156,70 @@ def grad_traces(
     kind = OrderedDict if isinstance(grads, OrderedDict) else dict
     tangents = kind((name, hats[name].trace) for name in grads)
     products = hvp(tangents)
-    check_products(products, tangents, grads)
+    check_products("hvp", products, tangents, grads)
     return per_leaf(
         (name, None if grads[name] is None else cast(products[name], plan.dtypes[name]))
         for name in hats
     )
 
 
+def grad_seconds(
+    plan: Plan,
+    awake: Leaves[Any],
+    hats: Mapping[str, Hatted],
+    grads: Mapping[str, Any],
+    hvp: Callable[[Any], Mapping[str, Any]],
+    third: Callable[[Any, Any], Mapping[str, Any]],
+    discount: float,
+) -> tuple[Leaves[Any], Leaves[Any]]:
+    """Return the second-order parts of the weights and of the gradients, section 3, *Z*."""
+    m = plan.layout.blocks.size
+    kind = OrderedDict if isinstance(grads, OrderedDict) else dict
+    # h' is a function of the h before its discount: the trace of h is discounted twice
+    seconds = per_leaf(
+        (name, hat(hats[name].third, leaf_discount(plan, name, moves, discount), None))
+        for name, moves in awake.items()
+    )
+
+    def reshaped(array: Any, *leading: int, name: str) -> Any:
+        return namespace(array).reshape(array, (*leading, *plan.shapes[name]))
+
+    tangents = kind((name, hats[name].trace) for name in grads)
+    pairs = kind((name, reshaped(seconds[name], m * m, name=name)) for name in grads)
+    bent, turned = third(tangents, tangents), hvp(pairs)
+    check_products("third", bent, seconds, grads)
+    check_products("hvp", turned, pairs, grads)
+
+    def second(name: str) -> Any:
+        product = reshaped(cast(turned[name], plan.dtypes[name]), m, m, name=name)
+        return cast(bent[name], plan.dtypes[name]) + product
+
+    return seconds, per_leaf((name, None if grads[name] is None else second(name)) for name in hats)
+
+
+def third_product(
+    plan: Plan, awake: Leaves[Any], hats: Mapping[str, Hatted], grads: Mapping[str, Any]
+) -> Any:
+    """Return term B of section 3, values per block with a leading axis of columns."""
+    m, partials = plan.layout.blocks.size, {}
+    for name, moves in awake.items():
+        if moves is False:
+            continue
+        xp = namespace(hats[name].third)
+        product = hats[name].third * cast(grads[name], plan.dtypes[name])
+        flat = xp.reshape(product, (m, m, math.prod(plan.shapes[name])))
+        part = xp.sum(flat, axis=2, dtype=plan.beta_dtype)
+        partials[name] = part if moves is True else xp.where(moves, part, 0.0)
+    return plan.layout.gather(partials) if partials else None
+
+
 def rates(
     plan: Plan, sigma: StepSizeMap, beta: Any, beta_trace: Mapping[str, Any]
-) -> tuple[Any, Any]:
-    """Return the step sizes and their derivatives, before the multiplier, as values per block.
+) -> tuple[Any, Any, Any]:
+    """Return the step sizes and their first two derivatives, before the multiplier, per block.
 
-    The derivative is the very object of the step sizes where the two are equal.
+    The first is the very object of the step sizes where the two are equal; the second, along all
+    pairs of columns, is None where no third trace is kept.
     """
     value = map_leaves(sigma.value, beta)
     rate: Any = map_leaves(sigma.first, beta, value)
@@ -169,13 +228,19 @@ def rates(
     if plan.curvature == "exact" or beta_trace:
         columns = beta_trace["beta"] if beta_trace else plan.layout.start(beta)
         rate = map_leaves(lambda rate, column: rate * column, rate, columns)
-    return value, rate
+    bend = None
+    if plan.third:
+        bend = map_leaves(
+            lambda piece, value, column: sigma.second(piece, value) * outer(column, column),
+            *(beta, value, beta_trace["beta"]),
+        )
+    return value, rate, bend
 
 
-def all_finite(grads: Mapping[str, Any], products: Mapping[str, Any]) -> Any:
-    """Return, as an array, whether all gradients and Hessian products are finite; None if none."""
+def all_finite(*mappings: Mapping[str, Any]) -> Any:
+    """Return, as an array, whether all arrays in the mappings are finite; None if there is none."""
     result = None
-    for array in (*grads.values(), *products.values()):
+    for array in (value for mapping in mappings for value in mapping.values()):
         if array is not None:
             xp = namespace(array)
             finite = xp.all(xp.isfinite(array))

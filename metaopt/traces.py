@@ -137,16 +137,21 @@ class Dense(Layout):
         )
 
 
-def choose_layout(blocks: Blocks, shapes: Mapping[str, Shape], *, dense: bool) -> Layout:
+def choose_layout(
+    blocks: Blocks, shapes: Mapping[str, Shape], *, dense: bool, third: bool
+) -> Layout:
     """Return the layout, or raise ValueError where dense traces would be too large."""
     if not dense:
         return Condensed(blocks)
     layout = Dense(blocks)
     numbers = sum(math.prod(layout.shape(shape)) for shape in shapes.values())
+    numbers *= 1 + blocks.size * third
     if numbers > LARGEST_DENSE:
+        full = ' with `approximation` "full"' if third else ""
         msg = (
-            f'`curvature` "exact" needs traces of {numbers} numbers for {blocks.size} blocks, more '
-            f'than {LARGEST_DENSE}. Use fewer `blocks`, or `curvature` "none" or "diagonal".'
+            f'`curvature` "exact"{full} needs traces of {numbers} numbers for '
+            f"{blocks.size} blocks, more than {LARGEST_DENSE}. Use fewer `blocks`, or "
+            '`curvature` "none" or "diagonal".'
         )
         raise ValueError(msg)
     return layout

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from metaopt_conformance.oracle import Config, Matrix, State, sigma
+from metaopt_conformance.oracle import Config, Matrix, State, first, sigma
 from metaopt_conformance.problems import LogCosh
-from metaopt_conformance.updates import Vector, direction
+from metaopt_conformance.updates import Vector, direction, partials
 
 __all__ = ["ROWS", "rerun", "traces"]
 
@@ -23,18 +23,19 @@ STEP = float(np.finfo(np.float64).eps) ** (1.0 / 3.0)
 
 
 def traces(config: Config, problem: LogCosh, run: Sequence[State]) -> dict[str, Matrix]:
-    """Return X and Y after a run, by their rows' names "H", "M", "V", "B", "Bm", "Bv".
+    """Return X and Y after a run by their rows' names, "H", "M", "V", "B", "Bm", "Bv", and Z.
 
     Parameters
     ----------
     config : Config
-        Of approximation "l" or "2x2" and without bounds.
+        Without bounds; with "full" without `meta_first`.
     problem : LogCosh
     run : sequence of State
         The states before each step and after the last.
     """
     end, gamma = len(run) - 1, config.discount
-    total = {trace: np.zeros_like(getattr(run[0], trace)) for trace in ROWS.values()}
+    rows = ROWS | ({"H": "Z"} if config.follows_third else {})
+    total = {trace: np.zeros_like(getattr(run[0], trace)) for trace in rows.values()}
     for tau in range(end):
         weight = (1.0 - gamma) * gamma ** (end - 1 - tau) + (gamma**end if tau == 0 else 0.0)
         if weight == 0.0:
@@ -43,24 +44,53 @@ def traces(config: Config, problem: LogCosh, run: Sequence[State]) -> dict[str, 
             nudge = np.where(np.arange(config.blocks) == j, STEP, 0.0)
             ahead = rerun(config, problem, run, tau, nudge)
             behind = rerun(config, problem, run, tau, -nudge)
-            for row, trace in ROWS.items():
+            for row, trace in rows.items():
                 change = getattr(ahead, row) - getattr(behind, row)
-                total[trace][:, j] += weight * change / (2.0 * STEP)
+                total[trace][..., j] += weight * change / (2.0 * STEP)
     return total
 
 
 def rerun(config: Config, problem: LogCosh, run: Sequence[State], tau: int, nudge: Vector) -> State:
     """Return the last state of the run repeated from step `tau` with beta moved by `nudge`.
 
-    With "l" every z is held at its recorded value, with "2x2" every H.
+    With "l" every z is held at its recorded value, with "2x2" every H, with "full" what the
+    recursion of h reads of B and of the moments' traces.
     """
     state = replace(run[tau], beta=run[tau].beta + nudge)
     for t in range(tau, len(run) - 1):
         grad = problem.grad(t, state.w)
-        z = run[t + 1].z if config.approximation == "l" else run[t].H.T @ grad
+        held = state if config.follows_third else run[t]
+        z = run[t + 1].z if config.approximation == "l" else held.H.T @ grad
         after = _meta(config, state, z)
+        H = _trace(config, problem, state, run[t], t, grad) if config.follows_third else state.H
         state = _base(config, after, grad, after.beta if config.meta_first else state.beta)
+        state = replace(state, H=H)
     return state
+
+
+def _trace(
+    config: Config, problem: LogCosh, state: State, recorded: State, t: int, grad: Vector
+) -> Matrix:
+    """Return H' with everything live but the hatted B and the moments' traces."""
+    gamma, new = config.discount, np.empty_like(state.H)
+    beta_trace = gamma * recorded.B + (1.0 - gamma) * np.eye(config.blocks)
+    rate = first(config.sigma, state.beta)[:, None] * beta_trace
+    alpha = sigma(config.sigma, state.beta)[config.block_of]
+    grad_trace = problem.hessian(t, state.w) @ (gamma * state.H)
+    for rule, at in config.base:
+        moments = grad[at], state.m[at], state.v[at], state.count[at] + 1
+        u, d, kappa = direction(rule, *moments)[0], partials(rule, *moments), rule.weight_decay
+        u_trace = (
+            d.u_g[:, None] * grad_trace[at]
+            + d.u_m[:, None] * (gamma * recorded.M[at])
+            + d.u_v[:, None] * (gamma * recorded.V[at])
+        )
+        new[at] = (
+            (1.0 - kappa * alpha[at])[:, None] * (gamma * state.H[at])
+            - alpha[at][:, None] * u_trace
+            - (u + kappa * state.w[at])[:, None] * rate[config.block_of[at]]
+        )
+    return new
 
 
 def _base(config: Config, state: State, grad: Vector, beta: Vector) -> State:

@@ -10,9 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from metaopt_conformance.updates import Partials, Update, Vector, direction, partials
+from metaopt_conformance.updates import (
+    Bends,
+    Partials,
+    Update,
+    Vector,
+    bends,
+    direction,
+    partials,
+)
 
-__all__ = ["Config", "State", "first", "init", "inverse", "sigma", "step"]
+__all__ = ["Config", "State", "first", "init", "inverse", "second", "sigma", "step"]
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -34,7 +42,7 @@ class Config:
     meta_lr, discount : float
     sigma : "exp", "identity", "softplus" or a pair (lo, hi) for the sigmoid between these
     bounds : pair of float or None
-    approximation : {"l", "2x2"}
+    approximation : {"l", "2x2", "full"}
     curvature : {"none", "diagonal", "exact"}
     rectified : bool
     trace : {"update", "gradient"}
@@ -61,6 +69,11 @@ class Config:
         return len(self.step_size)
 
     @property
+    def follows_third(self) -> bool:
+        """Whether Z can feed back: it reaches z, and z the derivative of a direction."""
+        return self.approximation == "full" and self.discount > 0.0 and self.meta.kind != "lion"
+
+    @property
     def weight_decay(self) -> Vector:
         """The weight decay of every weight, shape (n,)."""
         return _by_leaf(self, lambda rule, part: np.full(_length(part), rule.weight_decay))
@@ -72,7 +85,8 @@ class State:
 
     `w`, `m`, `v`, `count` have a value per weight; `beta`, `meta_m`, `meta_v`, `meta_count`, `z`,
     `restarts` one per block. `H`, `M`, `V` are the rows of w, m and v of the trace X (n by m);
-    `B`, `Bm`, `Bv` the rows of beta and the meta moments of Y (m by m).
+    `B`, `Bm`, `Bv` the rows of beta and the meta moments of Y (m by m). `Z[k, i, j]` is how entry
+    (k, i) of H depends on block j (n by m by m).
     """
 
     w: Vector
@@ -89,6 +103,7 @@ class State:
     B: Matrix
     Bm: Matrix
     Bv: Matrix
+    Z: Any
     z: Vector
     restarts: Vector
     step: int = field(default=0)
@@ -112,6 +127,7 @@ def init(config: Config, w: Vector) -> State:
         B=np.eye(m),
         Bm=np.zeros((m, m)),
         Bv=np.zeros((m, m)),
+        Z=np.zeros((n, m, m)),
         z=np.zeros(m),
         restarts=np.zeros(m),
     )
@@ -124,6 +140,7 @@ def step(
     hessian: Matrix,
     lr: Any = 1.0,
     present: Any = True,
+    third: Any = None,
 ) -> State:
     """Return the state after one step (section 2).
 
@@ -136,6 +153,8 @@ def step(
         Multiplier.
     present : bool or array (n,) of bool
         Where there is a gradient at all.
+    third : callable, needed by "full"
+        From U and V (n by m) to the third derivative along their columns, (n, m, m).
     """
     lr, present = np.broadcast_to(lr, grad.shape), np.broadcast_to(present, grad.shape)
     grad = np.where(present, grad, 0.0)
@@ -147,13 +166,16 @@ def step(
     grad_trace = curvature_term(config, hessian, hatted.H)
     moves = finite & np.array([np.any(awake[config.block_of == j]) for j in range(config.blocks)])
     after_meta = meta_update(config, state, hatted, np.where(moves, z, 0.0), moves)
-    after_meta = meta_traces(config, state, hatted, after_meta, z, moves, awake, grad_trace)
+    after_meta = meta_traces(config, state, hatted, after_meta, grad, z, moves, awake, grad_trace)
 
     beta, B = (after_meta.beta, after_meta.B) if config.meta_first else (state.beta, hatted.B)
     after_base = base_update(config, state, after_meta, grad, lr, beta)
     after_base = base_traces(
         config, state, hatted, after_base, grad, lr, beta, B, grad_trace, hessian
     )
+    if config.follows_third:
+        Z = third_trace(config, state, hatted, grad, lr, awake, grad_trace, hessian, third)
+        after_base = replace(after_base, Z=Z)
     after_base = keep_absent(state, after_base, present)
     return replace(
         after_base, z=z, restarts=state.restarts + np.logical_not(finite), step=state.step + 1
@@ -190,7 +212,16 @@ def hats(config: Config, state: State, awake: Flags, finite: Flags) -> State:
         B=y(state.B, eye),
         Bm=y(state.Bm, 0.0),
         Bv=y(state.Bv, 0.0),
+        Z=hat_of_third(config, state, awake, finite),
     )
+
+
+def hat_of_third(config: Config, state: State, awake: Flags, finite: Flags) -> Any:
+    """Return gamma Z; a pair of columns restarts with either of the two (section 11)."""
+    rows = np.where(awake, config.discount, 1.0)[:, None, None]
+    resting_overflow = np.logical_not(awake[:, None, None] | np.isfinite(state.Z))
+    keep = finite[:, None] & finite[None, :] & ~resting_overflow
+    return np.where(keep, rows * state.Z, 0.0)
 
 
 def curvature_term(config: Config, hessian: Matrix, H: Matrix) -> Matrix:
@@ -249,6 +280,54 @@ def base_traces(
     )
 
 
+def third_trace(
+    config: Config,
+    state: State,
+    hatted: State,
+    grad: Vector,
+    lr: Vector,
+    awake: Flags,
+    grad_trace: Matrix,
+    hessian: Matrix,
+    third: Any,
+) -> Any:
+    """Return Z', the derivative of h' by (beta, x, h) (section 3, *Z*).
+
+    Of h'_j = (1 - kappa alpha) h_j - alpha (u_g g_j + u_m m_j + u_v v_j) - (u + kappa w) alpha_j,
+    with the hatted tangents h_j, m_j, v_j, g_j = Hess h_j and alpha_j of column j, along the
+    tangents of column k. Those of m and v, and beta's in alpha_j, are held.
+    """
+    d, b, kappa = _partials(config, state, grad), _bends(config, state, grad), config.weight_decay
+    u = _directions(config, state, grad)[0]
+    block_of, beta = config.block_of, state.beta
+    alpha = lr * sigma(config.sigma, beta)[block_of]
+    B = hatted.B[block_of]
+    alpha_trace = (lr * first(config.sigma, beta)[block_of])[:, None] * B
+    alpha_bend = _pairs((lr * second(config.sigma, beta)[block_of])[:, None] * B, B)
+    # once for the h in the formula's own discount, once for the trace of h
+    w_bend = np.where(awake, config.discount, 1.0)[:, None, None] * hatted.Z
+    g_bend = third(hatted.H, hatted.H) + np.einsum("ab,bij->aij", hessian, w_bend)
+    G, M, V = grad_trace, hatted.M, hatted.V
+
+    u_trace = _rows(d.u_g, G) + _rows(d.u_m, M) + _rows(d.u_v, V)
+    u_bend = (
+        _all(d.u_g) * g_bend
+        + _all(b.u_gg) * _pairs(G, G)
+        + _all(b.u_gm) * (_pairs(G, M) + _pairs(M, G))
+        + _all(b.u_gv) * (_pairs(G, V) + _pairs(V, G))
+        + _all(b.u_mv) * (_pairs(M, V) + _pairs(V, M))
+        + _all(b.u_vv) * _pairs(V, V)
+    )
+    moved = u_trace + _rows(kappa, hatted.H)
+    return (
+        _all(1.0 - kappa * alpha) * w_bend
+        - _all(alpha) * u_bend
+        - _pairs(alpha_trace, moved)
+        - _pairs(moved, alpha_trace)
+        - _all(u + kappa * state.w) * alpha_bend
+    )
+
+
 def meta_update(config: Config, state: State, into: State, z: Vector, moves: Flags) -> State:
     """Return the meta-parameters after beta' = beta - eta u, and the meta moments (section 6).
 
@@ -276,12 +355,13 @@ def meta_traces(
     state: State,
     hatted: State,
     into: State,
+    grad: Vector,
     z: Vector,
     moves: Flags,
     awake: Flags,
     grad_trace: Matrix,
 ) -> State:
-    """Return Y' = Psi_y Y + Psi_z (H^T Hess H) (section 3, term A); E where it is not followed."""
+    """Return Y' = Psi_y Y + Psi_z (term A + term B) (section 3); E where it is not followed."""
     if config.approximation == "l":
         eye = np.eye(config.blocks)
         return replace(into, B=eye, Bm=np.zeros_like(eye), Bv=np.zeros_like(eye))
@@ -289,14 +369,16 @@ def meta_traces(
     z, count = np.where(moves, z, 0.0), state.meta_count + 1
     d = partials(config.meta, z, state.meta_m, state.meta_v, count)
     term_a = np.where(awake[:, None], state.H, 0.0).T @ np.where(awake[:, None], grad_trace, 0.0)
-    u_trace = _rows(d.u_g, term_a) + _rows(d.u_m, hatted.Bm) + _rows(d.u_v, hatted.Bv)
+    term_b = np.einsum("k,kij->ij", np.where(awake, grad, 0.0), hatted.Z)
+    z_trace = term_a + term_b
+    u_trace = _rows(d.u_g, z_trace) + _rows(d.u_m, hatted.Bm) + _rows(d.u_v, hatted.Bv)
     # rows of blocks that rest are left as they were, but for columns that start anew
     stays = np.logical_not(moves)[:, None]
     return replace(
         into,
         B=np.where(stays, held.B, hatted.B - config.meta_lr * u_trace),
-        Bm=np.where(stays, held.Bm, _rows(d.m_m, hatted.Bm) + _rows(d.m_g, term_a)),
-        Bv=np.where(stays, held.Bv, _rows(d.v_v, hatted.Bv) + _rows(d.v_g, term_a)),
+        Bm=np.where(stays, held.Bm, _rows(d.m_m, hatted.Bm) + _rows(d.m_g, z_trace)),
+        Bv=np.where(stays, held.Bv, _rows(d.v_v, hatted.Bv) + _rows(d.v_g, z_trace)),
     )
 
 
@@ -312,6 +394,7 @@ def keep_absent(before: State, after: State, present: Flags) -> State:
         H=np.where(rows, after.H, before.H),
         M=np.where(rows, after.M, before.M),
         V=np.where(rows, after.V, before.V),
+        Z=np.where(rows[:, :, None], after.Z, before.Z),
     )
 
 
@@ -338,6 +421,20 @@ def first(kind: Any, beta: Vector) -> Vector:
         return logistic
     lo, hi = kind
     return sigma(kind, beta) * np.log(hi / lo) * logistic * (1.0 - logistic)
+
+
+def second(kind: Any, beta: Vector) -> Vector:
+    """Return the second derivative of `sigma`."""
+    if kind == "exp":
+        return np.exp(beta)
+    if kind == "identity":
+        return np.zeros_like(beta)
+    logistic = 1.0 / (1.0 + np.exp(-beta))
+    if kind == "softplus":
+        return logistic * (1.0 - logistic)
+    lo, hi = kind
+    slope = np.log(hi / lo) * logistic * (1.0 - logistic)  # of log sigma
+    return sigma(kind, beta) * (slope**2 + slope * (1.0 - 2.0 * logistic))
 
 
 def inverse(kind: Any, sizes: Vector) -> Vector:
@@ -375,6 +472,19 @@ def _partials(config: Config, state: State, grad: Vector) -> Partials:
     )
 
 
+def _bends(config: Config, state: State, grad: Vector) -> Bends:
+    parts = [
+        bends(rule, grad[at], state.m[at], state.v[at], state.count[at] + 1)
+        for rule, at in config.base
+    ]
+    return Bends(
+        **{
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in Bends.__dataclass_fields__
+        }
+    )
+
+
 def _without_momentum(config: Config, state: State, grad: Vector) -> Vector:
     """Return u0 of section 10: g for SGD, g / (sqrt(v' / cv) + eps) for RMSprop and AdamW."""
 
@@ -398,3 +508,13 @@ def _length(part: slice) -> int:
 def _rows(factor: Vector, trace: Matrix) -> Matrix:
     """Multiply every column of a trace by an elementwise factor."""
     return factor[:, None] * trace
+
+
+def _all(factor: Vector) -> Any:
+    """Return an elementwise factor of a third trace."""
+    return factor[:, None, None]
+
+
+def _pairs(one: Matrix, other: Matrix) -> Any:
+    """Return the products of every column of the one with every column of the other."""
+    return one[:, :, None] * other[:, None, :]

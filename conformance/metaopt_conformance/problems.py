@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -62,3 +63,10 @@ class LogCosh:
         inputs, targets = self.data(t)
         weights = np.cosh(inputs @ w - targets) ** -2.0
         return (inputs.T * weights) @ inputs / self.samples
+
+    def third(self, t: int, w: Vector, u: Matrix, v: Matrix) -> Any:
+        """Return the third derivative along columns of u and v, shape (size, columns, columns)."""
+        inputs, targets = self.data(t)
+        residuals = inputs @ w - targets
+        weights = -2.0 * np.tanh(residuals) / np.cosh(residuals) ** 2.0 / self.samples
+        return np.einsum("k,ki,kj,kl->ijl", weights, inputs, inputs @ u, inputs @ v)

@@ -154,6 +154,12 @@ def dense(
             found[f"meta_{values}"] = _blocks(state.meta_slots[slot])
         if slot in state.beta_trace:
             found[f"B{values}"] = _matrix(state.beta_trace[slot], m)
+    if state.third_trace:
+        thirds = [
+            to_numpy(state.third_trace[name]).reshape(m, m, -1).transpose(2, 1, 0)
+            for name in shapes
+        ]
+        found["Z"] = np.concatenate(thirds)
     if "beta" in state.beta_trace:
         found["B"] = _matrix(state.beta_trace["beta"], m)
     if len(to_numpy(state.meta_count)) == m:

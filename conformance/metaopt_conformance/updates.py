@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Partials", "Update", "Vector", "direction", "partials"]
+__all__ = ["Bends", "Partials", "Update", "Vector", "bends", "direction", "partials"]
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -54,6 +54,17 @@ class Partials:
     m_m: Vector
     v_g: Vector
     v_v: Vector
+
+
+@dataclass(frozen=True)
+class Bends:
+    """Elementwise second derivatives of u with respect to (g, m, v); u_mm is 0 for every rule."""
+
+    u_gg: Vector
+    u_gm: Vector
+    u_gv: Vector
+    u_mv: Vector
+    u_vv: Vector
 
 
 def direction(
@@ -105,6 +116,44 @@ def partials(rule: Update, g: Vector, m: Vector, v: Vector, count: Vector) -> Pa
             u_g = by_mean * m_g + by_moment * v_g
             u_m, u_v = by_mean * m_m, by_moment * v_v
     return Partials(u_g, u_m, u_v, m_g, m_m, v_g, v_v)
+
+
+def bends(rule: Update, g: Vector, m: Vector, v: Vector, count: Vector) -> Bends:
+    """Return the second derivatives of the direction at the same arguments.
+
+    With a the numerator, linear in g and m, and s the root, a function of g and v,
+    u = a / (s + eps) has u_as = -1 / (s + eps)^2 and u_ss = 2 a / (s + eps)^3.
+    """
+    zero = np.zeros_like(g)
+    if rule.kind in ("sgd", "lion"):
+        return Bends(zero, zero, zero, zero, zero)
+    q = _quotient(rule, g, m, v, count)
+    a_g, a_m = np.ones_like(g), zero
+    if rule.kind == "adamw":
+        a_g = zero if rule.delayed else (1.0 - rule.rho) / q.correction
+        a_m = (1.0 if rule.delayed else rule.rho) / q.correction
+    # s = sqrt(v' / cv), by v' and then, with v' = decay v + (1 - decay) g^2, by g and v
+    some, root = q.root > 0.0, _positive(q.root)
+    slope = np.where(some, 1.0 / (2.0 * q.correction_sq * root), 0.0)
+    bend = np.where(some, -1.0 / (4.0 * q.correction_sq**2 * root**3), 0.0)
+    by_g, by_gg, by_v = 2.0 * (1.0 - rule.decay_sq) * g, 2.0 * (1.0 - rule.decay_sq), rule.decay_sq
+    if rule.delayed:  # s = sqrt(v / cv)
+        by_g, by_gg, by_v = zero, 0.0, 1.0
+    s_g, s_v = slope * by_g, slope * by_v
+    s_gg, s_gv, s_vv = bend * by_g**2 + slope * by_gg, bend * by_g * by_v, bend * by_v**2
+    u_s = -q.numerator / q.divisor**2
+    u_as, u_ss = -1.0 / q.divisor**2, 2.0 * q.numerator / q.divisor**3
+
+    def where_defined(x: Vector) -> Vector:
+        return np.where(q.defined, x, 0.0)
+
+    return Bends(
+        u_gg=where_defined(2.0 * u_as * a_g * s_g + u_ss * s_g**2 + u_s * s_gg),
+        u_gm=where_defined(u_as * a_m * s_g),
+        u_gv=where_defined(u_as * a_g * s_v + u_ss * s_g * s_v + u_s * s_gv),
+        u_mv=where_defined(u_as * a_m * s_v),
+        u_vv=where_defined(u_ss * s_v**2 + u_s * s_vv),
+    )
 
 
 @dataclass(frozen=True)

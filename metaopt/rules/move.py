@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaopt.arrays import Array, namespace
+from metaopt.jets import crossed, scaled, total
 
-__all__ = ["Move", "hat", "move"]
+__all__ = ["Move", "hat", "move", "move_second"]
 
 
 class Move(NamedTuple):
@@ -84,6 +85,45 @@ def move(
     if change is None:
         return Move(delta, hat(trace, factor, keep))
     return Move(delta, hat(trace, factor, keep) - change)
+
+
+def move_second(
+    param: Array,
+    direction: Array,
+    lr: Any,
+    weight_decay: float,
+    *,
+    trace: Any,
+    direction_trace: Any,
+    lr_trace: Any,
+    third_trace: Any,
+    direction_second: Any,
+    lr_second: Any,
+) -> Any:
+    r"""Return the second-order part of w' = w - lr (u + weight_decay w).
+
+    docs/mathematics.md section 3, *Z*:
+
+    .. math::
+        Z_{jk}' = (1 - \kappa \alpha) \ddot w_{jk} - \alpha \ddot u_{jk}
+            - \dot\alpha_k (\dot u_j + \kappa \hat h_j) - \dot\alpha_j (\dot u_k + \kappa \hat h_k)
+            - (u + \kappa w) \ddot\alpha_{jk}
+
+    Parameters
+    ----------
+    param, direction, lr, weight_decay
+        As in `move`.
+    trace, lr_trace : arrays with one leading axis
+        First-order parts, discounted.
+    direction_trace : array like these, or None
+    third_trace, lr_second : arrays with two leading axes
+        Second-order parts of `param` and `lr`.
+    direction_second : array like these, or None
+    """
+    turn = total(direction_trace, scaled(trace, weight_decay))
+    change = total(scaled(direction_second, lr), crossed(turn, lr_trace))
+    change = total(change, lr_second * (direction + weight_decay * param))
+    return (1.0 - weight_decay * lr) * third_trace - change
 
 
 def hat(trace: Any, factor: Any, keep: Any) -> Any:
