@@ -21,6 +21,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "gradient": {"trace": "gradient"},
     "skip": {"skip_nonfinite": True},
     "exact": {"curvature": "exact", "approximation": "2x2", "blocks": "tensor", "meta": mo.AdamW()},
+    "full": {
+        "curvature": "exact",
+        "approximation": "full",
+        "blocks": "tensor",
+        "meta": mo.AdamW(),
+    },
     "diagonal": {"curvature": "diagonal", "approximation": "2x2", "meta": mo.SGD()},
 }
 
@@ -47,6 +53,9 @@ def one_step(opt: mo.MetaOptimize, params: Any, state: Any, lr: Any) -> Any:
         state,
         lr=lr,
         hvp=lambda tangents: tangents,
+        third=lambda us, vs: {
+            name: 0.0 * (us[name][:, None, ...] * vs[name][None, ...]) for name in us
+        },
         hessian_diagonal={name: 0.0 * param + 1.0 for name, param in params.items()},
     )
 

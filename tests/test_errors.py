@@ -217,7 +217,17 @@ CONSTRUCTOR: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] 
     "approximation unknown": (
         {"approximation": "L"},
         ValueError,
-        ("`approximation` must be one of 'l', '2x2'; got 'L'.",),
+        ("`approximation` must be one of 'l', '2x2', 'full'; got 'L'.",),
+    ),
+    "full without exact": (
+        {"approximation": "full", "curvature": "diagonal"},
+        ValueError,
+        ('`approximation="full"` needs `curvature` "exact"; got \'diagonal\'.',),
+    ),
+    "full with meta_first": (
+        {"approximation": "full", "curvature": "exact", "meta_first": True},
+        ValueError,
+        ('`approximation="full"` needs `meta_first` False; got True.',),
     ),
     "curvature unknown": (
         {"curvature": "full"},
@@ -596,6 +606,7 @@ def swapped(**leaves: Any) -> Any:
 
 
 EXACT, DIAGONAL = {"curvature": "exact"}, {"curvature": "diagonal"}
+FULL = EXACT | {"approximation": "full"}
 MOMENTUM = {"base": mo.SGD(momentum=0.9)}
 NEED_HVP = (
     '`hvp` is needed by `curvature="exact"`; got',
@@ -688,6 +699,20 @@ STEP: dict[str, BadStep] = {
         ValueError, PRODUCT, "got nothing.", options=EXACT, hvp=lambda _: None
     ),
     "hvp returns a list": bad(ValueError, PRODUCT, "got list.", options=EXACT, hvp=lambda _: [W]),
+    "full without third": bad(
+        ValueError,
+        '`third` is needed by `approximation="full"`; got None. Pass a callable',
+        options=FULL,
+        hvp=lambda tangents: tangents,
+    ),
+    "third of another shape": bad(
+        ValueError,
+        "`third` must return for 'w' an array of shape (1, 1, 2, 3)",
+        "a product per pair of tangents of (2, 3); got shape (1, 2, 3).",
+        options=FULL,
+        hvp=lambda tangents: tangents,
+        third=lambda tangents, _: tangents,
+    ),
     "no hessian_diagonal": bad(
         ValueError,
         '`hessian_diagonal` is needed by `curvature="diagonal"`',

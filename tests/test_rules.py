@@ -177,6 +177,41 @@ def test_jets_equal_central_differences(rule: Any, where: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_second_derivatives_equal_differences_of_the_first(rule: Any) -> None:
+    """Along two directions that move everything at once, the arguments' own second parts too."""
+    values, count = values_of(rule, "middle"), np.asarray(3.0)
+    rng, h = np.random.default_rng(9), np.finfo(float).eps ** (1 / 3)
+    firsts = {name: rng.normal(size=(2, 6)) for name in values}
+    bends = {name: rng.normal(size=(2, 2, 6)) for name in values}
+    seconds = {name: bend + bend.swapaxes(0, 1) for name, bend in bends.items()}
+
+    def push(t: float, k: int) -> Any:
+        """Return the direction a little further along direction k, as arguments curve."""
+        jets = {
+            name: Jet(
+                value + t * firsts[name][k] + 0.5 * t * t * seconds[name][k, k],
+                firsts[name] + t * seconds[name][k],
+                seconds[name],
+                order=2,
+            )
+            for name, value in values.items()
+        }
+        return rule.direction(jets.pop("grad"), jets, Jet(count, order=2))[0]
+
+    got = push(0.0, 0).second
+    for k in range(2):
+        ahead, behind = push(h, k).first, push(-h, k).first
+        if ahead is None:
+            assert got is None
+            continue
+        slope = (ahead - behind) / (2 * h)
+        if got is None:  # linear in arguments that do not curve
+            assert np.max(np.abs(slope)) < FORMULA * np.max(np.abs(ahead))
+        else:
+            assert relative_error(got[:, k], slope) < FORMULA
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_jets_take_columns(rule: Any) -> None:
     values = values_of(rule, "middle")
     columns = {name: np.random.default_rng(8).normal(size=(3, 6)) for name in values}

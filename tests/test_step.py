@@ -1,6 +1,7 @@
 """The whole step against the dense oracle over the options, drawn together."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,8 @@ def runs(draw: st.DrawFn) -> Run:
         "trace": trace,
         "meta_first": draw(st.booleans()),
     }
+    if curvature == "exact" and not options["meta_first"] and draw(st.booleans()):
+        options["approximation"] = "full"
     if options["sigma"] == "identity":
         options["meta_lr"] = 0.003
     multiplier = st.sampled_from([1.0, 1.0, 0.5, 0.0])
@@ -94,6 +97,12 @@ def by_weight(values: dict[str, Any]) -> Any:
     return np.concatenate(vector)
 
 
+def columns(tangents: Any, backend: Any) -> Any:
+    """Return tangents by leaf, each with a leading axis, as columns of a matrix."""
+    rows = [backend.to_numpy(tangents[name]) for name in SHAPES]
+    return np.concatenate([row.reshape(len(row), -1) for row in rows], axis=1).T
+
+
 def check(run: Run, backend: Any) -> None:
     opt = mo.MetaOptimize(**run.options)
     config = config_of(opt, SHAPES)
@@ -106,13 +115,19 @@ def check(run: Run, backend: Any) -> None:
         present = by_weight({name: name not in missing for name in SHAPES})
         multiplier = by_weight(lr) if isinstance(lr, dict) else lr
         at_oracle = PROBLEM.grad(t, want.w), PROBLEM.hessian(t, want.w)
-        want = oracle.step(config, want, *at_oracle, multiplier, present)
+        third_at_oracle = partial(PROBLEM.third, t, want.w)
+        want = oracle.step(config, want, *at_oracle, multiplier, present, third_at_oracle)
 
-        def hvp(tangents: Any, hessian: Any = hessian, missing: Any = missing) -> Any:
-            columns = len(backend.to_numpy(tangents["bias"]))
-            vectors = [backend.to_numpy(tangents[name]).reshape(columns, -1) for name in SHAPES]
-            products = backend.tree(tree(np.concatenate(vectors, axis=1) @ hessian, SHAPES))
-            return {name: None if name in missing else products[name] for name in SHAPES}
+        def present_ones(products: Any, missing: Any = missing) -> Any:
+            arrays = backend.tree(tree(products, SHAPES))
+            return {name: None if name in missing else arrays[name] for name in SHAPES}
+
+        def hvp(tangents: Any, hessian: Any = hessian, pick: Any = present_ones) -> Any:
+            return pick((hessian @ columns(tangents, backend)).T)
+
+        def third(us: Any, vs: Any, t: int = t, w: Any = w, pick: Any = present_ones) -> Any:
+            products = PROBLEM.third(t, w, columns(us, backend), columns(vs, backend))
+            return pick(products.transpose(1, 2, 0))
 
         grads = backend.tree(tree(grad, SHAPES))
         params, state = backend.settled(
@@ -122,6 +137,7 @@ def check(run: Run, backend: Any) -> None:
                 state,
                 lr=lr,
                 hvp=hvp,
+                third=third,
                 hessian_diagonal=backend.tree(tree(np.diag(hessian), SHAPES)),
             )
         )
