@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from metaopt_conformance import oracle
-from metaopt_conformance.problems import SHAPES, LogCosh
+from metaopt_conformance.problems import PROBLEMS, SHAPES
 from metaopt_conformance.tolerances import ORACLE, relative_error
 from metaopt_conformance.translate import config_of, dense, expected, flat, slices, tree
 
@@ -17,7 +17,7 @@ import metaopt as mo
 
 STEPS = 8
 SIZE = sum(int(np.prod(shape)) for shape in SHAPES.values())
-PROBLEM = LogCosh(SIZE, seed=5)
+PROBLEM = PROBLEMS["logcosh"]
 
 # eps large enough that rounding is not amplified where a gradient is small
 MOMENTS = [

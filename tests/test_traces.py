@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from metaopt_conformance import finite_differences, oracle
-from metaopt_conformance.problems import SHAPES, LogCosh
+from metaopt_conformance.problems import PROBLEMS, SHAPES
 from metaopt_conformance.tolerances import (
     FINITE_DIFFERENCES,
     ORACLE,
@@ -25,7 +25,7 @@ import metaopt as mo
 
 STEPS = 12
 SIZE = sum(int(np.prod(shape)) for shape in SHAPES.values())
-PROBLEM = LogCosh(SIZE, seed=3)
+PROBLEM = PROBLEMS["logcosh"]
 
 BASES: dict[str, Any] = {
     "SGD": mo.SGD(weight_decay=0.1),

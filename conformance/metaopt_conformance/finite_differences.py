@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 
 from metaopt_conformance.oracle import Config, Matrix, State, first, sigma
-from metaopt_conformance.problems import LogCosh
+from metaopt_conformance.problems import Problem
+from metaopt_conformance.tolerances import STEP
 from metaopt_conformance.updates import Vector, direction, partials
 
 __all__ = ["ROWS", "rerun", "traces"]
@@ -19,17 +20,15 @@ __all__ = ["ROWS", "rerun", "traces"]
 #: The parts of a state that depend on past meta-parameters, and the names of their traces.
 ROWS = {"w": "H", "m": "M", "v": "V", "beta": "B", "meta_m": "Bm", "meta_v": "Bv"}
 
-STEP = float(np.finfo(np.float64).eps) ** (1.0 / 3.0)
 
-
-def traces(config: Config, problem: LogCosh, run: Sequence[State]) -> dict[str, Matrix]:
+def traces(config: Config, problem: Problem, run: Sequence[State]) -> dict[str, Matrix]:
     """Return X and Y after a run by their rows' names, "H", "M", "V", "B", "Bm", "Bv", and Z.
 
     Parameters
     ----------
     config : Config
         Without bounds; with "full" without `meta_first`.
-    problem : LogCosh
+    problem : Problem
     run : sequence of State
         The states before each step and after the last.
     """
@@ -50,7 +49,7 @@ def traces(config: Config, problem: LogCosh, run: Sequence[State]) -> dict[str, 
     return total
 
 
-def rerun(config: Config, problem: LogCosh, run: Sequence[State], tau: int, nudge: Vector) -> State:
+def rerun(config: Config, problem: Problem, run: Sequence[State], tau: int, nudge: Vector) -> State:
     """Return the last state of the run repeated from step `tau` with beta moved by `nudge`.
 
     With "l" every z is held at its recorded value, with "2x2" every H, with "full" what the
@@ -69,7 +68,7 @@ def rerun(config: Config, problem: LogCosh, run: Sequence[State], tau: int, nudg
 
 
 def _trace(
-    config: Config, problem: LogCosh, state: State, recorded: State, t: int, grad: Vector
+    config: Config, problem: Problem, state: State, recorded: State, t: int, grad: Vector
 ) -> Matrix:
     """Return H' with everything live but the hatted B and the moments' traces."""
     gamma, new = config.discount, np.empty_like(state.H)

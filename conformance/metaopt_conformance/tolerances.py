@@ -32,14 +32,42 @@ THIRD_DIFFERENCES = 1e-5
 FORMULA = 1e-7
 
 
+#: Step of central differences: the cube root of eps balances truncation and rounding.
+STEP = float(np.finfo(np.float64).eps) ** (1.0 / 3.0)
+
+
+def trajectory(steps: int) -> float:
+    """Return the allowance for a float64 run against the oracle.
+
+    A step of some 60 operations rounds by 60 * 1.1e-16; `ORACLE` holds for a dozen steps, and
+    errors were seen to grow no faster than the number of steps on these problems.
+    """
+    return ORACLE * max(1.0, steps / 12.0)
+
+
+def single_step(dtype: str, quantity: str) -> float:
+    """Return the allowance for one step from a given state, params and state apart.
+
+    State is held in float32 where parameters are narrower, but is computed from parameters and
+    gradients that were rounded to them.
+    """
+    del quantity
+    wide = "float64" if dtype == "float64" else "float32"
+    return max(rounding(wide, operations=60), rounding(dtype, operations=1))
+
+
+def eps(dtype: str) -> float:
+    """Return the distance from 1 to the next number."""
+    return {"bfloat16": 2.0**-7}.get(dtype) or float(np.finfo(dtype).eps)
+
+
 def rounding(dtype: str, operations: int, steps: int = 1) -> float:
     """Return the allowance for rounding alone: 4 eps for each operation of each step.
 
     A rounding is half an eps; errors of a chain add up, and 4 leaves room for a division or a
     square root that passes twice an error on.
     """
-    eps = {"bfloat16": 2.0**-7}.get(dtype) or float(np.finfo(dtype).eps)
-    return 4.0 * eps * operations * steps
+    return 4.0 * eps(dtype) * operations * steps
 
 
 def relative_error(got: object, want: object, scale: float = 0.0) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import metaopt as mo
-from metaopt.arrays import to_numpy
+from metaopt.arrays import map_leaves, to_numpy
 from metaopt_conformance.oracle import Config, Matrix
 from metaopt_conformance.updates import Update, Vector
 
@@ -34,7 +34,7 @@ def tree(vector: Vector, shapes: Shapes) -> dict[str, Vector]:
     }
 
 
-def flat(arrays: Mapping[str, Any], shapes: Shapes) -> Vector:
+def flat(arrays: Mapping[str, Any], shapes: Shapes, to_numpy: Any = to_numpy) -> Vector:
     """Return arrays by leaf as one float64 vector; the inverse of `tree`."""
     return np.concatenate(
         [np.reshape(to_numpy(arrays[name]).astype(np.float64), -1) for name in shapes]
@@ -120,7 +120,11 @@ def config_of(opt: mo.MetaOptimize, shapes: Shapes) -> Config:
 
 
 def dense(
-    params: Mapping[str, Any], state: mo.State, config: Config, shapes: Shapes
+    params: Mapping[str, Any],
+    state: mo.State,
+    config: Config,
+    shapes: Shapes,
+    to_numpy: Any = to_numpy,
 ) -> dict[str, Vector]:
     """Return params and state under the oracle's names, each as far as the library keeps it.
 
@@ -128,12 +132,13 @@ def dense(
     `expected` returns the oracle's value of a key.
     """
     m, block_of = config.blocks, config.block_of
+    state = mo.State(**{name: map_leaves(to_numpy, value) for name, value in vars(state).items()})
     found: dict[str, Any] = {
-        "w": flat(params, shapes),
+        "w": flat(params, shapes, to_numpy),
         "beta": _blocks(state.beta),
         "z": _blocks(state.meta_grad),
         "count": np.concatenate(
-            [np.full(int(np.prod(shapes[name])), to_numpy(state.count[name])) for name in shapes]
+            [np.full(int(np.prod(shapes[name])), state.count[name]) for name in shapes]
         ),
         "H": np.concatenate(
             [
@@ -145,7 +150,7 @@ def dense(
     for slot, values, trace in (("exp_avg", "m", "M"), ("exp_avg_sq", "v", "V")):
         for name, at in slices(shapes).items():
             if slot in state.slots[name]:
-                found[f"{values}/{name}"] = to_numpy(state.slots[name][slot]).reshape(-1)
+                found[f"{values}/{name}"] = state.slots[name][slot].reshape(-1)
             if slot in state.slot_traces.get(name, {}):
                 found[f"{trace}/{name}"] = _columns(
                     state.slot_traces[name][slot], shapes[name], block_of[at], m
@@ -155,17 +160,16 @@ def dense(
         if slot in state.beta_trace:
             found[f"B{values}"] = _matrix(state.beta_trace[slot], m)
     if state.third_trace:
-        thirds = [
-            to_numpy(state.third_trace[name]).reshape(m, m, -1).transpose(2, 1, 0)
-            for name in shapes
-        ]
+        thirds = [state.third_trace[name].reshape(m, m, -1).transpose(2, 1, 0) for name in shapes]
         found["Z"] = np.concatenate(thirds)
     if "beta" in state.beta_trace:
         found["B"] = _matrix(state.beta_trace["beta"], m)
-    if len(to_numpy(state.meta_count)) == m:
-        found["meta_count"] = to_numpy(state.meta_count)
-    if len(to_numpy(state.restarts)) == m:
-        found["restarts"] = to_numpy(state.restarts)
+    found["meta_count"] = state.meta_count
+    if len(state.meta_count) != m:  # one for all blocks of a leaf
+        blocks = [len(np.unique(block_of[at])) for at in slices(shapes).values()]
+        found["meta_count"] = np.repeat(state.meta_count, blocks)
+    if len(state.restarts) == m:
+        found["restarts"] = state.restarts
     return found
 
 
@@ -178,13 +182,13 @@ def expected(oracle_state: Any, key: str, shapes: Shapes) -> Vector:
 
 def _blocks(values: Any) -> Vector:
     if isinstance(values, Mapping):
-        return np.concatenate([to_numpy(value).reshape(-1) for value in values.values()])
-    return to_numpy(values)
+        return np.concatenate([value.reshape(-1) for value in values.values()])
+    return values
 
 
 def _columns(trace: Any, shape: tuple[int, ...], block_of: Any, m: int) -> Matrix:
     """Return a leaf's trace as rows of weights by columns of blocks."""
-    array = to_numpy(trace)
+    array = trace
     if array.ndim == len(shape):  # condensed: every weight has the column of its block alone
         rows = np.zeros((array.size, m))
         rows[np.arange(array.size), block_of] = array.reshape(-1)
@@ -195,7 +199,7 @@ def _columns(trace: Any, shape: tuple[int, ...], block_of: Any, m: int) -> Matri
 def _matrix(values: Any, m: int) -> Matrix:
     """Return a trace of the meta state as rows of blocks by columns of blocks."""
     pieces = list(values.values()) if isinstance(values, Mapping) else [values]
-    if sum(to_numpy(piece).size for piece in pieces) == m * m and m > 1:
-        return np.concatenate([to_numpy(piece).reshape(m, -1) for piece in pieces], axis=1).T
-    vector = np.concatenate([to_numpy(piece).reshape(-1) for piece in pieces])
+    if sum(piece.size for piece in pieces) == m * m and m > 1:
+        return np.concatenate([piece.reshape(m, -1) for piece in pieces], axis=1).T
+    vector = np.concatenate([piece.reshape(-1) for piece in pieces])
     return np.diag(vector)

@@ -1,0 +1,113 @@
+"""The command line, `python -m metaopt_conformance`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from metaopt_conformance import report
+from metaopt_conformance.backends import BACKENDS, Backend, UnavailableError, find
+from metaopt_conformance.cases import Case
+from metaopt_conformance.checks import FAMILIES
+from metaopt_conformance.suite import run
+
+__all__ = ["main"]
+
+DESCRIPTION = """\
+Checks metaopt's optimizer on the arrays of a library against a dense float64 oracle, finite
+differences of whole trajectories, and the library's own optimizers. The exit status is 0 if all
+checks passed, 1 if one failed, 2 if it could not be run."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Those of the process by default.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.list:
+        for family in FAMILIES.values():
+            print(f"{family.name:12} {family.what}")
+        return 0
+    if options.all == (options.backend is not None):
+        parser.error("give either --backend or --all")
+    backends: list[Backend] = []
+    for name in BACKENDS if options.all else [options.backend]:
+        try:
+            backends.append(find(name))
+        except UnavailableError as error:
+            if not options.all:
+                parser.error(str(error))
+            print(f"{name}: not checked, {error}")
+        except LookupError as error:
+            parser.error(str(error.args[0]))
+    if options.device and options.device not in backends[0].devices():
+        known = ", ".join(backends[0].devices()) or "none but the default one"
+        parser.error(f"--device must be one of {known}; got {options.device!r}")
+
+    outcomes = []
+    for backend in backends:
+        found = list(
+            run(
+                backend,
+                device=options.device,
+                families=options.family or tuple(FAMILIES),
+                cases=options.case,
+                quick=options.quick,
+                stop=options.stop,
+                progress=_tick,
+            )
+        )
+        sys.stderr.write("\n" if sys.stderr.isatty() else "")
+        print(f"\n{backend.name}\n{report.as_text(found)}")
+        outcomes += found
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        name = "all" if options.all else backends[0].name
+        page = report.overview(outcomes) if options.all else report.as_markdown(outcomes)
+        (options.output / f"{name}.md").write_text(page + "\n", encoding="utf-8")
+        (options.output / f"{name}.json").write_text(report.as_json(outcomes), encoding="utf-8")
+    return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m metaopt_conformance", description=DESCRIPTION, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help=f"one of {', '.join(BACKENDS)}, an entry point's name, or module:attribute",
+    )
+    parser.add_argument("--all", action="store_true", help="every backend that is installed")
+    parser.add_argument("--device", help="one of the backend's devices, such as cuda")
+    parser.add_argument("--quick", action="store_true", help="about a twentieth of all cases")
+    parser.add_argument(
+        "--family", action="append", choices=tuple(FAMILIES), help="these alone; see --list"
+    )
+    parser.add_argument("--case", action="append", type=_case, help="this alone: name=value,...")
+    parser.add_argument("--stop", action="store_true", help="end with the first failure")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write JSON and Markdown")
+    parser.add_argument("--list", action="store_true", help="say what is checked and exit")
+    return parser
+
+
+def _case(text: str) -> Case:
+    try:
+        return Case.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _tick(outcome: report.Outcome) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write({"passed": ".", "failed": "F", "skipped": "s"}[outcome.status])
+        sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

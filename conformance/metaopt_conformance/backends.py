@@ -1,0 +1,270 @@
+"""What the suite asks of an array library, and how it finds one.
+
+A backend is an object with the members of `Backend`: most are told by the defaults. It is found by
+name, as `module:attribute`, or under the entry point group "metaopt_conformance.backends".
+"""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+import numpy as np
+
+__all__ = ["BACKENDS", "Backend", "UnavailableError", "find"]
+
+GROUP = "metaopt_conformance.backends"
+
+
+class UnavailableError(Exception):
+    """A backend that cannot run here; the message says why."""
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """An array library under test.
+
+    Parameters
+    ----------
+    name : str
+    asarray : callable
+        From a NumPy array and a device, None for the default one, to an array of the library.
+    to_numpy : callable
+        Back to NumPy, whatever the device; bfloat16 as float32.
+    dtypes : tuple of str, default ("float64", "float32")
+        Those to check, of "float64", "float32", "float16" and "bfloat16".
+    devices : callable, default none
+        Returns the names of devices that can be asked for.
+    compile : callable or None, default None
+        Compiles a pure function of nested mappings of arrays, as `jax.jit` does.
+    differentiate : callable or None, default None
+        From a function of a mapping of arrays to a 0-d array, to a function that returns its
+        gradient as a mapping of arrays; can be nested.
+    settle : callable, default identity
+        Computes what is lazy; the suite calls it after every step.
+    optimizer : callable or None, default None
+        From a `metaopt.MetaOptimize` and params to an object with `step(grads, lr, hvp)`,
+        `params()` and `state()`, the latter a `metaopt.State`: an adapter to check as well.
+    plain : callable or None, default None
+        From a `metaopt` rule, a step size and params to a function from gradients to the params
+        after a step of the library's own optimizer, or None where it has no such rule.
+    """
+
+    name: str
+    asarray: Callable[[Any, Any], Any]
+    to_numpy: Callable[[Any], Any]
+    dtypes: tuple[str, ...] = ("float64", "float32")
+    devices: Callable[[], tuple[str, ...]] = tuple
+    compile: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    differentiate: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] | None = None
+    settle: Callable[[Any], Any] = _same
+    optimizer: Callable[[Any, Any], Any] | None = None
+    plain: Callable[[Any, float, Mapping[str, Any]], Any] | None = None
+
+
+def find(name: str) -> Backend:
+    """Return the backend of this name.
+
+    Parameters
+    ----------
+    name : str
+        One of `BACKENDS`, "module:attribute", or the name of an entry point. An attribute may be a
+        backend or a function that returns one.
+
+    Raises
+    ------
+    UnavailableError
+        If the library is not installed.
+    LookupError
+        If there is no such backend.
+    """
+    if name in BACKENDS:
+        return BACKENDS[name]()
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ModuleNotFoundError, AttributeError) as error:
+            msg = f"`backend` {name!r} cannot be loaded: {error}."
+            raise LookupError(msg) from error
+    else:
+        points = {point.name: point for point in entry_points(group=GROUP)}
+        if name not in points:
+            known = ", ".join([*BACKENDS, *points])
+            msg = f"`backend` must be one of {known}, or module:attribute; got {name!r}."
+            raise LookupError(msg)
+        found = points[name].load()
+    return found if hasattr(found, "asarray") else found()
+
+
+def _numpy() -> Backend:
+    return Backend(
+        name="numpy",
+        asarray=lambda array, _: np.array(array),
+        to_numpy=np.array,
+        dtypes=("float64", "float32", "float16"),
+    )
+
+
+def _strict() -> Backend:
+    xp = _imported("array_api_strict", "array-api-strict")
+    return Backend(name="strict", asarray=lambda array, _: xp.asarray(array), to_numpy=np.array)
+
+
+def _torch() -> Backend:
+    torch = _imported("torch", "torch")
+
+    def to_numpy(array: Any) -> Any:
+        host = array.detach().cpu()
+        return np.array((host.float() if host.dtype == torch.bfloat16 else host).numpy())
+
+    def asarray(array: Any, device: Any) -> Any:
+        return torch.tensor(np.asarray(array), device=device)
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch._dynamo.reset()
+        # the graph alone is what is looked at: generating kernels would need a C++ compiler
+        return torch.compile(function, fullgraph=True, backend="eager")
+
+    def plain(rule: Any, lr: float, params: Mapping[str, Any]) -> Any:
+        return _torch_optimizer(torch, rule, lr, params)
+
+    return Backend(
+        name="torch",
+        asarray=asarray,
+        to_numpy=to_numpy,
+        dtypes=("float64", "float32", "float16", "bfloat16"),
+        devices=lambda: ("cpu", *(("cuda",) if torch.cuda.is_available() else ())),
+        compile=compiled,
+        differentiate=torch.func.grad,
+        plain=plain,
+    )
+
+
+def _torch_optimizer(torch: Any, rule: Any, lr: float, params: Mapping[str, Any]) -> Any:
+    leaves = {name: param.clone().requires_grad_() for name, param in params.items()}
+    kind = type(rule).__name__
+    if kind == "AdamW":
+        theirs = torch.optim.AdamW(
+            leaves.values(),
+            lr=lr,
+            betas=rule.betas,
+            eps=rule.eps,
+            weight_decay=rule.weight_decay,
+        )
+    elif kind == "RMSprop" and not rule.bias_correction and rule.weight_decay == 0.0:
+        theirs = torch.optim.RMSprop(leaves.values(), lr=lr, alpha=rule.beta2, eps=rule.eps)
+    elif kind == "SGD" and rule.weight_decay == 0.0:
+        momentum = {"momentum": rule.momentum, "dampening": rule.momentum}
+        theirs = torch.optim.SGD(leaves.values(), lr=lr, **momentum)
+        for leaf in leaves.values() if rule.momentum else ():
+            theirs.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
+    else:
+        return None
+
+    def step(grads: Mapping[str, Any]) -> Any:
+        for name, leaf in leaves.items():
+            leaf.grad = grads[name]
+        theirs.step()
+        return {name: leaf.detach().clone() for name, leaf in leaves.items()}
+
+    return step
+
+
+def _jax() -> Backend:
+    jax = _imported("jax", "jax")
+    jax.config.update("jax_enable_x64", True)
+    mo = importlib.import_module("metaopt")
+    with contextlib.suppress(ValueError):  # registered already
+        jax.tree_util.register_dataclass(mo.State)
+
+    def asarray(array: Any, device: Any) -> Any:
+        return jax.device_put(np.asarray(array), None if device is None else jax.devices(device)[0])
+
+    return Backend(
+        name="jax",
+        asarray=lambda array, device: jax.numpy.asarray(asarray(array, device)),
+        to_numpy=lambda array: np.array(
+            array.astype("float32") if array.dtype == "bfloat16" else array
+        ),
+        dtypes=("float64", "float32", "float16", "bfloat16"),
+        devices=lambda: tuple(dict.fromkeys(device.platform for device in jax.devices())),
+        compile=jax.jit,
+        differentiate=jax.grad,
+        plain=lambda rule, lr, params: _optax_optimizer(rule, lr, params),
+    )
+
+
+def _optax_optimizer(rule: Any, lr: float, params: Mapping[str, Any]) -> Any:
+    try:
+        optax = importlib.import_module("optax")
+    except ModuleNotFoundError:
+        return None
+    kind = type(rule).__name__
+    if kind == "AdamW":
+        b1, b2 = rule.betas
+        theirs = optax.adamw(lr, b1=b1, b2=b2, eps=rule.eps, weight_decay=rule.weight_decay)
+    elif kind == "Lion":
+        b1, b2 = rule.betas
+        theirs = optax.lion(lr, b1=b1, b2=b2, weight_decay=rule.weight_decay)
+    elif kind == "SGD" and rule.momentum == 0.0 and rule.weight_decay == 0.0:
+        theirs = optax.sgd(lr)
+    else:
+        return None
+    current = {"params": dict(params), "state": theirs.init(dict(params))}
+
+    def step(grads: Mapping[str, Any]) -> Any:
+        updates, current["state"] = theirs.update(dict(grads), current["state"], current["params"])
+        current["params"] = optax.apply_updates(current["params"], updates)
+        return current["params"]
+
+    return step
+
+
+def _cupy() -> Backend:
+    cupy = _imported("cupy", "cupy")
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        msg = f"CuPy finds no GPU: {error}"
+        raise UnavailableError(msg) from error
+    return Backend(
+        name="cupy",
+        asarray=lambda array, _: cupy.asarray(array),
+        to_numpy=lambda array: np.array(array.get() if hasattr(array, "get") else array),
+        dtypes=("float64", "float32", "float16"),
+    )
+
+
+def _dask() -> Backend:
+    arrays = _imported("dask.array", "dask[array]")
+    return Backend(
+        name="dask",
+        asarray=lambda array, _: arrays.asarray(np.array(array)),
+        to_numpy=np.array,
+        settle=lambda tree: importlib.import_module("dask").persist(tree)[0],
+    )
+
+
+def _imported(module: str, distribution: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        msg = f"{distribution} is not installed"
+        raise UnavailableError(msg) from error
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "numpy": _numpy,
+    "strict": _strict,
+    "torch": _torch,
+    "jax": _jax,
+    "cupy": _cupy,
+    "dask": _dask,
+}

@@ -1,0 +1,185 @@
+"""A run of the library under test, step by step in the oracle's terms."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+
+import metaopt as mo
+from metaopt.arrays import cast, namespace
+from metaopt_conformance import finite_differences, oracle
+from metaopt_conformance.backends import Backend
+from metaopt_conformance.cases import Case
+from metaopt_conformance.translate import config_of, dense, expected, flat, slices, tree
+
+__all__ = ["Under", "differences", "oracle_run"]
+
+
+@cache
+def config(case: Case) -> oracle.Config:
+    """Return the case's configuration in the oracle's terms."""
+    return config_of(case.opt(), case.subject.shapes)
+
+
+def by_weight(case: Case, values: Any) -> Any:
+    """Return values by leaf, or one value, as one per weight."""
+    if not isinstance(values, Mapping):
+        return values
+    shapes = case.subject.shapes
+    return np.concatenate(
+        [np.full(at.stop - at.start, values[name]) for name, at in slices(shapes).items()]
+    )
+
+
+def oracle_step(case: Case, t: int, before: oracle.State) -> oracle.State:
+    """Return the oracle's state after step t of the case."""
+    problem, shapes = case.subject, case.subject.shapes
+    present = {name: name not in case.absent(t) for name in shapes}
+    return oracle.step(
+        config(case),
+        before,
+        problem.grad(t, before.w),
+        problem.hessian(t, before.w),
+        by_weight(case, case.multiplier(t)),
+        by_weight(case, present),
+        partial(problem.third, t, before.w),
+    )
+
+
+@cache
+def oracle_run(case: Case) -> tuple[oracle.State, ...]:
+    """Return the oracle's states before each step and after the last."""
+    run = [oracle.init(config(case), case.subject.start())]
+    for t in range(case.steps):
+        run.append(oracle_step(case, t, run[-1]))
+    return tuple(run)
+
+
+@cache
+def differences(case: Case) -> dict[str, Any]:
+    """Return the traces at the end of the oracle's run by finite differences."""
+    return finite_differences.traces(config(case), case.subject, oracle_run(case))
+
+
+@dataclass(frozen=True)
+class Under:
+    """The library under test: a backend on a device, by the core or by its own adapter.
+
+    Parameters
+    ----------
+    backend : Backend
+    device : str or None, default None
+    adapter : bool, default False
+        Run the backend's `optimizer` in place of the core.
+    """
+
+    backend: Backend
+    device: str | None = None
+    adapter: bool = False
+
+    def arrays(self, vector: Any, case: Case, dtype: str | None = None) -> dict[str, Any]:
+        """Return a vector of all weights, or (..., weights), as arrays by leaf."""
+        wide = "float64" if (dtype or case.dtype) == "float64" else "float32"
+        found = {
+            name: self.backend.asarray(np.asarray(array).astype(wide), self.device)
+            for name, array in tree(np.asarray(vector), case.subject.shapes).items()
+        }
+        xp = namespace(next(iter(found.values())))
+        return {
+            name: cast(array, getattr(xp, dtype or case.dtype)) for name, array in found.items()
+        }
+
+    def vector(self, arrays: Mapping[str, Any], case: Case) -> Any:
+        """Return arrays by leaf, of parameters or with leading axes, as float64 (..., weights)."""
+        parts = []
+        for name, shape in case.subject.shapes.items():
+            array = self.backend.to_numpy(arrays[name]).astype(np.float64)
+            lead = array.shape[: array.ndim - len(shape)]
+            parts.append(array.reshape(*lead, -1))
+        return np.concatenate(parts, axis=-1)
+
+    def hvp(self, case: Case, t: int, w: Any) -> Any:
+        """Return the `hvp` of step t at w, by the backend's autodiff where it has one."""
+        hessian, missing = case.subject.hessian(t, w), case.absent(t)
+
+        def products(tangents: Mapping[str, Any]) -> dict[str, Any]:
+            wide = _dtype_of(tangents)
+            found = self.arrays(self.vector(tangents, case) @ hessian, case, wide)
+            return {name: None if name in missing else found[name] for name in tangents}
+
+        return products
+
+    def third(self, case: Case, t: int, w: Any) -> Any:
+        """Return the `third` of step t at w."""
+        missing = case.absent(t)
+
+        def products(us: Mapping[str, Any], vs: Mapping[str, Any]) -> dict[str, Any]:
+            columns = self.vector(us, case).T, self.vector(vs, case).T
+            array = case.subject.third(t, w, *columns).transpose(1, 2, 0)
+            found = self.arrays(array, case, _dtype_of(us))
+            return {name: None if name in missing else found[name] for name in us}
+
+        return products
+
+    def steps(self, case: Case) -> Iterator[tuple[Any, mo.State]]:
+        """Yield params and state before each step and after the last."""
+        opt = case.opt()
+        params = self.arrays(case.subject.start(), case)
+        adapter = None
+        if self.adapter:
+            assert self.backend.optimizer is not None
+            adapter = self.backend.optimizer(opt, params)
+        state = opt.init(params)
+        yield params, state
+        for t in range(case.steps):
+            w = flat(params, case.subject.shapes, self.backend.to_numpy)
+            inputs = self.inputs(case, t, w)
+            if adapter is None:
+                params, state = self.backend.settle(opt.step(params, state=state, **inputs))
+            else:
+                adapter.step(inputs["grads"], inputs["lr"], inputs["hvp"])
+                params, state = adapter.params(), adapter.state()
+            yield params, state
+
+    def inputs(self, case: Case, t: int, w: Any) -> dict[str, Any]:
+        """Return what step t is given at the weights w."""
+        grads = self.arrays(case.subject.grad(t, w), case)
+        missing = case.absent(t)
+        return {
+            "grads": {name: None if name in missing else grads[name] for name in grads},
+            "lr": case.multiplier(t),
+            "hvp": self.hvp(case, t, w),
+            "third": self.third(case, t, w),
+            "hessian_diagonal": self.arrays(np.diag(case.subject.hessian(t, w)), case),
+        }
+
+    def translated(self, case: Case, params: Any, state: mo.State) -> dict[str, Any]:
+        """Return params and state under the oracle's names, as far as the library keeps them."""
+        return dense(params, state, config(case), case.subject.shapes, self.backend.to_numpy)
+
+
+def as_oracle_state(case: Case, found: Mapping[str, Any], step: int) -> oracle.State:
+    """Return what `Under.translated` found as a state of the oracle's."""
+    state = replace(oracle.init(config(case), found["w"]), step=step)
+    parts: dict[str, Any] = {
+        name: np.array(getattr(state, name)) for name in oracle.State.__dataclass_fields__
+    }
+    for key, value in found.items():
+        name, _, leaf = key.partition("/")
+        if leaf:
+            parts[name][slices(case.subject.shapes)[leaf]] = value
+        else:
+            parts[name] = np.asarray(value, dtype=np.float64)
+    return oracle.State(**(parts | {"step": step}))
+
+
+def wanted(case: Case, state: oracle.State, key: str) -> Any:
+    """Return the oracle's value of what `Under.translated` calls `key`."""
+    return expected(state, key, case.subject.shapes)
+
+
+def _dtype_of(arrays: Mapping[str, Any]) -> str:
+    some = next(iter(arrays.values()))
+    return "float64" if some.dtype == namespace(some).float64 else "float32"
