@@ -19,7 +19,7 @@ lint: .venv/ready ## style and types
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv .venv-demo
+	rm -rf .venv .venv-demo metaopt-demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv-demo/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv-demo

@@ -80,14 +80,22 @@ class Partition(ABC):
             if key not in families:
                 families[key] = Family(start, size, view == ())
                 start += size
-            elif families[key].size != size:
+            elif (families[key].size, families[key].single) != (size, view == ()):
                 msg = (
                     f"`blocks` gives leaf {name!r} {size} blocks in family {key!r}, which has "
-                    f"{families[key].size} by its first leaf; these must be equal."
+                    f"{families[key].size} by its first leaf; these must be equal, and all or none "
+                    "of shape ()."
                 )
                 raise ValueError(msg)
             views[name], family_of[name] = view, key
-        return Blocks(self, families, family_of, views, start)
+        return Blocks(
+            self,
+            families,
+            family_of,
+            views,
+            start,
+            all(family.size == 1 for family in families.values()),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +125,8 @@ class Blocks:
         Shape in which the leaf's blocks lie along it, see `Partition.assign`.
     size : int
         Number m of all blocks.
+    one_each : bool
+        Whether every family has one block.
     """
 
     partition: Partition
@@ -124,6 +134,7 @@ class Blocks:
     family_of: Leaves[str]
     views: Leaves[Shape]
     size: int
+    one_each: bool
 
     def expand(self, values: Any) -> Leaves[Any]:
         """Return for each leaf its blocks' values, in a shape broadcastable to the leaf."""
@@ -240,7 +251,7 @@ class Blocks:
         """Return values per block from a vector with one entry per family."""
         if self.partition.per_leaf:
             return OrderedDict((name, values[index]) for index, name in enumerate(self.views))
-        if len(self.families) == self.size:
+        if self.one_each:
             return values
         xp = namespace(values)
         return xp.concat(
@@ -256,13 +267,13 @@ class Blocks:
             xp = namespace(next(iter(flags.values())))
             return xp.stack([_count(xp, flags[name]) for name in self.views])
         xp = namespace(flags)
-        if len(self.families) == self.size:
+        if self.one_each:
             return xp.astype(flags, xp.int32)
         return xp.stack([_count(xp, self._segment(flags, f)) for f in self.families.values()])
 
     def some(self, flags: Any) -> Any:
         """Return whether any of each family's blocks is flagged, a boolean vector by family."""
-        if not self.partition.per_leaf and len(self.families) == self.size:
+        if not self.partition.per_leaf and self.one_each:
             return flags
         counts: Any = self.total(flags)
         return counts > 0
@@ -315,6 +326,11 @@ class Node(Partition):
     """One step size per output unit of a leaf, one per leaf of fewer than two axes."""
 
     axis: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.axis, int) or isinstance(self.axis, bool):
+            msg = f"`axis` of the node partition must be an integer; got {self.axis!r}."
+            raise TypeError(msg)
 
     def assign(self, name: str, shape: Shape) -> tuple[str, Shape]:
         if len(shape) < 2:
@@ -390,6 +406,11 @@ def node(axis: int = 0) -> Partition:
     ----------
     axis : int, default 0
         Where a leaf of two or more axes has its output units: 0 in PyTorch, -1 in Flax kernels.
+
+    Raises
+    ------
+    TypeError
+        If it is no integer.
     """
     return Node(axis)
 
@@ -411,14 +432,17 @@ def named(groups: Mapping[str, Any]) -> Partition:
     Raises
     ------
     ValueError
-        If there is no group or no pattern, or a pattern is no string.
+        If there is no group or no pattern, or a name or pattern is no string.
     """
     pairs = tuple(
         (group, tuple(patterns) if isinstance(patterns, tuple | list) else (patterns,))
         for group, patterns in groups.items()
     )
     if not pairs or not all(
-        patterns and all(isinstance(pattern, str) for pattern in patterns) for _, patterns in pairs
+        isinstance(group, str)
+        and patterns
+        and all(isinstance(pattern, str) for pattern in patterns)
+        for group, patterns in pairs
     ):
         msg = f"`blocks` must name one group or more, each with a pattern or more; got {groups!r}."
         raise ValueError(msg)

@@ -57,7 +57,10 @@ def save(path: str | os.PathLike[str], opt: MetaOptimize, state: State) -> None:
     ------
     OSError
         If the file cannot be written.
+    ValueError, TypeError
+        If `state` is not one of `opt`.
     """
+    opt._plan_of(state)
     config, arrays = _config(opt)
     header = {
         "format": _FORMAT,
@@ -68,7 +71,7 @@ def save(path: str | os.PathLike[str], opt: MetaOptimize, state: State) -> None:
     tensors = {key: to_numpy(array) for key, array in _flat(vars(state))} | arrays
     data = to_bytes(tensors, metadata={"metaopt": json.dumps(header)})
     target = Path(path).resolve()  # a link keeps pointing to what it names
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     file = temporary.open("xb")
     try:
         with file:
@@ -179,7 +182,11 @@ def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[s
         msg = f"{path} has version {header.get('version')!r}; this metaopt reads {_VERSION}."
         raise ValueError(msg)
     leaves = header.get("leaves")
-    if not isinstance(leaves, list) or not all(isinstance(leaf, str) for leaf in leaves):
+    if (
+        not isinstance(leaves, list)
+        or not leaves
+        or not all(isinstance(leaf, str) for leaf in leaves)
+    ):
         msg = f"{path} is damaged: its list of leaves is {leaves!r}."
         raise ValueError(msg)
     if not isinstance(header.get("config"), dict):
@@ -266,7 +273,7 @@ def _build(
 ) -> MetaOptimize:
     try:
         return MetaOptimize(**{name: _decode(value, arrays) for name, value in config.items()})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         msg = f"{path} has a configuration that cannot be rebuilt: {error}."
         raise ValueError(msg) from error
 

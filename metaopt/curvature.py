@@ -34,8 +34,8 @@ class Diagonal(Curvature):
     Parameters
     ----------
     rectified : bool, default False
-        Cap the diagonal so that a trace never changes sign, as in IDBD (section 12). For SGD
-        without momentum only.
+        Cap the diagonal so that the factor on the trace is never negative, as in IDBD (section
+        12). For SGD without momentum only.
     """
 
     kind: str = field(init=False, default="diagonal", repr=False)
@@ -49,6 +49,8 @@ def curvature(value: Any) -> Curvature:
     """Return the curvature that `value` names or is; raise ValueError for anything else."""
     if isinstance(value, Diagonal):
         return value
+    if isinstance(value, Curvature) and value.kind in NAMED:
+        return NAMED[value.kind]
     if isinstance(value, str) and value in NAMED:
         return NAMED[value]
     msg = (
@@ -67,7 +69,10 @@ def central_difference(
         \nabla^2 f(w)\, v \approx \frac{\nabla f(w + \epsilon v) - \nabla f(w - \epsilon v)}
             {2 \epsilon}
 
-    Two gradients a tangent. In float64 the error is about 1e-10 of the product, in float32 1e-4.
+    Two gradients a tangent. With :math:`\epsilon` the cube root of the coarsest leaf's precision,
+    times :math:`(1 + |w|) / |v|`, the error is about 1e-10 of the product in float64 and 1e-4 in
+    float32. It is one displacement for all leaves: where they differ by orders of magnitude, those
+    of small numbers lose digits, and products by automatic differentiation are better.
 
     Parameters
     ----------
@@ -85,9 +90,9 @@ def central_difference(
     """
 
     def hvp(tangents: Mapping[str, Array]) -> Leaves[Any]:
-        some = next(iter(params.values()))
-        xp = namespace(some)
-        step = float(xp.finfo(some.dtype).eps) ** (1.0 / 3.0)
+        xp = namespace(next(iter(params.values())))
+        coarsest = max(float(xp.finfo(param.dtype).eps) for param in params.values())
+        step = coarsest ** (1.0 / 3.0)
         scale = 1.0 + _norm(xp, params.values())
         columns: list[Mapping[str, Any]] = []
         for column in range(next(iter(tangents.values())).shape[0]):
@@ -156,6 +161,10 @@ def hutchinson(
     probes : mapping of leaf name to array (k, *shape)
         k probes, of one floating dtype; draw new ones for every step.
 
+    Returns
+    -------
+    mapping of leaf name to array, None where `hvp` returns None
+
     Raises
     ------
     ValueError
@@ -171,7 +180,11 @@ def hutchinson(
             msg = f"`hvp` must return for {name!r} an array or None; got nothing."
             raise ValueError(msg)
     return OrderedDict(
-        (name, namespace(probe).mean(probe * products[name], axis=0))
+        (
+            name,
+            None
+            if products[name] is None
+            else namespace(probe).mean(probe * products[name], axis=0),
+        )
         for name, probe in probes.items()
-        if products[name] is not None
     )

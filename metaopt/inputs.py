@@ -16,13 +16,14 @@ from metaopt.arrays import (
     to_numpy,
 )
 from metaopt.plan import Plan
+from metaopt.state import State
 
 __all__: list[str] = []
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         msg = f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}."
         raise ValueError(msg)
 
@@ -90,8 +91,8 @@ def check_array(name: str, array: Any) -> None:
 
 def check_real(name: str, array: Any) -> None:
     """Raise unless the numbers of an array are real."""
-    if "complex" in str(array.dtype):
-        msg = f"`{name}` must be real; got dtype {array.dtype}."
+    if any(kind in str(array.dtype) for kind in ("complex", "bool", "<U", "object")):
+        msg = f"`{name}` must be of real numbers; got dtype {array.dtype}."
         raise TypeError(msg)
 
 
@@ -255,12 +256,30 @@ def check_rules(base: Any, meta: Any) -> None:
         raise ValueError(msg)
 
 
-def check_state(state: Any, plan: Plan, params: Mapping[str, Any]) -> None:
-    """Raise unless `state` is what `init` makes for leaves and a configuration like these."""
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        msg = f"`{name}` must be True or False; got {value!r}."
+        raise TypeError(msg)
+
+
+def check_is_state(state: Any) -> None:
+    """Raise unless `state` is a State."""
+    if not isinstance(state, State):
+        msg = f"`state` must be the State that `init` made; got {type(state).__name__}."
+        raise TypeError(msg)
+
+
+def check_library(params: Mapping[str, Any], state: State) -> None:
+    """Raise unless params and state are arrays of one library."""
     ours, theirs = library(params), namespace(state.step)
     if ours is not theirs:
         msg = f"`params` are arrays of {ours.__name__}, but `state` of {theirs.__name__}."
         raise TypeError(msg)
+
+
+def check_state(state: State, plan: Plan) -> None:
+    """Raise unless `state` is what `init` makes for leaves and a configuration like these."""
     for name, spec in plan.state.items():
         mismatch = _mismatch(getattr(state, name), spec)
         if mismatch is not None:
@@ -304,8 +323,9 @@ def check_curvature(
         msg = (
             f'`hvp` is needed by `curvature="exact"`; got {hvp!r}. Pass a callable from tangents '
             "(name -> array with one leading axis) to Hessian-vector products: with JAX, "
-            "jax.vmap over jax.jvp of the gradient; with torch, torch.func.vmap over "
-            "torch.func.jvp of torch.func.grad; from gradients alone, "
+            "jax.vmap over jax.jvp of the gradient; with torch, torch.func.vmap over the function "
+            "that torch.func.vjp of torch.func.grad returns (the Hessian is symmetric); from "
+            "gradients alone, "
             "metaopt.curvature.central_difference(grad_fn, params)."
         )
         raise ValueError(msg)

@@ -60,7 +60,7 @@ class MetaOptimize:
     sigma : {"exp", "identity", "softplus"} or StepSizeMap, default "exp"
         From meta-parameters to step sizes; see `metaopt.step_sizes`.
     bounds : (float, float), optional
-        Least and largest step size, before the multiplier `lr`.
+        Least and largest step size, before the multiplier `lr`; held to rounding.
     approximation : {"l", "2x2", "full"}, default "l"
         Which derivatives the traces follow, section 4. "full" is for study and small problems: it
         needs `curvature="exact"` and is refused with `meta_first`.
@@ -117,6 +117,8 @@ class MetaOptimize:
         inputs.check_number("discount", self.discount, 0.0, 1.0)
         inputs.check_choice("approximation", self.approximation, ("l", "2x2", "full"))
         inputs.check_choice("trace", self.trace, ("update", "gradient"))
+        inputs.check_flag("meta_first", self.meta_first)
+        inputs.check_flag("skip_nonfinite", self.skip_nonfinite)
         sigma, kind = step_size_map(self.sigma), curvature(self.curvature)
         inputs.check_bounds(self.bounds, sigma.range)
         sizes = self.step_size
@@ -128,6 +130,9 @@ class MetaOptimize:
                 msg = f'`trace="gradient"` needs `curvature` "none"; got {self.curvature!r}.'
                 raise ValueError(msg)
             for rule in self._rules():
+                if not hasattr(rule, "without_momentum"):
+                    msg = f'`trace="gradient"` needs rules with `without_momentum`; got {rule!r}.'
+                    raise ValueError(msg)
                 rule.without_momentum()
         if self.approximation == "full" and (kind.kind != "exact" or self.meta_first):
             what = (
@@ -218,9 +223,10 @@ class MetaOptimize:
         return following(rules, self.meta, self._curvature, self.approximation, self.discount)
 
     def _plan_of(self, state: State) -> Plan:
-        """Return the plan of the params that `state` belongs to."""
+        """Return the plan of the params that `state` belongs to, or raise if it is not of this."""
+        inputs.check_is_state(state)
         dense = self._following(rules_by_leaf(self.base, state.trace)).curvature == "exact"
-        return self._plan(
+        plan = self._plan(
             namespace(state.step),
             per_leaf(
                 (name, tuple(trace.shape[1:] if dense else trace.shape))
@@ -228,6 +234,8 @@ class MetaOptimize:
             ),
             per_leaf((name, trace.dtype) for name, trace in state.trace.items()),
         )
+        inputs.check_state(state, plan)
+        return plan
 
     def init(self, params: Mapping[str, Array]) -> State:
         """Return the state at the start of a run.
@@ -292,14 +300,16 @@ class MetaOptimize:
         Parameters
         ----------
         params : mapping of leaf name to array
-            The leaves given to `init`.
+            The leaves given to `init`. Torch tensors that require a gradient are to be detached,
+            or the call made under `torch.no_grad()`: else every step adds to one endless graph.
         grads : mapping of leaf name to array or None
             Gradient of this step's loss at `params`, of their shapes, any floating dtype. A leaf
             with None rests: it and all its state stay as they are.
         state : State
         lr : float, array of shape () or mapping of leaf name to these, default 1.0
             Multiplies the learned step sizes: schedules, warm-up, groups. Where it is 0 the leaf
-            stays where it is, and blocks whose leaves all rest do not learn.
+            stays where it is, and blocks whose leaves all rest do not learn. The value of an array
+            is not looked at.
         hvp : callable, needed by `curvature="exact"`
             From tangents, a mapping of leaf name to array (k, \*shape), to the Hessian at `params`
             times each of the k tangents; None is allowed for leaves without gradient.
@@ -320,16 +330,15 @@ class MetaOptimize:
             If names, shapes or dtypes do not fit, `lr` is negative, or what `curvature` needs is
             not given. Nothing is changed then, nor ever.
         """
-        if not isinstance(state, State):
-            msg = f"`state` must be the State that `init` made; got {type(state).__name__}."
-            raise TypeError(msg)
+        inputs.check_is_state(state)
         inputs.check_names("params", params, state.trace)
         params_in_order = per_leaf((name, params[name]) for name in state.trace)
         plan = self.plan(params_in_order)
         for name, param in params.items():
             if param.dtype != plan.dtypes[name]:  # those of the state are right, below
                 inputs.check_array(f"params[{name!r}]", param)
-        inputs.check_state(state, plan, params_in_order)
+        inputs.check_library(params_in_order, state)
+        inputs.check_state(state, plan)
         inputs.check_grads(grads, params, plan.shapes)
         inputs.check_curvature(hvp, third, hessian_diagonal, grads, params, plan)
         kind = OrderedDict if isinstance(params, OrderedDict) else dict

@@ -9,6 +9,9 @@ from typing import Any
 from metaopt.arrays import ArrayT, namespace
 from metaopt.jets import Jet, chained, lift
 
+#: The smallest normal number of float32; libraries that flush to zero know none below it.
+SMALLEST = 2.0**-126
+
 __all__ = ["divide", "one_minus_power", "only_where_positive", "reciprocal", "sign", "sqrt"]
 
 
@@ -57,18 +60,18 @@ def reciprocal(x: ArrayT) -> ArrayT:
     return xp.where(zero, 0.0, 1.0 / xp.where(zero, 1.0, x))
 
 
-def divide(numerator: ArrayT, denominator: ArrayT, eps: Any) -> ArrayT:
+def divide(numerator: ArrayT, denominator: ArrayT, eps: Any = 0.0) -> ArrayT:
     """Return numerator / (denominator + eps), value and derivative 0 where the divisor is 0.
 
     Parameters
     ----------
     numerator : array or jet
     denominator : array or jet, nowhere negative
-    eps : float, not negative
-        Only 0 needs the guard, and only then is it paid for.
+    eps : float, not negative, default 0.0
+        Only 0, or what float32 takes for it, needs the guard, and only then is it paid for.
     """
-    if isinstance(eps, int | float) and eps == 0:
-        return numerator * reciprocal(denominator)
+    if isinstance(eps, int | float) and eps < SMALLEST:
+        return numerator * reciprocal(denominator + eps)
     return numerator / (denominator + eps)
 
 

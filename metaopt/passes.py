@@ -1,9 +1,10 @@
 """The passes that a step is made of, for adapters to call or to compile on their own.
 
-A step is `leaf_product` per leaf, summed to the meta-gradient by `Blocks.reduce`; `leaf_pass` per
-leaf; and `meta_pass`. The meta-gradient is known before a trace is written, as a restart, the
-Hessian-vector products and `meta_first` all need it; an adapter that fuses `leaf_product` and
-`leaf_pass` into one pass over memory repeats the latter in the rare step that restarts a trace.
+A step is `leaf_product` per leaf, summed to the meta-gradient by `Blocks.partial` per leaf and
+`Blocks.gather` (`Blocks.reduce` is both in one call); `leaf_pass` per leaf; and `meta_pass`. The
+meta-gradient is known before a trace is written, as a restart, the Hessian-vector products and
+`meta_first` all need it; an adapter that fuses `leaf_product` and `leaf_pass` into one pass over
+memory repeats the latter in the rare step that restarts a trace.
 """
 
 from collections import OrderedDict
@@ -235,9 +236,8 @@ def meta_pass(
     z_trace : blocks, with a leading axis of columns where dense, optional
         Terms A and B of section 3.
     """
-    moves, family_moves = finite, blocks.some(finite)
+    moves = finite
     if awake is not None:
-        family_moves = family_moves & awake
         moves = map_leaves(lambda finite, awake: finite & awake, finite, blocks.spread(awake))
     xp = namespace(meta_count)
     counts = blocks.spread(meta_count + 1)
@@ -272,7 +272,7 @@ def meta_pass(
             (slot, blocks_of(lambda step, slot=slot: step.slots[slot]))  # type: ignore[misc]
             for slot in meta_slots
         ),
-        meta_count + cast(family_moves, meta_count.dtype),
+        meta_count + cast(blocks.some(blocks_of(lambda step: step.moved)), meta_count.dtype),
         restarts + (blocks.total(lost) if isinstance(lost, Mapping) else cast(lost, xp.int32)),
         OrderedDict(
             (slot, blocks_of(lambda step, slot=slot: step.traces[slot]))  # type: ignore[misc]
@@ -285,6 +285,7 @@ class _Piece(NamedTuple):
     beta: Any
     slots: dict[str, Any]
     traces: dict[str, Any]
+    moved: Any
 
 
 def _meta_piece(
@@ -324,10 +325,13 @@ def _meta_piece(
     new_beta = beta - moved.delta
     if lo is not None or hi is not None:
         new_beta = xp.clip(new_beta, min=lo, max=hi)
+    for value in (new_beta, *new_slots.values()):  # a finite z may have a square that is not
+        moves = moves & xp.isfinite(value)
     return _Piece(
         xp.where(moves, new_beta, beta),
         {slot: xp.where(moves, new_slots[slot], slots[slot]) for slot in slots},
         {slot: xp.where(moves, new_traces[slot], held[slot]) for slot in traces},
+        moves,
     )
 
 

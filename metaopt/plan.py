@@ -77,7 +77,9 @@ def following(
     if discount == 0.0 or curvature.kind == "none":
         return Following("none")
     beta = approximation != "l" and follows_gradient(meta)
-    if not beta and not any(follows_gradient(rule) for rule in set(rules.values())):
+    if not beta and not any(
+        follows_gradient(rule) for rule in {id(r): r for r in rules.values()}.values()
+    ):
         return Following("none")  # no direction depends on the weights
     return Following(curvature.kind, beta, third=beta and approximation == "full")
 
@@ -103,10 +105,11 @@ def make_plan(
     compute = per_leaf(
         (name, xp.float64 if dtype == xp.float64 else xp.float32) for name, dtype in dtypes.items()
     )
+    distinct = {id(rule): rule for rule in rules.values()}  # a rule need not be hashable
     feeds = {
-        rule: feeding_slots(rule) for rule in set(rules.values()) if follow.curvature != "none"
+        key: feeding_slots(rule) for key, rule in distinct.items() if follow.curvature != "none"
     }
-    feeding = per_leaf((name, feeds.get(rule, ())) for name, rule in rules.items())
+    feeding = per_leaf((name, feeds.get(id(rule), ())) for name, rule in rules.items())
     beta_feeding = ("beta", *feeding_slots(meta)) if follow.beta else ()
     beta_dtype = xp.float64 if xp.float64 in compute.values() else xp.float32
     layout = choose_layout(blocks, shapes, dense=follow.curvature == "exact", third=follow.third)

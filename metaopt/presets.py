@@ -70,8 +70,8 @@ def idbd_nonlinear(step_size: float, meta_lr: float) -> MetaOptimize:
 
 def hypergradient(
     base: Rule,
-    *,
     multiplicative: bool = False,
+    *,
     step_size: float = 1e-3,
     meta_lr: float = 1e-6,
     blocks: Any = "scalar",

@@ -110,7 +110,7 @@ class Dense(Layout):
         if array.ndim == trace.ndim:
             rows = xp.reshape(cast(array, dtype), flat)
             return rows @ xp.matrix_transpose(xp.reshape(cast(trace, dtype), flat))
-        return xp.sum(xp.reshape(trace * array, flat), axis=1, dtype=dtype)
+        return xp.sum(xp.reshape(leaf_product(trace, array), flat), axis=1, dtype=dtype)
 
     def square(self, trace: Array, name: str, dtype: Any) -> Array:  # noqa: ARG002, D102
         xp = namespace(trace)

@@ -344,3 +344,15 @@ def test_leaves_without_entries_take_part(kind: str) -> None:
         params, state = opt.step(params, params, state)
         only, other = alone.step(only, only, other)
     np.testing.assert_array_equal(params["w2"], only["w2"])
+
+
+def test_an_empty_leaf_at_rest_does_not_stop_the_blocks_of_another() -> None:
+    opt = mo.MetaOptimize(
+        base=mo.SGD(), meta=mo.AdamW(), step_size=0.1, meta_lr=0.01, blocks="node"
+    )
+    params: dict[str, Any] = {"a": np.zeros((0, 3)), "b": np.ones((2, 3))}
+    state = opt.init(params)
+    for _ in range(5):
+        params, state = opt.step(params, {"a": None, "b": params["b"]}, state)
+    sizes = opt.step_sizes(state)["b"]
+    assert sizes[0] == sizes[1] > 0.101

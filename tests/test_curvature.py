@@ -164,11 +164,34 @@ def test_the_estimate_is_unbiased_for_a_full_hessian(backend: Any) -> None:
     assert off > 1e-3  # of few probes it is an estimate
 
 
-def test_leaves_without_product_are_left_out_of_the_estimate() -> None:
+def test_an_estimate_without_a_leaf_goes_into_a_step() -> None:
     def hvp(tangents: Any) -> Any:
         return dict(tangents) | {"b": None}
 
-    assert list(hutchinson(hvp, signs(2))) == ["w", "s"]
+    estimate = hutchinson(hvp, signs(2))
+    assert [name for name, value in estimate.items() if value is None] == ["b"]
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), curvature="diagonal")
+    params = {name: np.ones(shape) for name, shape in SHAPES.items()}
+    opt.step(params, params | {"b": None}, opt.init(params), hessian_diagonal=estimate)
+
+
+def test_the_displacement_grows_with_the_params() -> None:
+    """A unit displacement of weights of norm 1e6 would be lost in their rounding."""
+    params = {"w": np.full(4, 1e6)}
+    hvp = central_difference(lambda p: {"w": p["w"] ** 3 / 3e12}, params)
+    got = hvp({"w": np.ones((1, 4))})["w"]
+    assert relative_error(got, np.ones((1, 4))) < 1e2 * FORMULA
+
+
+def test_the_displacement_is_that_of_the_coarsest_leaf() -> None:
+    for order in (("a", "b"), ("b", "a")):
+        dtypes = {"a": "float64", "b": "float32"}
+        params = {name: np.ones(3, dtype=dtypes[name]) for name in order}
+        hvp = central_difference(lambda p: {name: 3 * p[name] for name in p}, params)
+        got = hvp({name: np.ones((1, 3), dtype=dtypes[name]) for name in order})["b"]
+        assert relative_error(got, np.full((1, 3), 3.0)) < rounding("float32", operations=1) ** (
+            2 / 3
+        )
 
 
 @pytest.mark.parametrize("dtype", ["int64", "bool", "complex128"])
@@ -232,10 +255,8 @@ def test_products_of_torch_func_give_the_analytic_run(backend: Any) -> None:
         return sum((param**4).sum() for param in params.values()) / 4 + total**2 / 2
 
     def hvp_at(params: Any) -> Any:
-        def product(tangent: Any) -> Any:
-            return torch.func.jvp(torch.func.grad(loss), (params,), (tangent,))[1]
-
-        return lambda tangents: torch.func.vmap(product)(dict(tangents))
+        _, pull = torch.func.vjp(torch.func.grad(loss), params)
+        return lambda tangents: torch.func.vmap(lambda tangent: pull(tangent)[0])(dict(tangents))
 
     assert_record(run_with(hvp_at, backend), run_with(analytic, PlainNumPy()), OPTIMIZER)
 
@@ -336,3 +357,29 @@ def test_products_of_another_shape_are_refused() -> None:
     for wrong, got in wrongs:
         with pytest.raises(ValueError, match=f"`hvp` must return for 'w' .*{got}"):
             opt.step(params, params, state, hvp=wrong)
+
+
+def test_the_advice_for_torch_holds_for_its_own_losses() -> None:
+    """Forward mode over `grad` does not: torch's mse_loss has no second forward derivative."""
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(3, 1, dtype=torch.float64)
+    params = {name: param.detach() for name, param in model.named_parameters()}
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+
+    def loss(params: Any) -> Any:
+        out = torch.func.functional_call(model, params, (x,))
+        return torch.nn.functional.mse_loss(out, y)
+
+    _, pull = torch.func.vjp(torch.func.grad(loss), params)
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), curvature="exact", blocks="tensor")
+    state = opt.init(params)
+    for _ in range(2):
+        params, state = opt.step(
+            params,
+            torch.func.grad(loss)(params),
+            state,
+            hvp=lambda tangents: torch.func.vmap(lambda tangent: pull(tangent)[0])(tangents),
+        )
+    products = pull({"weight": torch.ones(1, 3, dtype=torch.float64), "bias": torch.zeros(1)})[0]
+    want = 2 * x.T @ x @ torch.ones(3, dtype=torch.float64) / 8
+    assert relative_error(products["weight"].numpy()[0], want.numpy()) < OPTIMIZER

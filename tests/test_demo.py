@@ -318,7 +318,7 @@ def test_missing_extras_are_named(module: str, name: str, tmp_path: Path) -> Non
     )
     done = run_python("-c", program, cwd=tmp_path)
     assert done.returncode == 2
-    assert "pip install 'metaoptimize[demo]'" in done.stderr
+    assert "pip install '.[demo]'" in done.stderr
     assert f"{name} is missing" in done.stderr
     assert "Traceback" not in done.stderr
 

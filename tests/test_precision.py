@@ -348,3 +348,41 @@ def test_a_narrow_run_follows_the_wide_one(backend: Any, dtype: str) -> None:
         begin = np.max(np.abs(wide(backend, start(backend, {name: "float64"})[name])))
         error = np.max(np.abs(ends[0][name] - value)) / max(begin, np.max(np.abs(value)))
         assert error < rounding(dtype, operations=1, steps=steps)
+
+
+def test_one_minus_power_keeps_its_digits() -> None:
+    """The literal form is 7e-6 off in the first step with a beta of 0.999."""
+    for beta in (0.9, 0.999, 0.99999):
+        for count in (1.0, 2.0, 100.0):
+            exact = -np.expm1(count * np.log(np.float64(beta)))
+            got = mo.numerics.one_minus_power(beta, np.asarray(count, "float32"))
+            assert relative_error(got, exact) < rounding("float32", operations=1)
+
+
+def test_a_narrow_leaf_beside_a_wide_one_is_summed_in_the_wide_dtype() -> None:
+    """A float32 sum of 2**25 quarters by halves stalls; beta is float64 here."""
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.5)
+    params = {"narrow": np.ones(3001, "float32"), "wide": np.ones(1)}
+    state = opt.init(params)
+    grads = {
+        "narrow": np.linspace(0.1, 0.7, 3001, dtype="float32"),
+        "wide": np.zeros(1),
+    }
+    params, state = opt.step(params, grads, state)
+    _, state = opt.step(params, grads, state)
+    products = state.trace["narrow"].astype("float32")
+    first = np.float32(-0.5) * grads["narrow"]
+    want = np.sum((first * grads["narrow"]).astype("float64"))
+    assert products.dtype == np.float32
+    assert relative_error(state.meta_grad, [want]) < rounding("float64", operations=10)
+
+
+def test_a_narrow_parameter_is_stepped_in_the_wide_dtype() -> None:
+    """Rounding the step before taking it from the parameter would round twice."""
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.3, meta_lr=0.0)
+    values = np.linspace(0.5, 2.0, 997).astype("float16")
+    grads = np.linspace(0.1, 0.9, 997).astype("float16")
+    params, _ = opt.step({"w": values}, {"w": grads}, opt.init({"w": values}))
+    size = np.exp(np.log(np.float64(0.3)).astype("float32"))
+    once = (values.astype("float32") - size * grads.astype("float32")).astype("float16")
+    np.testing.assert_array_equal(params["w"], once)

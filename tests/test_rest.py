@@ -724,3 +724,22 @@ def test_skipping_works_inside_jit(curvature: str) -> None:
     good, after = step(params, grads, parts, 0.0)
     assert int(after["skipped"]) == 0
     assert not np.array_equal(np.asarray(good["b"]), np.asarray(params["b"]))
+
+
+def test_a_finite_meta_gradient_whose_square_is_not_leaves_the_block_as_it_was() -> None:
+    """Kept, the infinite second moment would hold its step size for good."""
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.AdamW(), step_size=1.0, meta_lr=0.1)
+    params = {"w": np.ones(2, "float32")}
+    state = opt.init(params)
+    with np.errstate(over="ignore"):
+        for size in (1e10, 1e12, 1.0, 1.0):
+            before = state
+            grads = {"w": np.full(2, size, "float32")}
+            params, state = opt.step(params, grads, state)
+            if size == 1e12:
+                assert np.isfinite(state.meta_grad[0])
+                assert state.beta == before.beta
+                assert state.meta_count == before.meta_count
+    assert np.all(np.isfinite(state.meta_slots["exp_avg_sq"]))
+    assert int(state.restarts[0]) == 0
+    assert int(state.meta_count[0]) < 4

@@ -36,7 +36,7 @@ ALLOWED = tolerances.rounding("float64", operations=60 * 12, steps=STEPS)
 
 
 def adjoint(under: Under, examples: int) -> float:
-    """<expand(b), x> = <b, reduce(x)> for every partition."""
+    """See that <expand(b), x> = <b, reduce(x)> for every partition."""
 
     def law(shapes: dict[str, Any], kind: Any, seed: int) -> float:
         if isinstance(kind, dict) and len(shapes) == 1:
@@ -61,7 +61,7 @@ def adjoint(under: Under, examples: int) -> float:
 
 
 def permuted(under: Under, examples: int) -> float:
-    """The order of leaves changes nothing beyond rounding."""
+    """See that the order of leaves changes nothing beyond rounding."""
 
     def law(base: Any, meta: Any, seed: int) -> float:
         names = ["a", "b", "c"]
@@ -76,7 +76,7 @@ def permuted(under: Under, examples: int) -> float:
 
 
 def split(under: Under, examples: int) -> float:
-    """A leaf in two parts of the same block is the leaf."""
+    """See that a leaf in two parts of the same block is the leaf."""
 
     def law(base: Any, meta: Any, seed: int) -> float:
         opt = mo.MetaOptimize(base=base, meta=meta, step_size=0.05, meta_lr=0.1)
@@ -91,7 +91,7 @@ def split(under: Under, examples: int) -> float:
 
 
 def merged(under: Under, examples: int) -> float:
-    """Copies of a leaf share a step size or have one each, under a scale-free meta update."""
+    """See that copies may share a step size or have one each, if the meta update is scale-free."""
 
     def law(base: Any, meta: Any, seed: int) -> float:
         start = _leaves(seed, ["a"])["a"]
@@ -110,7 +110,7 @@ def merged(under: Under, examples: int) -> float:
 
 
 def scaled(under: Under, examples: int) -> float:
-    """A scale-free pair does not see by what number the loss is multiplied."""
+    """See that a scale-free pair does not notice a factor on the loss."""
 
     def law(base: Any, meta: Any, seed: int, power: int) -> float:
         opt = mo.MetaOptimize(base=base, meta=meta, step_size=0.05, meta_lr=0.1, blocks="tensor")
@@ -123,7 +123,7 @@ def scaled(under: Under, examples: int) -> float:
 
 
 def saved(under: Under, examples: int) -> float:
-    """A run that is saved and loaded in the middle is the run itself, to the last bit."""
+    """See that a run saved and loaded in the middle is the run itself, to the last bit."""
 
     def law(base: Any, meta: Any, seed: int, blocks: str) -> float:
         opt = mo.MetaOptimize(base=base, meta=meta, step_size=0.05, meta_lr=0.1, blocks=blocks)

@@ -71,7 +71,8 @@ def hypergradient(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
     base: Any = mo.SGD() if case.base == "SGD" else mo.AdamW(betas=(0.9, 0.99), eps=1e-3)
     eta = 0.02 if multiplicative else 1e-4
     opt = mo.presets.hypergradient(base, multiplicative=multiplicative, step_size=0.01, meta_lr=eta)
-    w, alpha, last = problem.start(), 0.01, np.zeros(problem.size)
+    w, last = problem.start(), np.zeros(problem.size)
+    alpha: Any = 0.01
     m, v = np.zeros(problem.size), np.zeros(problem.size)
     params = under.arrays(w, case)
     state = opt.init(params)
@@ -98,7 +99,9 @@ def algorithm2(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
     opt = mo.presets.algorithm2(
         approximation=case.approximation, step_size=0.1, meta_lr=eta, discount=gamma
     )
-    w, h, y, beta = problem.start(), np.zeros(problem.size), 1.0, np.log(0.1)
+    w, h = problem.start(), np.zeros(problem.size)
+    y: Any = 1.0
+    beta: Any = np.log(0.1)
     params = under.arrays(w, case)
     state = opt.init(params)
     for t in range(case.steps):

@@ -39,7 +39,7 @@ may be given several times (default: adamw+adam lion+lion sgdm+adam)"""
 MISSING = """\
 metaopt demo: error: {name} is missing. The demonstration needs scikit-learn, matplotlib and rich:
 
-    pip install 'metaoptimize[demo]'
+    pip install '.[demo]'        in a checkout of the project
 """
 
 DEFAULT_PAIRS = ("adamw+adam", "lion+lion", "sgdm+adam")

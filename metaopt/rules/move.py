@@ -66,11 +66,12 @@ def move(
     Move
         `delta`, with w' = w - delta, and `trace`, None where nothing contributes to it.
     """
-    step = direction if weight_decay == 0.0 else direction + weight_decay * param
+    decays = not isinstance(weight_decay, int | float) or weight_decay != 0.0
+    step = direction + weight_decay * param if decays else direction
     delta = lr * step
 
     if retain is None:
-        retain = 1.0 if weight_decay == 0.0 else 1.0 - weight_decay * lr
+        retain = 1.0 - weight_decay * lr if decays else 1.0
     change = None
     if lr_trace is not None and followed is not None:
         change = lr_trace * followed

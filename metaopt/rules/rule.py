@@ -37,7 +37,8 @@ class Rule(Protocol):
         """Return the direction u, of the shape and dtype of `grad`, and the next slots.
 
         Called with arrays, or with a jet for every argument; use operators with Python numbers
-        and the functions of `metaopt.numerics`, and no branch on a value.
+        and the functions of `metaopt.numerics`, and no branch on a value. A rule that does
+        otherwise, such as one that is not elementwise, runs with `curvature="none"` alone.
 
         Parameters
         ----------
@@ -123,6 +124,8 @@ def _number(name: str, value: Any) -> Any:
 
     Jets and arrays, for derivatives with respect to a hyperparameter, pass as they are.
     """
+    if isinstance(value, int) and abs(value) >= 2**1023:
+        return math.inf if value > 0 else -math.inf
     if isinstance(value, int | float | np.integer | np.floating):
         return float(value)
     if isinstance(value, Jet) or (hasattr(value, "dtype") and not isinstance(value, np.generic)):
