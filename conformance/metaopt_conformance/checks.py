@@ -399,7 +399,7 @@ def _of_forms(dtypes: tuple[str, ...], quick: bool) -> Iterator[Case]:  # noqa: 
 
 def _of_laws(dtypes: tuple[str, ...], quick: bool) -> Iterator[Case]:  # noqa: ARG001
     for name in LAWS:
-        yield Case(name=name, steps=6 if quick else 30)
+        yield Case(name=name, steps=20 if quick else 200)
 
 
 def _of_compiled(dtypes: tuple[str, ...], quick: bool) -> Iterator[Case]:

@@ -19,14 +19,14 @@ Form = Callable[[Under, Case], Iterator[tuple[Any, Any]]]
 def idbd(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
     """Sutton (1992): per-weight step sizes for a linear predictor, with the rectifier at work."""
     rng, n = np.random.default_rng(0), case.subject.size
-    opt = mo.presets.idbd(step_size=0.05, meta_lr=0.02)
-    w, h, beta = np.zeros(n), np.zeros(n), np.full(n, np.log(0.05))
+    opt = mo.presets.idbd(step_size=0.02, meta_lr=0.005)
+    w, h, beta = np.zeros(n), np.zeros(n), np.full(n, np.log(0.02))
     target, rectified = rng.normal(size=n), 0
     params = under.arrays(w, case)
     state = opt.init(params)
     for _ in range(case.steps):
-        target = target + 0.05 * rng.normal(size=n)
-        a = rng.normal(size=n) * (2.0 + 2.0 * (rng.random(n) < 0.1))
+        target = target + 0.02 * rng.normal(size=n)
+        a = rng.normal(size=n) * np.where(rng.random(n) < 0.01, 6.0, 1.0)
         g = (a @ w - a @ target) * a
         params, state = opt.step(
             params,
@@ -34,7 +34,7 @@ def idbd(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
             state,
             hessian_diagonal=under.arrays(a * a, case),
         )
-        beta = beta - 0.02 * h * g
+        beta = beta - 0.005 * h * g
         alpha = np.exp(beta)
         w = w - alpha * g
         rectified += int(np.sum(1.0 - alpha * a * a < 0.0))
