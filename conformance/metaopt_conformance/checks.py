@@ -19,6 +19,8 @@ from metaopt_conformance.cases import BASES, METAS, OPTIONS, Case, covering, del
 from metaopt_conformance.laws import LAWS
 from metaopt_conformance.literature import FORMS
 from metaopt_conformance.runs import (
+    Failure,
+    Skip,
     Under,
     as_oracle_state,
     config,
@@ -28,15 +30,7 @@ from metaopt_conformance.runs import (
     wanted,
 )
 
-__all__ = ["FAMILIES", "Failure", "Family", "Skip"]
-
-
-class Failure(AssertionError):  # noqa: N818
-    """What the library did that it should not."""
-
-
-class Skip(Exception):  # noqa: N818
-    """Why a check does not apply."""
+__all__ = ["FAMILIES", "Family"]
 
 
 @dataclass(frozen=True)

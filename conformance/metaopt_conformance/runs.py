@@ -14,7 +14,15 @@ from metaopt_conformance.backends import Backend
 from metaopt_conformance.cases import Case
 from metaopt_conformance.translate import config_of, dense, expected, flat, slices, tree
 
-__all__ = ["Under", "differences", "oracle_run"]
+__all__ = ["Failure", "Skip", "Under", "differences", "oracle_run"]
+
+
+class Failure(AssertionError):  # noqa: N818
+    """What the library did that it should not."""
+
+
+class Skip(Exception):  # noqa: N818
+    """Why a check does not apply."""
 
 
 @cache

@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 
 from metaopt_conformance.backends import Backend
 from metaopt_conformance.cases import Case
-from metaopt_conformance.checks import FAMILIES, Failure, Family, Skip
+from metaopt_conformance.checks import FAMILIES, Family
 from metaopt_conformance.report import Outcome
-from metaopt_conformance.runs import Under
+from metaopt_conformance.runs import Failure, Skip, Under
 
 __all__ = ["run"]
 

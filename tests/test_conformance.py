@@ -1,0 +1,160 @@
+"""The suite as its users meet it: the command line, a backend of their own, cases that cover."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from metaopt_conformance.__main__ import main
+from metaopt_conformance.backends import BACKENDS, UnavailableError, find
+from metaopt_conformance.cases import BASES, METAS, OPTIONS, Case, covering
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["numpy", "strict", "torch", "jax"])
+def test_the_quick_part_passes(name: str, tmp_path: Path, capsys: Any) -> None:
+    try:
+        find(name)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    # compiled steps have tests of their own, with more configurations
+    families = [f for f in ("trajectory", "step", "traces", "jets", "optimizer", "special", "laws")]
+    chosen = itertools.chain.from_iterable(("--family", family) for family in families)
+    status = main(["--backend", name, "--quick", "--output", str(tmp_path), *chosen])
+    assert status == 0, capsys.readouterr().out
+    found = json.loads((tmp_path / f"{name}.json").read_text())["outcomes"]
+    assert {entry["family"] for entry in found} == set(families)
+    passed = [entry for entry in found if entry["status"] == "passed"]
+    assert len(passed) > 150
+    assert {entry["pair"] for entry in passed if entry["family"] == "traces"} == {
+        f"{base} + {meta}" for base in BASES for meta in METAS
+    }
+    reasons = {entry["detail"] for entry in found if entry["status"] == "skipped"}
+    assert all(reason.startswith("the library has no") for reason in reasons)
+    assert (tmp_path / f"{name}.md").read_text().startswith("| base + meta | trajectory |")
+
+
+def test_dask_passes_some() -> None:
+    pytest.importorskip("dask.array")
+    cases = ["base=AdamW,meta=Adam,curvature=exact,approximation=2x2,blocks=tensor,steps=3"]
+    cases += ["base=Lion,meta=Lion,blocks=weight,lr=by name,steps=3", "plain"]
+    arguments = itertools.chain.from_iterable(("--case", case) for case in cases)
+    assert main(["--backend", "dask", "--family", "trajectory", *arguments]) == 0
+
+
+THIRD_PARTY = textwrap.dedent(
+    """
+    import numpy as np
+    from metaopt_conformance.backends import Backend
+
+    backend = Backend(
+        name="thin", asarray=lambda array, device: np.array(array), to_numpy=np.array
+    )
+
+
+    def broken():
+        def asarray(array, device):
+            return np.array(array) * (1 + 1e-6)
+
+        return Backend(name="broken", asarray=asarray, to_numpy=np.array)
+    """
+)
+
+
+def outside(tmp_path: Path, *arguments: str) -> Any:
+    """Run the suite from a folder that is not the project's."""
+    (tmp_path / "thin.py").write_text(THIRD_PARTY)
+    paths = f"{tmp_path}:{ROOT}:{ROOT / 'conformance'}"
+    return subprocess.run(
+        [sys.executable, "-m", "metaopt_conformance", *arguments],
+        cwd=tmp_path,
+        env={"PYTHONPATH": paths, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_backend_of_ones_own_is_checked_from_outside(tmp_path: Path) -> None:
+    families = ("--family", "trajectory", "--family", "jets")
+    done = outside(tmp_path, "--backend", "thin:backend", "--quick", *families)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "AdamW + Adam" in done.stdout
+    assert " 0 failed" in done.stdout
+
+
+def test_a_failure_prints_the_command_that_repeats_its_smallest_case(tmp_path: Path) -> None:
+    arguments = ("--backend", "thin:broken", "--quick", "--family", "trajectory", "--stop")
+    done = outside(tmp_path, *arguments)
+    assert done.returncode == 1
+    assert "FAILED trajectory " in done.stdout
+    (command,) = [line for line in done.stdout.splitlines() if "python -m" in line]
+    assert command.strip().startswith("python -m metaopt_conformance --backend broken")
+    case = command.partition('--case "')[2].rstrip('"')
+    assert Case.parse(case).steps == 1
+    assert len(case.split(",")) <= 2  # steps, and nothing else that is not at its default
+    again = ("--backend", "thin:broken", "--family", "trajectory", "--case", case)
+    assert outside(tmp_path, *again).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give either --backend or --all"),
+        (("--all", "--backend", "numpy"), "give either --backend or --all"),
+        (("--backend", "nothing"), "must be one of numpy, strict, torch"),
+        (("--backend", "no_such_module:x"), "cannot be loaded"),
+        (("--backend", "numpy", "--device", "cuda"), "--device must be one of none but"),
+        (("--backend", "numpy", "--case", "speed=3"), "`case` must be name=value"),
+        (("--backend", "numpy", "--case", "steps=x"), "invalid literal"),
+    ],
+)
+def test_bad_options_are_refused(arguments: Any, message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(SystemExit):
+        main(["--backend", "cupy"])
+    assert "cupy is not installed" in capsys.readouterr().err
+    assert "cupy" in BACKENDS
+
+
+def test_list_says_what_is_checked(capsys: Any) -> None:
+    assert main(["--list"]) == 0
+    out = capsys.readouterr().out
+    for family in ("trajectory", "step", "traces", "jets", "optimizer", "special", "laws"):
+        assert family in out
+
+
+def test_cases_are_written_and_read() -> None:
+    for case in covering(Case(base="AdamW", meta="Lion")):
+        assert Case.parse(str(case)) == case
+        case.opt()
+
+
+@pytest.mark.parametrize("pair", [("SGD", "SGD"), ("AdamW", "Lion"), ("Lion", "Adam")])
+def test_any_two_values_that_go_together_meet(pair: tuple[str, str]) -> None:
+    plain = Case(base=pair[0], meta=pair[1])
+    met = {
+        (a, getattr(case, a), b, getattr(case, b))
+        for case in covering(plain)
+        for a, b in itertools.combinations(OPTIONS, 2)
+    }
+    rng = random.Random(0)
+    for _ in range(3000):
+        case = replace(plain, **{name: rng.choice(values) for name, values in OPTIONS.items()})
+        if case.possible():
+            for a, b in itertools.combinations(OPTIONS, 2):
+                assert (a, getattr(case, a), b, getattr(case, b)) in met

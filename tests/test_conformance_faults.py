@@ -1,0 +1,257 @@
+"""The suite checks itself: faults planted in a copy of the core are caught by the public command.
+
+Each is a plausible mistake, of the mathematics or of the code, and none computes the same as the
+right code. No check of the suite exists for one of them alone.
+"""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Text of a file of the core, and what stands there in its place."""
+
+    file: str
+    right: str
+    wrong: str
+
+
+FAULTS = {
+    "wrong sign in a tangent": Fault(
+        "rules/move.py",
+        "change = turn if change is None else change + turn",
+        "change = turn if change is None else change - turn",
+    ),
+    "weight decay left out of the step": Fault(
+        "rules/move.py",
+        "step = direction + weight_decay * param if decays else direction",
+        "step = direction",
+    ),
+    "weight decay left out of the trace": Fault(
+        "rules/move.py",
+        "retain = 1.0 - weight_decay * lr if decays else 1.0",
+        "retain = 1.0",
+    ),
+    "trace from the weights after the step": Fault(
+        "rules/move.py",
+        "change = delta if lr_trace is lr else lr_trace * step",
+        "change = lr_trace * (step - weight_decay * delta)",
+    ),
+    "beta updated from the new trace": Fault(
+        "metaoptimize.py",
+        "        new_state = State(\n            step=state.step + 1,",
+        "        late = parts.product_with_trace(\n"
+        '            plan, State(**(vars(state) | {"trace": trace})), awake, grads\n'
+        "        )\n"
+        "        if late is not None:\n"
+        "            z = late\n"
+        "            meta = meta_pass(\n"
+        "                self.meta, plan.blocks, z, finite, state.beta, state.meta_slots,\n"
+        "                state.meta_count, state.restarts, meta_lr=self.meta_lr,\n"
+        "                awake=parts.awake_families(plan, awake, state.step),\n"
+        "                bounds=self._beta_bounds, beta_trace=beta_trace, held_trace=held_trace,\n"
+        "                z_trace=z_trace,\n"
+        "            )\n"
+        "        new_state = State(\n            step=state.step + 1,",
+    ),
+    "step size from after the meta update": Fault(
+        "metaoptimize.py",
+        "else parts.rates(plan, self._sigma, state.beta, beta_trace)",
+        "else parts.rates(plan, self._sigma, meta.beta, beta_trace)",
+    ),
+    "sum in a narrower dtype": Fault(
+        "blocks.py",
+        "return xp.sum(product, dtype=dtype)",
+        "return cast(xp.sum(cast(product, xp.float32)), dtype)",
+    ),
+    "slope of the root left out": Fault(
+        "numerics.py",
+        "chained(x, root, 0.5 * inverse,",
+        "chained(x, root, 0.0 * inverse,",
+    ),
+    "curvature of the root left out": Fault(
+        "numerics.py",
+        "lambda: -0.25 * (inverse * inverse * inverse)",
+        "lambda: 0.0 * inverse",
+    ),
+    "old rows of Y under meta_first": Fault(
+        "metaoptimize.py",
+        "parts.rates(plan, self._sigma, meta.beta, meta.beta_trace)",
+        "parts.rates(plan, self._sigma, meta.beta, beta_trace)",
+    ),
+    "discount once in the third trace": Fault(
+        "step.py",
+        "(name, hat(hats[name].third, leaf_discount(plan, name, moves, discount), None))",
+        "(name, hats[name].third)",
+    ),
+    "l passed off as 2x2": Fault(
+        "metaoptimize.py",
+        "z_trace = parts.product_with_trace(plan, state, awake, products)",
+        "z_trace = None",
+    ),
+    "2x2 passed off as full": Fault(
+        "metaoptimize.py",
+        "z_trace = term_b if z_trace is None else map_leaves(operator.add, z_trace, term_b)",
+        "del term_b",
+    ),
+    "a bound differentiated": Fault(
+        "passes.py",
+        "{slot: xp.where(moves, new_traces[slot], held[slot]) for slot in traces},",
+        "{slot: xp.where(new_beta == beta - moved.delta, new_traces[slot], 0.0 * held[slot])"
+        " for slot in traces},",
+    ),
+    "no E in the discount of Y": Fault(
+        "step.py",
+        "discount * trace + (1.0 - discount) * target",
+        "discount * trace",
+    ),
+    "count from 0": Fault(
+        "passes.py",
+        "cast(leaf.count + 1, dtype)",
+        "cast(leaf.count, dtype)",
+    ),
+    "meta count one ahead": Fault(
+        "passes.py",
+        "counts = blocks.spread(meta_count + 1)",
+        "counts = blocks.spread(meta_count + 2)",
+    ),
+    "Lion's moment before its sign": Fault(
+        "rules/lion.py",
+        "sign(interpolation * exp_avg + (1.0 - interpolation) * grad)",
+        "sign(interpolation * (decay * exp_avg + (1.0 - decay) * grad)"
+        " + (1.0 - interpolation) * grad)",
+    ),
+    "eps inside the root": Fault(
+        "rules/adamw.py",
+        "divide(mean, sqrt(mean_sq), self.eps)",
+        "divide(mean, sqrt(mean_sq + self.eps))",
+    ),
+    "slope of softplus taken for its value": Fault(
+        "step_sizes.py",
+        "        return _logistic(beta)\n\n    def second",
+        "        return value\n\n    def second",
+    ),
+    "second derivative of the sigmoid cut short": Fault(
+        "step_sizes.py",
+        "return value * slope * (slope + _logistic(-beta) - _logistic(beta))",
+        "return value * slope * slope",
+    ),
+    "discount on a leaf at rest": Fault(
+        "step.py",
+        "if moves is True or discount == 1.0:",
+        "if moves is not None:",
+    ),
+    "leaf at rest in the meta-gradient": Fault(
+        "step.py",
+        "        if moves is False:\n            continue\n        array = cast(",
+        "        if arrays[name] is None:\n            continue\n        moves = True\n"
+        "        array = cast(",
+    ),
+    "outer H of term A with the hat": Fault(
+        "metaoptimize.py",
+        "z_trace = parts.product_with_trace(plan, state, awake, products)",
+        "z_trace = parts.product_with_trace(plan, State(**(vars(state) | "
+        '{"trace": {name: hats[name].trace for name in hats}})), awake, products)',
+    ),
+    "rectifier left out": Fault(
+        "passes.py",
+        "retain = namespace(param).clip(1.0 - lr * (rule.weight_decay + rectified), min=0.0)",
+        "retain = 1.0 - lr * (rule.weight_decay + rectified)",
+    ),
+    "momentum injected as the gradient": Fault(
+        "passes.py",
+        "followed, _ = rule.without_momentum().direction(grad, leaf.slots, count)",
+        "followed = direction",
+    ),
+    "nodes along the other axis": Fault(
+        "blocks.py",
+        "return name, tuple(n if i == axis else 1 for i, n in enumerate(shape))",
+        "axis = len(shape) - 1 - axis if len(shape) == 4 else axis\n"
+        "        return name, tuple(n if i == axis else 1 for i, n in enumerate(shape))",
+    ),
+    "cross terms in one order": Fault(
+        "jets.py",
+        "return outer(first, other) + outer(other, first)",
+        "return 2.0 * outer(first, other)",
+    ),
+    "blocks at rest discounted in Y": Fault(
+        "passes.py",
+        "{slot: xp.where(moves, new_traces[slot], held[slot]) for slot in traces},",
+        "{slot: xp.where(moves, new_traces[slot], traces[slot]) for slot in traces},",
+    ),
+    "trace of the moments without discount": Fault(
+        "step.py",
+        "{slot: hat(trace, factor, keep) for slot, trace in slots.items()},",
+        "{slot: hat(trace, 1.0, keep) for slot, trace in slots.items()},",
+    ),
+    "delayed moments taken fresh": Fault(
+        "rules/sgd.py",
+        'return slots["exp_avg"] if self.delayed else exp_avg, {"exp_avg": exp_avg}',
+        'return exp_avg, {"exp_avg": exp_avg}',
+    ),
+    "multiplier left out of the tangent": Fault(
+        "metaoptimize.py",
+        "else _times(multiplier, cast(plan.blocks.expand_leaf(rate, name, ndim), dtype))",
+        "else cast(plan.blocks.expand_leaf(rate, name, ndim), dtype)",
+    ),
+    "an input changed": Fault(
+        "metaoptimize.py",
+        "            count[name] = state.count[name] + 1\n",
+        "            count[name] = state.count[name] + 1\n"
+        "            grads[name][...] = 0.5 * grads[name]\n",
+    ),
+}
+
+
+def command() -> list[str]:
+    return [sys.executable, "-m", "metaopt_conformance", "--backend", "numpy", "--quick", "--stop"]
+
+
+def run(folder: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command(),
+        cwd=folder,
+        env={"PYTHONPATH": f"{folder}:{ROOT / 'conformance'}", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def copied(folder: Path) -> Path:
+    shutil.copytree(ROOT / "metaopt", folder / "metaopt", ignore=shutil.ignore_patterns("__py*"))
+    return folder / "metaopt"
+
+
+def test_the_copy_without_a_fault_passes(tmp_path: Path) -> None:
+    copied(tmp_path)
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(name: str, tmp_path: Path) -> None:
+    fault = FAULTS[name]
+    file = copied(tmp_path) / fault.file
+    text = file.read_text(encoding="utf-8")
+    assert text.count(fault.right) == 1, "the fault is to be planted anew: its place has changed"
+    file.write_text(text.replace(fault.right, fault.wrong), encoding="utf-8")
+    done = run(tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED" in done.stdout
+    # it was the number that was wrong, and not the code that broke
+    failure = next(line for line in done.stdout.splitlines() if line.startswith("FAILED"))
+    assert "Error:" not in failure, failure
+
+
+def test_there_are_enough_faults() -> None:
+    assert len(FAULTS) >= 20
+    assert len({(fault.file, fault.wrong) for fault in FAULTS.values()}) == len(FAULTS)
