@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -49,15 +50,9 @@ def test_dask_passes_some() -> None:
     assert main(["--backend", "dask", "--family", "trajectory", *arguments]) == 0
 
 
-THIRD_PARTY = textwrap.dedent(
+DOCUMENTED = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+THIRD_PARTY = re.findall(r"```python\n(.*?)```", DOCUMENTED, re.DOTALL)[0] + textwrap.dedent(
     """
-    import numpy as np
-    from metaopt_conformance.backends import Backend
-
-    backend = Backend(
-        name="thin", asarray=lambda array, device: np.array(array), to_numpy=np.array
-    )
-
 
     def broken():
         def asarray(array, device):

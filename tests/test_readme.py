@@ -38,13 +38,24 @@ def test_jax() -> None:
     np.testing.assert_allclose(names["params"]["weight"], np.ones(3), atol=0.1)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/mathematics.md", "backends/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/mathematics.md", "docs/conformance.md", "backends/README.md"]
+)
 def test_links_and_pictures_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith("http"):
             path, _, _ = target.partition("#")
             assert ((ROOT / page).parent / path).exists(), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/mathematics.md"])
+def test_formulas_survive_markdown(page: str) -> None:
+    """Backslashes before punctuation are Markdown's, and $$ lets it make lists of lines."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert "$$" not in text
+    for formula in re.findall(r"(?<!`)\$([^$`\n]+)\$", text):
+        assert not re.search(r"\\[,;{}!]", formula), formula
 
 
 def test_every_option_of_metaoptimize_that_it_names_exists() -> None:
