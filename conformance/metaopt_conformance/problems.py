@@ -113,7 +113,9 @@ class Linear(Problem):
 
     def loss(self, t: int, w: Vector) -> float:  # noqa: D102
         inputs, targets = self.data(t)
-        return float(self.loss_of(np, {"all": w}, inputs, targets))
+        stops = np.cumsum([int(np.prod(shape)) for shape in self.shapes.values()])
+        leaves = dict(zip(self.shapes, np.split(w, stops[:-1]), strict=True))
+        return float(self.loss_of(np, leaves, inputs, targets))
 
     def grad(self, t: int, w: Vector) -> Vector:  # noqa: D102
         inputs, first, _, _ = self._derivatives(t, w)
@@ -139,7 +141,8 @@ class Linear(Problem):
         return inputs, tanh, 1.0 - tanh**2, -2.0 * tanh * (1.0 - tanh**2)
 
     def loss_of(self, xp: Any, params: Mapping[str, Any], inputs: Any, targets: Any) -> Any:  # noqa: D102
-        w = xp.concat([xp.reshape(param, (-1,)) for param in params.values()])
+        # by name: JAX hands on a plain dict in the order of its keys
+        w = xp.concat([xp.reshape(params[name], (-1,)) for name in self.shapes])
         if self.kind == "logistic":
             s = inputs @ w
             return xp.mean(xp.logaddexp(s, xp.zeros_like(s)) - targets * s)
@@ -251,7 +254,7 @@ class Network(Problem):
         return self._joined(inputs, by_s, second * ds * es, 0.0)
 
     def loss_of(self, xp: Any, params: Mapping[str, Any], inputs: Any, targets: Any) -> Any:  # noqa: D102
-        weight, bias, v, c = params.values()
+        weight, bias, v, c = (params[name] for name in self.shapes)
         hidden = xp.tanh(inputs @ xp.matrix_transpose(weight) + bias)
         error = hidden @ v + c - targets
         return xp.mean(0.5 * error * error)

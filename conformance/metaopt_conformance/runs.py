@@ -81,11 +81,15 @@ class Under:
     device : str or None, default None
     adapter : bool, default False
         Run the backend's `optimizer` in place of the core.
+    autodiff : bool, default False
+        Take Hessian-vector products and third derivatives from the backend's own differentiation
+        of the loss, where it has one, in place of the problem's written-out ones.
     """
 
     backend: Backend
     device: str | None = None
     adapter: bool = False
+    autodiff: bool = False
 
     def arrays(self, vector: Any, case: Case, dtype: str | None = None) -> dict[str, Any]:
         """Return a vector of all weights, or (..., weights), as arrays by leaf."""
@@ -109,8 +113,10 @@ class Under:
         return np.concatenate(parts, axis=-1)
 
     def hvp(self, case: Case, t: int, w: Any) -> Any:
-        """Return the `hvp` of step t at w, by the backend's autodiff where it has one."""
+        """Return the `hvp` of step t at w."""
         hessian, missing = case.subject.hessian(t, w), case.absent(t)
+        if self.autodiff and self.backend.differentiate is not None:
+            return lambda tangents: self._along(case, t, w, tangents)
 
         def products(tangents: Mapping[str, Any]) -> dict[str, Any]:
             wide = _dtype_of(tangents)
@@ -122,6 +128,8 @@ class Under:
     def third(self, case: Case, t: int, w: Any) -> Any:
         """Return the `third` of step t at w."""
         missing = case.absent(t)
+        if self.autodiff and self.backend.differentiate is not None:
+            return lambda us, vs: self._along(case, t, w, us, vs)
 
         def products(us: Mapping[str, Any], vs: Mapping[str, Any]) -> dict[str, Any]:
             columns = self.vector(us, case).T, self.vector(vs, case).T
@@ -130,6 +138,40 @@ class Under:
             return {name: None if name in missing else found[name] for name in us}
 
         return products
+
+    def _along(self, case: Case, t: int, w: Any, *tangents: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the gradient's derivatives along all columns of one or two sets of tangents."""
+        derive = self.backend.differentiate
+        assert derive is not None
+        params = self.arrays(w, case)
+        xp = namespace(next(iter(params.values())))
+        data = [self.backend.asarray(part, self.device) for part in case.subject.data(t)]
+
+        def loss(point: Mapping[str, Any]) -> Any:
+            return case.subject.loss_of(xp, point, *data)
+
+        def along(function: Any, tangent: Mapping[str, Any]) -> Any:
+            """Return the derivative of a function along a tangent, as a function."""
+            gradient = derive(function)
+            return lambda point: sum(
+                xp.sum(part * tangent[name]) for name, part in gradient(point).items()
+            )
+
+        columns = [
+            [{name: array[j, ...] for name, array in some.items()} for j in range(_columns(some))]
+            for some in tangents
+        ]
+        if len(tangents) == 1:
+            found = [derive(along(loss, tangent))(params) for tangent in columns[0]]
+            return {name: xp.stack([part[name] for part in found]) for name in params}
+        rows = [
+            [derive(along(along(loss, one), other))(params) for other in columns[1]]
+            for one in columns[0]
+        ]
+        return {
+            name: xp.stack([xp.stack([part[name] for part in row]) for row in rows])
+            for name in params
+        }
 
     def steps(self, case: Case) -> Iterator[tuple[Any, mo.State]]:
         """Yield params and state before each step and after the last."""
@@ -186,6 +228,10 @@ def as_oracle_state(case: Case, found: Mapping[str, Any], step: int) -> oracle.S
 def wanted(case: Case, state: oracle.State, key: str) -> Any:
     """Return the oracle's value of what `Under.translated` calls `key`."""
     return expected(state, key, case.subject.shapes)
+
+
+def _columns(arrays: Mapping[str, Any]) -> int:
+    return int(next(iter(arrays.values())).shape[0])
 
 
 def _dtype_of(arrays: Mapping[str, Any]) -> str:
