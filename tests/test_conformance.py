@@ -15,6 +15,7 @@ import pytest
 from metaopt_conformance.__main__ import main
 from metaopt_conformance.backends import BACKENDS, UnavailableError, find
 from metaopt_conformance.cases import BASES, METAS, OPTIONS, Case, covering
+from metaopt_conformance.suite import run
 
 ROOT = Path(__file__).parents[1]
 
@@ -153,3 +154,39 @@ def test_any_two_values_that_go_together_meet(pair: tuple[str, str]) -> None:
         if case.possible():
             for a, b in itertools.combinations(OPTIONS, 2):
                 assert (a, getattr(case, a), b, getattr(case, b)) in met
+
+
+class Adapter:
+    """An optimizer object around the core, as an adapter of a framework is."""
+
+    def __init__(self, opt: Any, params: Any) -> None:
+        self.opt, self.current = opt, params
+        self.kept = opt.init(params)
+
+    def step(self, grads: Any, lr: Any, hvp: Any) -> None:
+        self.current, self.kept = self.opt.step(self.current, grads, self.kept, lr=lr, hvp=hvp)
+
+    def params(self) -> Any:
+        return self.current
+
+    def state(self) -> Any:
+        return self.kept
+
+
+class Forgetful(Adapter):
+    """One that drops the multiplier."""
+
+    def step(self, grads: Any, lr: Any, hvp: Any) -> None:  # noqa: ARG002
+        super().step(grads, 1.0, hvp)
+
+
+@pytest.mark.parametrize(("kind", "status"), [(Adapter, "passed"), (Forgetful, "failed")])
+def test_an_adapter_has_a_column_of_its_own(kind: Any, status: str) -> None:
+    cases = [
+        Case(base="AdamW", meta="Lion", lr="schedule"),
+        Case(base="SGDm", meta="Adam", blocks="node", lr="schedule", curvature="exact"),
+    ]
+    backend = replace(find("numpy"), optimizer=kind)
+    outcomes = list(run(backend, families=["trajectory"], cases=cases))
+    assert [o.status for o in outcomes if o.family == "trajectory"] == ["passed"] * 2
+    assert [o.status for o in outcomes if o.family == "adapter"] == [status] * 2

@@ -43,7 +43,7 @@ def run(
     """
     for name in families:
         family = FAMILIES[name]
-        chosen = family.cases(backend.dtypes, quick) if cases is None else iter(cases)
+        chosen = list(family.cases(backend.dtypes, quick) if cases is None else cases)
         for under, title in _subjects(backend, device, name):
             for case in chosen:
                 outcome = _outcome(under, title, family, case)
