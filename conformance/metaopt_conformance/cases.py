@@ -24,7 +24,7 @@ METAS: dict[str, Any] = {
     "Adam": mo.AdamW(betas=(0.8, 0.9), eps=1e-2),
     "Lion": mo.Lion(betas=(0.8, 0.9)),
 }
-STEP_SIZES = {"SGD": 0.1, "SGDm": 0.2, "RMSprop": 0.05, "AdamW": 0.05, "Lion": 0.05}
+STEP_SIZES = {"SGD": 0.15, "SGDm": 0.2, "RMSprop": 0.05, "AdamW": 0.05, "Lion": 0.05}
 META_LRS = {"SGD": 0.1, "RMSprop": 0.1, "Adam": 0.15, "Lion": 0.05}
 GROUPS: dict[str, Any] = {"biases": ("*bias",), "rest": "*"}
 SIGMAS: dict[str, Any] = {name: name for name in ("exp", "identity", "softplus")} | {
@@ -135,8 +135,8 @@ class Case:
 
     def possible(self) -> bool:
         """Say whether the library defines this combination."""
-        rules = [BASES[self.base]]
-        if self.delayed and delay(BASES[self.base]) == BASES[self.base]:
+        pair = BASES[self.base], METAS[self.meta]
+        if self.delayed and tuple(map(delay, pair)) == pair:
             return False
         if self.approximation == "full" and (self.curvature != "exact" or self.meta_first):
             return False
@@ -144,9 +144,7 @@ class Case:
             self.curvature != "none" or self.delayed or self.base == "Lion"
         ):
             return False
-        return self.curvature != "rectified" or (
-            isinstance(rules[0], mo.SGD) and not rules[0].slots
-        )
+        return self.curvature != "rectified" or self.base == "SGD"
 
 
 def delay(rule: Any) -> Any:
