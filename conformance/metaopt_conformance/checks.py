@@ -238,7 +238,7 @@ def plain_optimizer(under: Under, case: Case) -> float:
     state, worst = opt.init(params), 0.0
     for t in range(case.steps):
         grads = under.arrays(case.subject.grad(t, under.vector(params, case)), case)
-        params, state = opt.step(params, grads, state)
+        params, state = under.backend.settle(opt.step(params, grads, state))
         want = under.vector(theirs(grads), case)
         error = tolerances.relative_error(under.vector(params, case), want)
         worst = _judged(worst, error, tolerances.OPTIMIZER, f"params in step {t}")

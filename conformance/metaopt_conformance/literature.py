@@ -28,11 +28,13 @@ def idbd(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
         target = target + 0.02 * rng.normal(size=n)
         a = rng.normal(size=n) * np.where(rng.random(n) < 0.01, 6.0, 1.0)
         g = (a @ w - a @ target) * a
-        params, state = opt.step(
-            params,
-            under.arrays((a @ under.vector(params, case) - a @ target) * a, case),
-            state,
-            hessian_diagonal=under.arrays(a * a, case),
+        params, state = under.backend.settle(
+            opt.step(
+                params,
+                under.arrays((a @ under.vector(params, case) - a @ target) * a, case),
+                state,
+                hessian_diagonal=under.arrays(a * a, case),
+            )
         )
         beta = beta - 0.005 * h * g
         alpha = np.exp(beta)
@@ -54,8 +56,10 @@ def idbd_nonlinear(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
     state = opt.init(params)
     for t in range(case.steps):
         at = under.vector(params, case)
-        params, state = opt.step(
-            params, under.arrays(problem.grad(t, at), case), state, hvp=under.hvp(case, t, at)
+        params, state = under.backend.settle(
+            opt.step(
+                params, under.arrays(problem.grad(t, at), case), state, hvp=under.hvp(case, t, at)
+            )
         )
         g, hessian = problem.grad(t, w), problem.hessian(t, w)
         beta = beta - 0.05 * H.T @ g
@@ -78,7 +82,9 @@ def hypergradient(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
     state = opt.init(params)
     for t in range(case.steps):
         at = under.vector(params, case)
-        params, state = opt.step(params, under.arrays(problem.grad(t, at), case), state)
+        params, state = under.backend.settle(
+            opt.step(params, under.arrays(problem.grad(t, at), case), state)
+        )
         g = problem.grad(t, w)
         if multiplicative:
             alpha = alpha * np.exp(eta * alpha * (g @ last))
@@ -106,8 +112,10 @@ def algorithm2(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
     state = opt.init(params)
     for t in range(case.steps):
         at = under.vector(params, case)
-        params, state = opt.step(
-            params, under.arrays(problem.grad(t, at), case), state, hvp=under.hvp(case, t, at)
+        params, state = under.backend.settle(
+            opt.step(
+                params, under.arrays(problem.grad(t, at), case), state, hvp=under.hvp(case, t, at)
+            )
         )
         g, hessian, alpha = problem.grad(t, w), problem.hessian(t, w), np.exp(beta)
         beta = beta - eta * h @ g
