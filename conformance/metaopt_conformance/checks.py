@@ -77,7 +77,12 @@ def single_steps(under: Under, case: Case) -> float:
     for t, (params, state) in enumerate(under.steps(case)):
         found = under.translated(case, params, state)
         if before is not None:
-            want = oracle_step(case, t - 1, before)
+            want = oracle_step(
+                case,
+                t - 1,
+                before,
+                lambda vector: under.vector(under.arrays(vector, case), case),
+            )
             firm_rows, firm_blocks = _decided(case, t - 1, before, want)
             for key, got in found.items():
                 value = wanted(case, want, key)
@@ -350,9 +355,10 @@ def _size(case: Case, before: Any, after: Any, key: str) -> float:
     """Return what the entries of a quantity are made of: sums keep the rounding of their terms."""
     name = key.partition("/")[0]
     size = max(np.max(np.abs(wanted(case, state, key)), initial=0.0) for state in (before, after))
-    if name == "z":
+    if name in ("z", "meta_m", "meta_v"):
         t = before.step
-        size = np.max(np.sum(np.abs(before.H * case.subject.grad(t, before.w)[:, None]), axis=0))
+        terms = np.sum(np.abs(before.H * case.subject.grad(t, before.w)[:, None]), axis=0)
+        size = max(size, np.max(terms) ** (2 if name == "meta_v" else 1))
     if name in ("B", "Bm", "Bv", "Z"):
         size = max(size, 1.0)
     return float(size)

@@ -1,6 +1,6 @@
 """A run of the library under test, step by step in the oracle's terms."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -41,15 +41,20 @@ def by_weight(case: Case, values: Any) -> Any:
     )
 
 
-def oracle_step(case: Case, t: int, before: oracle.State) -> oracle.State:
-    """Return the oracle's state after step t of the case."""
+def oracle_step(
+    case: Case, t: int, before: oracle.State, rounded: Callable[[Any], Any] = np.asarray
+) -> oracle.State:
+    """Return the oracle's state after step t of the case, from inputs rounded as the library's."""
     problem, shapes = case.subject, case.subject.shapes
+    hessian = problem.hessian(t, before.w)
+    if case.curvature in ("diagonal", "rectified"):
+        hessian = np.diag(rounded(np.diag(hessian)))
     present = {name: name not in case.absent(t) for name in shapes}
     return oracle.step(
         config(case),
         before,
-        problem.grad(t, before.w),
-        problem.hessian(t, before.w),
+        rounded(problem.grad(t, before.w)),
+        hessian,
         by_weight(case, case.multiplier(t)),
         by_weight(case, present),
         partial(problem.third, t, before.w),

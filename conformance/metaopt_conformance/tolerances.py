@@ -48,12 +48,12 @@ def trajectory(steps: int) -> float:
 def single_step(dtype: str, quantity: str) -> float:
     """Return the allowance for one step from a given state, params and state apart.
 
-    State is held in float32 where parameters are narrower, but is computed from parameters and
-    gradients that were rounded to them.
+    State is held, and everything computed, in float32 where parameters are narrower: only the
+    parameters themselves ("w") are rounded to their own dtype.
     """
-    del quantity
     wide = "float64" if dtype == "float64" else "float32"
-    return max(rounding(wide, operations=60), rounding(dtype, operations=1))
+    own = rounding(dtype, operations=1) if quantity == "w" else 0.0
+    return max(rounding(wide, operations=60), own)
 
 
 def eps(dtype: str) -> float:
