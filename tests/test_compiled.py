@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from metaopt_conformance.backends import find
 from metaopt_conformance.tolerances import relative_error, rounding
 
 import metaopt as mo
@@ -66,12 +67,16 @@ def same(name: str, got: Any, want: Any) -> None:
         assert error < rounding("float32", operations=25, steps=STEPS), (name, leaf)
 
 
+def jax_with_states() -> Any:
+    """Return JAX, to which states are known as trees: only once a process, so by the suite."""
+    jax = pytest.importorskip("jax")
+    find("jax")
+    return jax
+
+
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_jit_traces_once(name: str) -> None:
-    jax = pytest.importorskip("jax")
-    if mo.State not in registered:
-        jax.tree_util.register_dataclass(mo.State)
-        registered.add(mo.State)
+    jax = jax_with_states()
     opt, traces = configured(name), []
 
     def step(params: Any, state: Any, lr: Any) -> Any:
@@ -94,15 +99,9 @@ def test_jit_traces_once(name: str) -> None:
     same(name, opt.step_sizes(state), opt.step_sizes(eager_state))
 
 
-registered: set[type] = set()
-
-
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_scan_keeps_the_structure_of_the_state(name: str) -> None:
-    jax = pytest.importorskip("jax")
-    if mo.State not in registered:
-        jax.tree_util.register_dataclass(mo.State)
-        registered.add(mo.State)
+    jax = jax_with_states()
     opt = configured(name)
     params = {leaf: jax.numpy.asarray(value) for leaf, value in start().items()}
 
