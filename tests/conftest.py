@@ -1,56 +1,43 @@
 """The array libraries that the core is tested on: one fixture, the same tests on each."""
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
+from metaopt_conformance import backends
 
-from metaopt.arrays import to_numpy
+from metaopt.arrays import map_leaves
 
 
 @dataclass(frozen=True)
 class Backend:
-    """An array library: how to make its arrays and how to look at them."""
+    """A backend of the conformance suite on its default device, for mappings of arrays too."""
 
-    name: str
-    asarray: Callable[[Any], Any]
+    library: backends.Backend
+
+    @property
+    def name(self) -> str:
+        """The library's name."""
+        return self.library.name
+
+    def asarray(self, array: Any) -> Any:
+        """Return a NumPy array as one of this library, copied."""
+        return self.library.asarray(np.array(array), None)
 
     def tree(self, arrays: Any) -> Any:
         """Return a mapping of NumPy arrays as arrays of this library, copied."""
-        return {name: self.asarray(np.array(array)) for name, array in arrays.items()}
-
-    def settled(self, tree: Any) -> Any:
-        """Return arrays, mappings of them or a state with what is lazy computed."""
-        return importlib.import_module("dask").persist(tree)[0] if self.name == "dask" else tree
+        return {name: self.asarray(array) for name, array in arrays.items()}
 
     def to_numpy(self, tree: Any) -> Any:
         """Return arrays, or (nested) mappings of them, as NumPy arrays."""
-        if hasattr(tree, "items"):
-            return {name: self.to_numpy(value) for name, value in tree.items()}
-        return to_numpy(tree)
+        return map_leaves(self.library.to_numpy, tree)
 
 
-_MODULES = {
-    "numpy": "numpy",
-    "strict": "array_api_strict",
-    "torch": "torch",
-    "jax": "jax.numpy",
-    "dask": "dask.array",
-}
-
-
-def make_backend(name: str) -> Backend:
-    """Return the backend, or skip with the reason where its library is missing."""
-    module = pytest.importorskip(_MODULES[name], reason=f"{name} is not installed")
-    if name == "jax":
-        importlib.import_module("jax").config.update("jax_enable_x64", True)
-    return Backend(name, module.asarray)
-
-
-@pytest.fixture(params=list(_MODULES))
+@pytest.fixture(params=["numpy", "strict", "torch", "jax", "dask"])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Return every array library in turn."""
-    return make_backend(request.param)
+    """Return every array library in turn; skip with the reason where one is missing."""
+    try:
+        return Backend(backends.find(request.param))
+    except backends.UnavailableError as error:
+        pytest.skip(str(error))

@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from metaopt_conformance.translate import contents
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import metaopt as mo
-from metaopt.arrays import to_numpy
 from metaopt.rules import Rule
 
 ROOT = Path(__file__).parents[1]
@@ -96,16 +96,6 @@ def run(opt: mo.MetaOptimize, params: Any, state: Any, steps: range) -> Any:
             hessian_diagonal={name: 0.0 * param + scale for name, param in params.items()},
         )
     return params, state
-
-
-def contents(tree: Any) -> Any:
-    """Return names, order, dtypes, shapes and bits of all arrays."""
-    if isinstance(tree, mo.State):
-        return contents(vars(tree))
-    if isinstance(tree, Mapping):
-        return [(name, contents(value)) for name, value in tree.items()]
-    array = to_numpy(tree)
-    return (array.dtype.str, array.shape, array.tobytes())
 
 
 def assert_resumes(name: str, start: Any, path: Path, before: int, after: int) -> None:

@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
+from metaopt_conformance.translate import contents
 
 import metaopt as mo
-from metaopt.arrays import to_numpy
 from metaopt.rules import Rule
 
 SHAPES = {"w": (2, 3), "b": (3,)}
@@ -848,16 +848,6 @@ STEP |= {
         hessian_diagonal=swapped(w=W + 0j),
     ),
 }
-
-
-def contents(tree: Any) -> Any:
-    """Return copies of all arrays, for comparison."""
-    if isinstance(tree, mo.State):
-        return contents(vars(tree))
-    if isinstance(tree, Mapping):
-        return [(name, contents(value)) for name, value in tree.items()]
-    array = to_numpy(tree)
-    return (array.dtype.str, array.shape, array.tobytes())
 
 
 @pytest.mark.parametrize("case", STEP)

@@ -11,7 +11,7 @@ from metaopt.arrays import map_leaves, to_numpy
 from metaopt_conformance.oracle import Config, Matrix
 from metaopt_conformance.updates import Update, Vector
 
-__all__ = ["block_index", "config_of", "dense", "expected", "flat", "slices", "tree"]
+__all__ = ["block_index", "config_of", "contents", "dense", "expected", "flat", "slices", "tree"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -39,6 +39,16 @@ def flat(arrays: Mapping[str, Any], shapes: Shapes, to_numpy: Any = to_numpy) ->
     return np.concatenate(
         [np.reshape(to_numpy(arrays[name]).astype(np.float64), -1) for name in shapes]
     )
+
+
+def contents(tree: Any, to_numpy: Any = to_numpy) -> Any:
+    """Return names, order, dtypes, shapes and bits of all arrays, to compare with `==`."""
+    if isinstance(tree, mo.State):
+        return contents(vars(tree), to_numpy)
+    if isinstance(tree, Mapping):
+        return [(name, contents(value, to_numpy)) for name, value in tree.items()]
+    array = to_numpy(tree)
+    return (array.dtype.str, array.shape, array.tobytes())
 
 
 def block_index(blocks: Any, shapes: Shapes) -> Any:
