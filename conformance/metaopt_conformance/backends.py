@@ -52,7 +52,7 @@ class Backend:
         From a `metaopt.MetaOptimize` and params to an object with `step(grads, lr, hvp)`,
         `params()` and `state()`, the latter a `metaopt.State`: an adapter to check as well.
     plain : callable or None, default None
-        From a `metaopt` rule, a step size and params to a function from gradients to the params
+        From a `metaopt` rule and params to a function from gradients and a step size to the params
         after a step of the library's own optimizer, or None where it has no such rule.
     """
 
@@ -65,7 +65,7 @@ class Backend:
     differentiate: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] | None = None
     settle: Callable[[Any], Any] = _same
     optimizer: Callable[[Any, Any], Any] | None = None
-    plain: Callable[[Any, float, Mapping[str, Any]], Any] | None = None
+    plain: Callable[[Any, Mapping[str, Any]], Any] | None = None
 
 
 def find(name: str) -> Backend:
@@ -132,9 +132,6 @@ def _torch() -> Backend:
         # the graph alone is what is looked at: generating kernels would need a C++ compiler
         return torch.compile(function, fullgraph=True, backend="eager")
 
-    def plain(rule: Any, lr: float, params: Mapping[str, Any]) -> Any:
-        return _torch_optimizer(torch, rule, lr, params)
-
     return Backend(
         name="torch",
         asarray=asarray,
@@ -143,32 +140,32 @@ def _torch() -> Backend:
         devices=lambda: ("cpu", *(("cuda",) if torch.cuda.is_available() else ())),
         compile=compiled,
         differentiate=torch.func.grad,
-        plain=plain,
+        plain=lambda rule, params: _torch_optimizer(torch, rule, params),
     )
 
 
-def _torch_optimizer(torch: Any, rule: Any, lr: float, params: Mapping[str, Any]) -> Any:
+def _torch_optimizer(torch: Any, rule: Any, params: Mapping[str, Any]) -> Any:
     leaves = {name: param.clone().requires_grad_() for name, param in params.items()}
     kind = type(rule).__name__
     if kind == "AdamW":
         theirs = torch.optim.AdamW(
             leaves.values(),
-            lr=lr,
             betas=rule.betas,
             eps=rule.eps,
             weight_decay=rule.weight_decay,
         )
     elif kind == "RMSprop" and not rule.bias_correction and rule.weight_decay == 0.0:
-        theirs = torch.optim.RMSprop(leaves.values(), lr=lr, alpha=rule.beta2, eps=rule.eps)
+        theirs = torch.optim.RMSprop(leaves.values(), alpha=rule.beta2, eps=rule.eps)
     elif kind == "SGD" and rule.weight_decay == 0.0:
         momentum = {"momentum": rule.momentum, "dampening": rule.momentum}
-        theirs = torch.optim.SGD(leaves.values(), lr=lr, **momentum)
+        theirs = torch.optim.SGD(leaves.values(), **momentum)
         for leaf in leaves.values() if rule.momentum else ():
             theirs.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
     else:
         return None
 
-    def step(grads: Mapping[str, Any]) -> Any:
+    def step(grads: Mapping[str, Any], lr: float) -> Any:
+        theirs.param_groups[0]["lr"] = lr
         for name, leaf in leaves.items():
             leaf.grad = grads[name]
         theirs.step()
@@ -197,29 +194,31 @@ def _jax() -> Backend:
         devices=lambda: tuple(dict.fromkeys(device.platform for device in jax.devices())),
         compile=jax.jit,
         differentiate=jax.grad,
-        plain=lambda rule, lr, params: _optax_optimizer(rule, lr, params),
+        plain=_optax_optimizer,
     )
 
 
-def _optax_optimizer(rule: Any, lr: float, params: Mapping[str, Any]) -> Any:
+def _optax_optimizer(rule: Any, params: Mapping[str, Any]) -> Any:
     try:
         optax = importlib.import_module("optax")
     except ModuleNotFoundError:
         return None
     kind = type(rule).__name__
+    decay = {"weight_decay": rule.weight_decay} if rule.weight_decay else {}
     if kind == "AdamW":
-        b1, b2 = rule.betas
-        theirs = optax.adamw(lr, b1=b1, b2=b2, eps=rule.eps, weight_decay=rule.weight_decay)
+        make = optax.adamw if decay else optax.adam
+        options = {"b1": rule.betas[0], "b2": rule.betas[1], "eps": rule.eps} | decay
     elif kind == "Lion":
-        b1, b2 = rule.betas
-        theirs = optax.lion(lr, b1=b1, b2=b2, weight_decay=rule.weight_decay)
-    elif kind == "SGD" and rule.momentum == 0.0 and rule.weight_decay == 0.0:
-        theirs = optax.sgd(lr)
+        make, options = optax.lion, {"b1": rule.betas[0], "b2": rule.betas[1]} | decay
+    elif kind == "SGD" and rule.momentum == 0.0 and not decay:
+        make, options = optax.sgd, {}
     else:
         return None
+    theirs = optax.inject_hyperparams(make)(1.0, **options)
     current = {"params": dict(params), "state": theirs.init(dict(params))}
 
-    def step(grads: Mapping[str, Any]) -> Any:
+    def step(grads: Mapping[str, Any], lr: float) -> Any:
+        current["state"].hyperparams["learning_rate"] = lr
         updates, current["state"] = theirs.update(dict(grads), current["state"], current["params"])
         current["params"] = optax.apply_updates(current["params"], updates)
         return current["params"]

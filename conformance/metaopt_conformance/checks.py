@@ -236,7 +236,7 @@ def plain_optimizer(under: Under, case: Case) -> float:
     if case.base == "RMSprop":
         rule = replace(rule, bias_correction=False)
     params = under.arrays(case.subject.start(), case)
-    theirs = under.backend.plain(rule, 0.05, params)
+    theirs = under.backend.plain(rule, params)
     if theirs is None:
         msg = f"the library has no {case.base} of this form"
         raise Skip(msg)
@@ -245,7 +245,7 @@ def plain_optimizer(under: Under, case: Case) -> float:
     for t in range(case.steps):
         grads = under.arrays(case.subject.grad(t, under.vector(params, case)), case)
         params, state = under.backend.settle(opt.step(params, grads, state))
-        want = under.vector(theirs(grads), case)
+        want = under.vector(theirs(grads, 0.05), case)
         error = tolerances.relative_error(under.vector(params, case), want)
         worst = _judged(worst, error, tolerances.OPTIMIZER, f"params in step {t}")
     return worst
