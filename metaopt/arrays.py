@@ -21,8 +21,10 @@ __all__ = [
     "cast",
     "device",
     "filled",
+    "is_number",
     "is_real_floating",
     "is_sparse",
+    "kind_of",
     "map_leaves",
     "namespace",
     "per_leaf",
@@ -136,6 +138,16 @@ def solid(array: Any) -> Any:
 def per_leaf(items: Iterable[tuple[str, ValueT]]) -> Leaves[ValueT]:
     """Collect (leaf name, value) pairs in order."""
     return OrderedDict(items)
+
+
+def is_number(value: Any) -> bool:
+    """Say whether `value` is a real number of Python or NumPy, and no array."""
+    return isinstance(value, int | float | np.integer | np.floating)
+
+
+def kind_of(mapping: Mapping[str, Any]) -> Callable[[Iterable[tuple[str, Any]]], Any]:
+    """Return the kind of mapping to make for whoever handed in `mapping`: ordered, or a dict."""
+    return OrderedDict if isinstance(mapping, OrderedDict) else dict
 
 
 def is_real_floating(dtype: Any, xp: Namespace) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from metaopt.arrays import (
     Leaves,
     Namespace,
+    is_number,
     is_real_floating,
     is_sparse,
     namespace,
@@ -38,7 +39,7 @@ def check_number(name: str, value: Any, lo: float, hi: float = math.inf) -> None
 
 def _is_number(value: Any) -> bool:
     """Say whether `value` is a real number that fits a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+    if isinstance(value, bool) or not is_number(value):
         return False
     return not isinstance(value, int) or abs(value) < 2**1023
 
@@ -182,7 +183,7 @@ def multipliers(lr: Any, names: Leaves[Any]) -> Leaves[Any]:
 
 
 def _multiplier(name: str, lr: Any) -> Any:
-    if isinstance(lr, int | float | np.integer | np.floating):
+    if is_number(lr):
         check_number(name, lr, 0.0)
         return float(lr)
     if getattr(lr, "shape", None) != ():
@@ -271,8 +272,8 @@ def check_is_state(state: Any) -> None:
 
 
 def check_library(params: Mapping[str, Any], state: State) -> None:
-    """Raise unless params and state are arrays of one library."""
-    ours, theirs = library(params), namespace(state.step)
+    """Raise unless the state's arrays are of the one library of `params`."""
+    ours, theirs = namespace(next(iter(params.values()))), namespace(state.step)
     if ours is not theirs:
         msg = f"`params` are arrays of {ours.__name__}, but `state` of {theirs.__name__}."
         raise TypeError(msg)

@@ -16,6 +16,7 @@ from metaopt.arrays import (
     cast,
     device,
     filled,
+    kind_of,
     map_leaves,
     namespace,
     per_leaf,
@@ -341,7 +342,6 @@ class MetaOptimize:
         inputs.check_state(state, plan)
         inputs.check_grads(grads, params, plan.shapes)
         inputs.check_curvature(hvp, third, hessian_diagonal, grads, params, plan)
-        kind = OrderedDict if isinstance(params, OrderedDict) else dict
         new_params, new_state, finite = self._step(
             plan, params, grads, state, lr, hvp, third, hessian_diagonal
         )
@@ -361,7 +361,7 @@ class MetaOptimize:
         solid_state = State(
             **{name: map_leaves(solid, value) for name, value in vars(new_state).items()}
         )
-        return kind((name, solid(new_params[name])) for name in params), solid_state
+        return kind_of(params)((name, solid(new_params[name])) for name in params), solid_state
 
     def _step(
         self,
@@ -381,7 +381,7 @@ class MetaOptimize:
             for name, lr in inputs.multipliers(lr, plan.shapes).items()
         )
         awake = parts.awake_leaves(grads, lrs)
-        z = parts.product_with_trace(plan, state, awake, grads)
+        z = parts.product_with_trace(plan, state.trace, awake, grads)
         if z is None:
             z = map_leaves(xp.zeros_like, state.beta)
         finite = map_leaves(xp.isfinite, z)
@@ -395,12 +395,13 @@ class MetaOptimize:
             hats = parts.hatted(plan, state, awake, finite, self.discount)
             products = parts.grad_traces(plan, hats, grads, hvp, hessian_diagonal)
             if plan.beta_feeding:
-                z_trace = parts.product_with_trace(plan, state, awake, products)
+                z_trace = parts.product_with_trace(plan, state.trace, awake, products)
             if plan.third:
                 seconds, grad_seconds = parts.grad_seconds(
                     plan, awake, hats, grads, hvp, third, self.discount
                 )
-                term_b = parts.third_product(plan, awake, hats, grads)
+                thirds = per_leaf((name, hats[name].third) for name in hats)
+                term_b = parts.product_with_trace(plan, thirds, awake, grads)
                 z_trace = term_b if z_trace is None else map_leaves(operator.add, z_trace, term_b)
         beta_trace, held_trace = parts.hatted_beta_trace(plan, state, finite, self.discount)
 

@@ -1,7 +1,7 @@
 """What a configuration means for leaves of given names, shapes and dtypes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from metaopt.arrays import Leaves, Namespace, Shape, per_leaf
@@ -77,11 +77,14 @@ def following(
     if discount == 0.0 or curvature.kind == "none":
         return Following("none")
     beta = approximation != "l" and follows_gradient(meta)
-    if not beta and not any(
-        follows_gradient(rule) for rule in {id(r): r for r in rules.values()}.values()
-    ):
+    if not beta and not any(map(follows_gradient, _distinct(rules).values())):
         return Following("none")  # no direction depends on the weights
     return Following(curvature.kind, beta, third=beta and approximation == "full")
+
+
+def _distinct(rules: Leaves[Rule]) -> dict[int, Rule]:
+    """Return each rule once, by identity: one of a user's own need not be hashable."""
+    return {id(rule): rule for rule in rules.values()}
 
 
 def make_plan(
@@ -105,15 +108,16 @@ def make_plan(
     compute = per_leaf(
         (name, xp.float64 if dtype == xp.float64 else xp.float32) for name, dtype in dtypes.items()
     )
-    distinct = {id(rule): rule for rule in rules.values()}  # a rule need not be hashable
     feeds = {
-        key: feeding_slots(rule) for key, rule in distinct.items() if follow.curvature != "none"
+        key: feeding_slots(rule)
+        for key, rule in _distinct(rules).items()
+        if follow.curvature != "none"
     }
     feeding = per_leaf((name, feeds.get(id(rule), ())) for name, rule in rules.items())
     beta_feeding = ("beta", *feeding_slots(meta)) if follow.beta else ()
     beta_dtype = xp.float64 if xp.float64 in compute.values() else xp.float32
     layout = choose_layout(blocks, shapes, dense=follow.curvature == "exact", third=follow.third)
-    return Plan(
+    plan = Plan(
         shapes=shapes,
         rules=rules,
         dtypes=compute,
@@ -124,43 +128,22 @@ def make_plan(
         feeding=feeding,
         beta_feeding=beta_feeding,
         third=follow.third,
-        state=_state(
-            layout,
-            shapes,
-            compute,
-            beta_dtype,
-            xp.int32,
-            rules,
-            meta,
-            feeding,
-            beta_feeding,
-            third=follow.third,
-        ),
+        state={},
     )
+    return replace(plan, state=_state(plan, meta, xp.int32))
 
 
-def _state(
-    layout: Layout,
-    shapes: Leaves[Shape],
-    dtypes: Leaves[Any],
-    beta_dtype: Any,
-    integer: Any,
-    rules: Leaves[Rule],
-    meta: Rule,
-    feeding: Leaves[tuple[str, ...]],
-    beta_feeding: tuple[str, ...],
-    *,
-    third: bool,
-) -> dict[str, Any]:
+def _state(plan: Plan, meta: Rule, integer: Any) -> dict[str, Any]:
     """Return the shape and dtype of every array of a state."""
+    layout, shapes, dtypes = plan.layout, plan.shapes, plan.dtypes
     blocks, families = layout.blocks, len(layout.blocks.families)
 
     def per_block(columns: Shape = ()) -> Any:
         if blocks.partition.per_leaf:
             return per_leaf(
-                (name, Spec(columns + shape, beta_dtype)) for name, shape in shapes.items()
+                (name, Spec(columns + shape, plan.beta_dtype)) for name, shape in shapes.items()
             )
-        return Spec((*columns, blocks.size), beta_dtype)
+        return Spec((*columns, blocks.size), plan.beta_dtype)
 
     def traces(slots: tuple[str, ...], name: str) -> Any:
         return per_leaf((slot, Spec(layout.shape(shapes[name]), dtypes[name])) for slot in slots)
@@ -173,19 +156,19 @@ def _state(
         "meta_slots": per_leaf((slot, per_block()) for slot in meta.slots),
         "slots": per_leaf(
             (name, per_leaf((slot, Spec(shapes[name], dtypes[name])) for slot in rule.slots))
-            for name, rule in rules.items()
+            for name, rule in plan.rules.items()
         ),
         "trace": per_leaf(
             (name, Spec(layout.shape(shape), dtypes[name])) for name, shape in shapes.items()
         ),
         "slot_traces": per_leaf(
-            (name, traces(slots, name)) for name, slots in feeding.items() if slots
+            (name, traces(slots, name)) for name, slots in plan.feeding.items() if slots
         ),
-        "beta_trace": per_leaf((key, per_block(layout.leading)) for key in beta_feeding),
+        "beta_trace": per_leaf((key, per_block(layout.leading)) for key in plan.beta_feeding),
         "third_trace": per_leaf(
             (name, Spec(layout.leading * 2 + shape, dtypes[name])) for name, shape in shapes.items()
         )
-        if third
+        if plan.third
         else per_leaf(()),
         "meta_grad": per_block(),
         "restarts": Spec((families if blocks.partition.per_leaf else blocks.size,), integer),

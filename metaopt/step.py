@@ -1,11 +1,10 @@
 """The parts of a step that look at several leaves; docs/mathematics.md sections 2, 3, 7 and 11."""
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from metaopt.arrays import Leaves, cast, filled, map_leaves, namespace, per_leaf
+from metaopt.arrays import Leaves, cast, filled, kind_of, map_leaves, namespace, per_leaf
 from metaopt.inputs import check_products
 from metaopt.jets import outer
 from metaopt.plan import Plan
@@ -42,19 +41,19 @@ def awake_families(plan: Plan, awake: Leaves[Any], like: Any) -> Any:
 
 
 def product_with_trace(
-    plan: Plan, state: State, awake: Leaves[Any], arrays: Mapping[str, Any]
+    plan: Plan, traces: Mapping[str, Any], awake: Leaves[Any], arrays: Mapping[str, Any]
 ) -> Any:
-    """Return H^T times `arrays` over the leaves that move, values per block.
+    """Return the leaves' traces times `arrays`, over the leaves that move, values per block.
 
-    With gradients it is the meta-gradient z, with derivatives of gradients term A of section 3.
-    None where no leaf moves.
+    Of H and gradients it is the meta-gradient z, of H and derivatives of gradients term A of
+    section 3, of Z and gradients term B. None where no leaf moves.
     """
     partials = {}
     for name, moves in awake.items():
         if moves is False:
             continue
         array = cast(arrays[name], plan.dtypes[name])
-        part = plan.layout.partial(state.trace[name], array, name, plan.beta_dtype)
+        part = plan.layout.partial(traces[name], array, name, plan.beta_dtype)
         if moves is not True:
             part = namespace(part).where(moves, part, 0.0)
         partials[name] = part
@@ -153,8 +152,7 @@ def grad_traces(
             for name in hats
         )
     assert hvp is not None  # `inputs.check_curvature` has seen to it
-    kind = OrderedDict if isinstance(grads, OrderedDict) else dict
-    tangents = kind((name, hats[name].trace) for name in grads)
+    tangents = kind_of(grads)((name, hats[name].trace) for name in grads)
     products = hvp(tangents)
     check_products("hvp", products, tangents, grads)
     return per_leaf(
@@ -174,7 +172,7 @@ def grad_seconds(
 ) -> tuple[Leaves[Any], Leaves[Any]]:
     """Return the second-order parts of the weights and of the gradients, section 3, *Z*."""
     m = plan.layout.blocks.size
-    kind = OrderedDict if isinstance(grads, OrderedDict) else dict
+    kind = kind_of(grads)
     # h' is a function of the h before its discount: the trace of h is discounted twice
     seconds = per_leaf(
         (name, hat(hats[name].third, leaf_discount(plan, name, moves, discount), None))
@@ -195,22 +193,6 @@ def grad_seconds(
         return cast(bent[name], plan.dtypes[name]) + product
 
     return seconds, per_leaf((name, None if grads[name] is None else second(name)) for name in hats)
-
-
-def third_product(
-    plan: Plan, awake: Leaves[Any], hats: Mapping[str, Hatted], grads: Mapping[str, Any]
-) -> Any:
-    """Return term B of section 3, values per block with a leading axis of columns."""
-    m, partials = plan.layout.blocks.size, {}
-    for name, moves in awake.items():
-        if moves is False:
-            continue
-        xp = namespace(hats[name].third)
-        product = hats[name].third * cast(grads[name], plan.dtypes[name])
-        flat = xp.reshape(product, (m, m, math.prod(plan.shapes[name])))
-        part = xp.sum(flat, axis=2, dtype=plan.beta_dtype)
-        partials[name] = part if moves is True else xp.where(moves, part, 0.0)
-    return plan.layout.gather(partials) if partials else None
 
 
 def rates(

@@ -9,9 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from metaopt.arrays import Array, namespace
+from metaopt.arrays import Array, is_number, namespace
 
 __all__ = ["Exp", "Identity", "Sigmoid", "Softplus", "StepSizeMap"]
 
@@ -125,7 +123,7 @@ class Sigmoid(StepSizeMap):
     def __post_init__(self) -> None:
         for name in ("lo", "hi"):
             value = getattr(self, name)
-            if not isinstance(value, int | float | np.integer | np.floating):
+            if not is_number(value):
                 msg = f"`{name}` must be a number; got {value!r}."
                 raise TypeError(msg)
             object.__setattr__(self, name, float(value))

@@ -45,8 +45,8 @@ class Layout(ABC):
     def partial(self, trace: Array, array: Array, name: str, dtype: Any) -> Array:
         """Return a leaf's part of a product with the trace, summed in `dtype`.
 
-        `array` is the gradient, for the meta-gradient, or a derivative of it in the layout of the
-        trace, for term A of section 3.
+        `array` is the gradient, for the meta-gradient and, of the third trace, for term B of
+        section 3, or a derivative of it in the layout of the trace, for term A.
         """
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Layout(ABC):
 
     @abstractmethod
     def gather(self, partials: Mapping[str, Array]) -> Any:
-        """Return values per block, with a leading axis of columns for term A where dense."""
+        """Return values per block, with a leading axis of columns for terms A and B where dense."""
 
     @abstractmethod
     def columns(self, per_block: Any, name: str, ndim: int) -> Any:
@@ -106,18 +106,20 @@ class Dense(Layout):
         return self.blocks.split(xp.eye(self.blocks.size, dtype=like.dtype, device=device(like)))
 
     def partial(self, trace: Array, array: Array, name: str, dtype: Any) -> Array:  # noqa: ARG002, D102
-        xp, flat = namespace(trace), self._flat(trace)
-        if array.ndim == trace.ndim:
-            rows = xp.reshape(cast(array, dtype), flat)
-            return rows @ xp.matrix_transpose(xp.reshape(cast(trace, dtype), flat))
-        return xp.sum(xp.reshape(leaf_product(trace, array), flat), axis=1, dtype=dtype)
+        if array.ndim < trace.ndim:
+            return self._summed(leaf_product(trace, array), array.ndim, dtype)
+        xp, flat = namespace(trace), (self.blocks.size, math.prod(trace.shape[1:]))
+        rows = xp.reshape(cast(array, dtype), flat)
+        return rows @ xp.matrix_transpose(xp.reshape(cast(trace, dtype), flat))
 
     def square(self, trace: Array, name: str, dtype: Any) -> Array:  # noqa: ARG002, D102
-        xp = namespace(trace)
-        return xp.sum(xp.reshape(trace * trace, self._flat(trace)), axis=1, dtype=dtype)
+        return self._summed(trace * trace, trace.ndim - 1, dtype)
 
-    def _flat(self, trace: Array) -> tuple[int, int]:
-        return self.blocks.size, math.prod(trace.shape[1:])
+    def _summed(self, product: Array, ndim: int, dtype: Any) -> Array:
+        """Return the sums over the last `ndim` axes, those of a leaf."""
+        xp, lead = namespace(product), product.ndim - ndim
+        flat = (*product.shape[:lead], math.prod(product.shape[lead:]))
+        return xp.sum(xp.reshape(product, flat), axis=-1, dtype=dtype)
 
     def gather(self, partials: Mapping[str, Array]) -> Any:  # noqa: D102
         parts = iter(partials.values())

@@ -48,9 +48,7 @@ FAULTS = {
     "beta updated from the new trace": Fault(
         "metaoptimize.py",
         "        new_state = State(\n            step=state.step + 1,",
-        "        late = parts.product_with_trace(\n"
-        '            plan, State(**(vars(state) | {"trace": trace})), awake, grads\n'
-        "        )\n"
+        "        late = parts.product_with_trace(plan, trace, awake, grads)\n"
         "        if late is not None:\n"
         "            z = late\n"
         "            meta = meta_pass(\n"
@@ -94,7 +92,7 @@ FAULTS = {
     ),
     "l passed off as 2x2": Fault(
         "metaoptimize.py",
-        "z_trace = parts.product_with_trace(plan, state, awake, products)",
+        "z_trace = parts.product_with_trace(plan, state.trace, awake, products)",
         "z_trace = None",
     ),
     "2x2 passed off as full": Fault(
@@ -157,9 +155,9 @@ FAULTS = {
     ),
     "outer H of term A with the hat": Fault(
         "metaoptimize.py",
-        "z_trace = parts.product_with_trace(plan, state, awake, products)",
-        "z_trace = parts.product_with_trace(plan, State(**(vars(state) | "
-        '{"trace": {name: hats[name].trace for name in hats}})), awake, products)',
+        "z_trace = parts.product_with_trace(plan, state.trace, awake, products)",
+        "z_trace = parts.product_with_trace("
+        "plan, {name: hats[name].trace for name in hats}, awake, products)",
     ),
     "rectifier left out": Fault(
         "passes.py",

@@ -6,7 +6,7 @@ from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
 
-from metaopt.arrays import ArrayT
+from metaopt.arrays import ArrayT, is_number
 from metaopt.jets import Jet
 
 __all__ = ["Rule", "Slots"]
@@ -126,7 +126,7 @@ def _number(name: str, value: Any) -> Any:
     """
     if isinstance(value, int) and abs(value) >= 2**1023:
         return math.inf if value > 0 else -math.inf
-    if isinstance(value, int | float | np.integer | np.floating):
+    if is_number(value):
         return float(value)
     if isinstance(value, Jet) or (hasattr(value, "dtype") and not isinstance(value, np.generic)):
         return value
