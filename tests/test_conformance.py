@@ -27,7 +27,7 @@ def test_the_quick_part_passes(name: str, tmp_path: Path, capsys: Any) -> None:
     except UnavailableError as error:
         pytest.skip(str(error))
     # compiled steps have tests of their own, with more configurations
-    families = [f for f in ("trajectory", "step", "traces", "jets", "optimizer", "special", "laws")]
+    families = ["trajectory", "step", "traces", "jets", "optimizer", "special", "laws"]
     chosen = itertools.chain.from_iterable(("--family", family) for family in families)
     status = main(["--backend", name, "--quick", "--output", str(tmp_path), *chosen])
     assert status == 0, capsys.readouterr().out

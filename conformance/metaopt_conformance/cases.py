@@ -207,14 +207,14 @@ def _completed(plain: Case, fixed: dict[str, Any], options: Any, open_pairs: Any
     """Return a possible case with the fixed values, or None if there is none."""
     names = list(options)
     chosen = dict(fixed)
-    if not replace(plain, **chosen).possible() and not _rescued(plain, chosen):
+    if not _completable(plain, chosen):
         return None
     for name in names:
         if name in chosen:
             continue
         trials = [chosen | {name: value} for value in options[name]]
         for trial in sorted(trials, key=lambda trial: -_new(trial, open_pairs)):
-            if replace(plain, **trial).possible() or _rescued(plain, trial):
+            if _completable(plain, trial):
                 chosen = trial
                 break
         else:
@@ -232,12 +232,11 @@ def _has(chosen: dict[str, Any], name: str, value: Any) -> bool:
     return name in chosen and chosen[name] == value
 
 
-def _rescued(plain: Case, chosen: dict[str, Any]) -> bool:
-    """Say whether values of the options left can make the choice possible."""
-    wanted = {"curvature": "exact"} if chosen.get("approximation") == "full" else {}
-    if any(chosen.get(name, value) != value for name, value in wanted.items()):
-        return False
-    return replace(plain, **(chosen | wanted)).possible()
+def _completable(plain: Case, chosen: dict[str, Any]) -> bool:
+    """Say whether a choice is possible, or will be by the values of options left."""
+    if chosen.get("approximation") == "full":  # what it needs need not be chosen yet
+        chosen = {"curvature": "exact"} | chosen
+    return replace(plain, **chosen).possible()
 
 
 def _met(case: Case, names: list[str]) -> set[tuple[str, Any, str, Any]]:

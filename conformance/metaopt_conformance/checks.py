@@ -123,8 +123,8 @@ def trace_differences(under: Under, case: Case) -> float:
         msg = f"the trace {missing[0]} is not kept"
         raise Failure(msg)
     want = oracle_run(case)[-1].B
-    if _follows_beta(case) and np.max(np.abs(want - np.eye(len(want)))) < 1e-3:
-        msg = "Y moved by less than 1e-3: this case shows nothing of it"
+    if _follows_beta(case) and np.max(np.abs(want - np.eye(len(want)))) < tolerances.SHOWN:
+        msg = f"Y moved by less than {tolerances.SHOWN:g}: this case shows nothing of it"
         raise Skip(msg)
     return worst
 
@@ -361,7 +361,7 @@ def _size(case: Case, before: Any, after: Any, key: str) -> float:
 
 def _decided(case: Case, t: int, before: Any, after: Any) -> tuple[Any, Any]:
     """Say for every weight and block whether rounding could turn the sign in a Lion's step."""
-    margin = 64.0 * tolerances.eps(case.dtype)
+    margin = tolerances.sign_margin(case.dtype)
     rows = np.ones(case.subject.size, dtype=bool)
     grad = case.subject.grad(t, before.w)
     for rule, at in config(case).base:

@@ -1,6 +1,7 @@
 """Special cases in the form their authors gave them; docs/mathematics.md section 12."""
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -52,21 +53,13 @@ def idbd_nonlinear(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
     problem, n = case.subject, case.subject.size
     opt = mo.presets.idbd_nonlinear(step_size=0.1, meta_lr=0.05)
     w, H, beta = problem.start(), np.zeros((n, n)), np.full(n, np.log(0.1))
-    params = under.arrays(w, case)
-    state = opt.init(params)
-    for t in range(case.steps):
-        at = under.vector(params, case)
-        params, state = under.backend.settle(
-            opt.step(
-                params, under.arrays(problem.grad(t, at), case), state, hvp=under.hvp(case, t, at)
-            )
-        )
+    for t, found in enumerate(_run(under, case, opt)):
         g, hessian = problem.grad(t, w), problem.hessian(t, w)
         beta = beta - 0.05 * H.T @ g
         alpha = np.exp(beta)
         H = (np.eye(n) - alpha[:, None] * hessian) @ H - np.diag(alpha * g)
         w = w - alpha * g
-        yield _found(under, case, opt, params, state), (w, alpha)
+        yield found, (w, alpha)
 
 
 def hypergradient(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
@@ -78,13 +71,7 @@ def hypergradient(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
     w, last = problem.start(), np.zeros(problem.size)
     alpha: Any = 0.01
     m, v = np.zeros(problem.size), np.zeros(problem.size)
-    params = under.arrays(w, case)
-    state = opt.init(params)
-    for t in range(case.steps):
-        at = under.vector(params, case)
-        params, state = under.backend.settle(
-            opt.step(params, under.arrays(problem.grad(t, at), case), state)
-        )
+    for t, found in enumerate(_run(under, case, opt)):
         g = problem.grad(t, w)
         if multiplicative:
             alpha = alpha * np.exp(eta * alpha * (g @ last))
@@ -96,7 +83,7 @@ def hypergradient(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
             correction, root = 1.0 - 0.9 ** (t + 1), np.sqrt(v / (1.0 - 0.99 ** (t + 1)))
             last = m / correction / (root + 1e-3)
         w = w - alpha * last
-        yield _found(under, case, opt, params, state), (w, np.full(1, alpha))
+        yield found, (w, np.full(1, alpha))
 
 
 def algorithm2(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
@@ -108,15 +95,7 @@ def algorithm2(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
     w, h = problem.start(), np.zeros(problem.size)
     y: Any = 1.0
     beta: Any = np.log(0.1)
-    params = under.arrays(w, case)
-    state = opt.init(params)
-    for t in range(case.steps):
-        at = under.vector(params, case)
-        params, state = under.backend.settle(
-            opt.step(
-                params, under.arrays(problem.grad(t, at), case), state, hvp=under.hvp(case, t, at)
-            )
-        )
+    for t, found in enumerate(_run(under, case, opt)):
         g, hessian, alpha = problem.grad(t, w), problem.hessian(t, w), np.exp(beta)
         beta = beta - eta * h @ g
         carried = gamma * y + (1.0 - gamma) if case.approximation == "2x2" else 1.0
@@ -124,7 +103,13 @@ def algorithm2(under: Under, case: Case) -> Iterator[tuple[Any, Any]]:
             y = carried - eta * h @ hessian @ (gamma * h)
         h = gamma * (h - alpha * hessian @ h) - alpha * carried * g
         w = w - alpha * g
-        yield _found(under, case, opt, params, state), (w, np.full(1, np.exp(beta)))
+        yield found, (w, np.full(1, np.exp(beta)))
+
+
+def _run(under: Under, case: Case, opt: mo.MetaOptimize) -> Iterator[Any]:
+    """Yield weights and step sizes after each step on the case's problem."""
+    for params, state in islice(under.steps(case, opt), 1, None):
+        yield _found(under, case, opt, params, state)
 
 
 def _found(under: Under, case: Case, opt: mo.MetaOptimize, params: Any, state: Any) -> Any:

@@ -261,7 +261,7 @@ def base_traces(
     hessian: Matrix,
 ) -> State:
     """Return X' = Phi_x X + Phi_g (Hess H) + Phi_alpha lr sigma' B (section 3)."""
-    d, kappa = _partials(config, state, grad), config.weight_decay
+    d, kappa = _derivatives(Partials, partials, config, state, grad), config.weight_decay
     alpha = lr * sigma(config.sigma, beta)[config.block_of]
     alpha_trace = (lr * first(config.sigma, beta)[config.block_of])[:, None] * B[config.block_of]
     followed = _directions(config, state, grad)[0] + kappa * state.w
@@ -297,7 +297,9 @@ def third_trace(
     with the hatted tangents h_j, m_j, v_j, g_j = Hess h_j and alpha_j of column j, along the
     tangents of column k. Those of m and v, and beta's in alpha_j, are held.
     """
-    d, b, kappa = _partials(config, state, grad), _bends(config, state, grad), config.weight_decay
+    d = _derivatives(Partials, partials, config, state, grad)
+    b = _derivatives(Bends, bends, config, state, grad)
+    kappa = config.weight_decay
     u = _directions(config, state, grad)[0]
     block_of, beta = config.block_of, state.beta
     alpha = lr * sigma(config.sigma, beta)[block_of]
@@ -459,28 +461,16 @@ def _directions(config: Config, state: State, grad: Vector) -> tuple[Vector, Vec
     return u, m, v
 
 
-def _partials(config: Config, state: State, grad: Vector) -> Partials:
+def _derivatives(kind: Any, of: Any, config: Config, state: State, grad: Vector) -> Any:
+    """Return the derivatives `of` each leaf's rule as one `kind` for all weights."""
     parts = [
-        partials(rule, grad[at], state.m[at], state.v[at], state.count[at] + 1)
+        of(rule, grad[at], state.m[at], state.v[at], state.count[at] + 1)
         for rule, at in config.base
     ]
-    return Partials(
+    return kind(
         **{
             name: np.concatenate([getattr(part, name) for part in parts])
-            for name in Partials.__dataclass_fields__
-        }
-    )
-
-
-def _bends(config: Config, state: State, grad: Vector) -> Bends:
-    parts = [
-        bends(rule, grad[at], state.m[at], state.v[at], state.count[at] + 1)
-        for rule, at in config.base
-    ]
-    return Bends(
-        **{
-            name: np.concatenate([getattr(part, name) for part in parts])
-            for name in Bends.__dataclass_fields__
+            for name in kind.__dataclass_fields__
         }
     )
 

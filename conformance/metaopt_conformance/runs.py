@@ -1,7 +1,7 @@
 """A run of the library under test, step by step in the oracle's terms."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -110,22 +110,17 @@ class Under:
 
     def vector(self, arrays: Mapping[str, Any], case: Case) -> Any:
         """Return arrays by leaf, of parameters or with leading axes, as float64 (..., weights)."""
-        parts = []
-        for name, shape in case.subject.shapes.items():
-            array = self.backend.to_numpy(arrays[name]).astype(np.float64)
-            lead = array.shape[: array.ndim - len(shape)]
-            parts.append(array.reshape(*lead, -1))
-        return np.concatenate(parts, axis=-1)
+        return flat(arrays, case.subject.shapes, self.backend.to_numpy)
 
     def hvp(self, case: Case, t: int, w: Any) -> Any:
         """Return the `hvp` of step t at w."""
-        hessian, missing = case.subject.hessian(t, w), case.absent(t)
+        missing = case.absent(t)
         if self.autodiff and self.backend.differentiate is not None:
             return lambda tangents: self._along(case, t, w, tangents)
 
         def products(tangents: Mapping[str, Any]) -> dict[str, Any]:
-            wide = _dtype_of(tangents)
-            found = self.arrays(self.vector(tangents, case) @ hessian, case, wide)
+            array = self.vector(tangents, case) @ case.subject.hessian(t, w)
+            found = self.arrays(array, case, _dtype_of(tangents))
             return {name: None if name in missing else found[name] for name in tangents}
 
         return products
@@ -178,9 +173,11 @@ class Under:
             for name in params
         }
 
-    def steps(self, case: Case) -> Iterator[tuple[Any, mo.State]]:
-        """Yield params and state before each step and after the last."""
-        opt = case.opt()
+    def steps(
+        self, case: Case, opt: mo.MetaOptimize | None = None
+    ) -> Iterator[tuple[Any, mo.State]]:
+        """Yield params and state before each step and after the last; `opt` is the case's own."""
+        opt = case.opt() if opt is None else opt
         params = self.arrays(case.subject.start(), case)
         adapter = None
         if self.adapter:
@@ -189,8 +186,7 @@ class Under:
         state = opt.init(params)
         yield params, state
         for t in range(case.steps):
-            w = flat(params, case.subject.shapes, self.backend.to_numpy)
-            inputs = self.inputs(case, t, w)
+            inputs = self.inputs(case, t, self.vector(params, case))
             if adapter is None:
                 params, state = self.backend.settle(opt.step(params, state=state, **inputs))
             else:
@@ -217,9 +213,8 @@ class Under:
 
 def as_oracle_state(case: Case, found: Mapping[str, Any], step: int) -> oracle.State:
     """Return what `Under.translated` found as a state of the oracle's."""
-    state = replace(oracle.init(config(case), found["w"]), step=step)
     parts: dict[str, Any] = {
-        name: np.array(getattr(state, name)) for name in oracle.State.__dataclass_fields__
+        name: np.array(value) for name, value in vars(oracle.init(config(case), found["w"])).items()
     }
     for key, value in found.items():
         name, _, leaf = key.partition("/")

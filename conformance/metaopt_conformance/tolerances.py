@@ -32,6 +32,9 @@ THIRD_DIFFERENCES = 1e-5
 FORMULA = 1e-7
 
 
+#: How far Y has to move from E in a case that is to show how it moves.
+SHOWN = 1e-3
+
 #: Step of central differences: the cube root of eps balances truncation and rounding.
 STEP = float(np.finfo(np.float64).eps) ** (1.0 / 3.0)
 
@@ -54,6 +57,11 @@ def single_step(dtype: str, quantity: str) -> float:
     wide = "float64" if dtype == "float64" else "float32"
     own = rounding(dtype, operations=1) if quantity == "w" else 0.0
     return max(rounding(wide, operations=60), own)
+
+
+def sign_margin(dtype: str) -> float:
+    """Return the share of its terms below which rounding may have made the sign of a sum."""
+    return 64.0 * eps(dtype)
 
 
 def eps(dtype: str) -> float:

@@ -27,7 +27,7 @@ def slices(shapes: Shapes) -> dict[str, slice]:
 
 
 def tree(vector: Vector, shapes: Shapes) -> dict[str, Vector]:
-    """Return a vector of all weights, or (columns, weights), as arrays by leaf."""
+    """Return a vector of all weights, or (..., weights), as arrays by leaf."""
     return {
         name: np.reshape(vector[..., at], (*vector.shape[:-1], *shapes[name]))
         for name, at in slices(shapes).items()
@@ -35,10 +35,12 @@ def tree(vector: Vector, shapes: Shapes) -> dict[str, Vector]:
 
 
 def flat(arrays: Mapping[str, Any], shapes: Shapes, to_numpy: Any = to_numpy) -> Vector:
-    """Return arrays by leaf as one float64 vector; the inverse of `tree`."""
-    return np.concatenate(
-        [np.reshape(to_numpy(arrays[name]).astype(np.float64), -1) for name in shapes]
-    )
+    """Return arrays by leaf as one in float64, (..., weights); the inverse of `tree`."""
+    parts = []
+    for name, shape in shapes.items():
+        array = to_numpy(arrays[name]).astype(np.float64)
+        parts.append(array.reshape(*array.shape[: array.ndim - len(shape)], -1))
+    return np.concatenate(parts, axis=-1)
 
 
 def contents(tree: Any, to_numpy: Any = to_numpy) -> Any:
@@ -198,12 +200,11 @@ def _blocks(values: Any) -> Vector:
 
 def _columns(trace: Any, shape: tuple[int, ...], block_of: Any, m: int) -> Matrix:
     """Return a leaf's trace as rows of weights by columns of blocks."""
-    array = trace
-    if array.ndim == len(shape):  # condensed: every weight has the column of its block alone
-        rows = np.zeros((array.size, m))
-        rows[np.arange(array.size), block_of] = array.reshape(-1)
+    if trace.ndim == len(shape):  # condensed: every weight has the column of its block alone
+        rows = np.zeros((trace.size, m))
+        rows[np.arange(trace.size), block_of] = trace.reshape(-1)
         return rows
-    return array.reshape(m, -1).T
+    return trace.reshape(m, -1).T
 
 
 def _matrix(values: Any, m: int) -> Matrix:
