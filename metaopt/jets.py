@@ -97,16 +97,17 @@ def lift(value: Any) -> Jet[Any]:
 
 
 def chained(x: Jet[Any], value: Any, slope: Any, bend: Any = None) -> Jet[Any]:
-    """Return the jet of a function of `x` with this value and these derivatives at `x.value`.
+    """Return the jet of a function of `x` with this value and this slope at `x.value`.
 
-    `bend`, the second derivative, is a callable, for it is needed in order 2 alone; None is zero.
+    `bend` returns from the first derivatives of the result what its second have beside the slope
+    times those of `x`; a callable, for it is needed in order 2 alone. None is zero.
     """
-    second = None
+    first, second = scaled(x.first, slope), None
     if x.order == 2:
         second = scaled(x.second, slope)
-        if bend is not None and x.first is not None:
-            second = total(second, scaled(outer(x.first, x.first), bend()))
-    return Jet(value, scaled(x.first, slope), second, x.order)
+        if bend is not None and first is not None:
+            second = total(second, bend(first))
+    return Jet(value, first, second, x.order)
 
 
 def scaled(derivative: Any, factor: Any) -> Any:

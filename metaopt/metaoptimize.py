@@ -384,7 +384,7 @@ class MetaOptimize:
         z = parts.product_with_trace(plan, state.trace, awake, grads)
         if z is None:
             z = map_leaves(xp.zeros_like, state.beta)
-        finite = map_leaves(xp.isfinite, z)
+        finite = map_leaves(parts.usable, z)
 
         hats: Mapping[str, parts.Hatted] = {}
         products: Mapping[str, Any] = {}

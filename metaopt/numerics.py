@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from metaopt.arrays import ArrayT, namespace
-from metaopt.jets import Jet, chained, lift
+from metaopt.jets import Jet, chained, crossed, lift, outer
 
 #: The smallest normal number of float32; libraries that flush to zero know none below it.
 SMALLEST = 2.0**-126
@@ -25,10 +25,9 @@ def sqrt(x: ArrayT) -> ArrayT:
     if isinstance(x, Jet):
         root = sqrt(x.value)
         inverse = reciprocal(root)
-        return _as(
-            x,
-            chained(x, root, 0.5 * inverse, lambda: -0.25 * (inverse * inverse * inverse)),
-        )
+        # by root_j, not by the cube of 1 / root, which small roots put out of a float32's range
+        bend = lambda first: -inverse * outer(first, first)  # noqa: E731
+        return _as(x, chained(x, root, 0.5 * inverse, bend))
     return namespace(x).sqrt(x)
 
 
@@ -53,8 +52,8 @@ def reciprocal(x: ArrayT) -> ArrayT:
     """
     if isinstance(x, Jet):
         inverse = reciprocal(x.value)
-        square = inverse * inverse
-        return _as(x, chained(x, inverse, -square, lambda: 2.0 * (square * inverse)))
+        bend = lambda first: -inverse * crossed(x.first, first)  # noqa: E731
+        return _as(x, chained(x, inverse, -(inverse * inverse), bend))
     xp = namespace(x)
     zero = x == 0.0
     return xp.where(zero, 0.0, 1.0 / xp.where(zero, 1.0, x))
@@ -68,10 +67,11 @@ def divide(numerator: ArrayT, denominator: ArrayT, eps: Any = 0.0) -> ArrayT:
     numerator : array or jet
     denominator : array or jet, nowhere negative
     eps : float, not negative, default 0.0
-        Only 0, or what float32 takes for it, needs the guard, and only then is it paid for.
+        Only 0 needs the guard, and only then is it paid for. Below the least normal float32 it
+        counts as 0: there it would be rounded, or flushed, to almost nothing.
     """
     if isinstance(eps, int | float) and eps < SMALLEST:
-        return numerator * reciprocal(denominator + eps)
+        return numerator * reciprocal(denominator)
     return numerator / (denominator + eps)
 
 
@@ -112,7 +112,8 @@ def one_minus_power(beta: Any, count: ArrayT) -> ArrayT:
         t = power.value
         slope = -t * base.value ** (t - 1.0)
         # at t = 1 the factor is 0, whatever the power; abs keeps it finite for a beta of 0
-        bend = lambda: -t * (t - 1.0) * base.value ** abs(t - 2.0)  # noqa: E731
+        twist = -t * (t - 1.0) * base.value ** abs(t - 2.0)
+        bend = lambda _: twist * outer(base.first, base.first)  # noqa: E731
         return _as(count, chained(base, value, slope, bend))
     xp = namespace(count)
     if isinstance(beta, int | float):

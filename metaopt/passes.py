@@ -221,7 +221,7 @@ def meta_pass(
     z : blocks
         Meta-gradient, 0 for blocks that rest.
     finite : blocks, bool
-        Where `z` is finite.
+        Where `z` can be used; the traces of the other blocks have restarted.
     beta, meta_slots, meta_count, restarts
         As in `State`.
     meta_lr : float
@@ -272,7 +272,7 @@ def meta_pass(
             (slot, blocks_of(lambda step, slot=slot: step.slots[slot]))  # type: ignore[misc]
             for slot in meta_slots
         ),
-        meta_count + cast(blocks.some(blocks_of(lambda step: step.moved)), meta_count.dtype),
+        meta_count + cast(blocks.some(moves), meta_count.dtype),
         restarts + (blocks.total(lost) if isinstance(lost, Mapping) else cast(lost, xp.int32)),
         OrderedDict(
             (slot, blocks_of(lambda step, slot=slot: step.traces[slot]))  # type: ignore[misc]
@@ -285,7 +285,6 @@ class _Piece(NamedTuple):
     beta: Any
     slots: dict[str, Any]
     traces: dict[str, Any]
-    moved: Any
 
 
 def _meta_piece(
@@ -325,13 +324,10 @@ def _meta_piece(
     new_beta = beta - moved.delta
     if lo is not None or hi is not None:
         new_beta = xp.clip(new_beta, min=lo, max=hi)
-    for value in (new_beta, *new_slots.values()):  # a finite z may have a square that is not
-        moves = moves & xp.isfinite(value)
     return _Piece(
         xp.where(moves, new_beta, beta),
         {slot: xp.where(moves, new_slots[slot], slots[slot]) for slot in slots},
         {slot: xp.where(moves, new_traces[slot], held[slot]) for slot in traces},
-        moves,
     )
 
 

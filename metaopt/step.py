@@ -60,6 +60,12 @@ def product_with_trace(
     return plan.layout.gather(partials) if partials else None
 
 
+def usable(z: Any) -> Any:
+    """Say where a meta-gradient is finite, and its square as well (section 11)."""
+    xp = namespace(z)
+    return xp.abs(z) < (2.0**511 if z.dtype == xp.float64 else 2.0**63)
+
+
 class Hatted(NamedTuple):
     """A leaf's traces, discounted and restarted."""
 

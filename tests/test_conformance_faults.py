@@ -77,8 +77,8 @@ FAULTS = {
     ),
     "curvature of the root left out": Fault(
         "numerics.py",
-        "lambda: -0.25 * (inverse * inverse * inverse)",
-        "lambda: 0.0 * inverse",
+        "-inverse * outer(first, first)",
+        "0.0 * inverse * outer(first, first)",
     ),
     "old rows of Y under meta_first": Fault(
         "metaoptimize.py",

@@ -726,20 +726,39 @@ def test_skipping_works_inside_jit(curvature: str) -> None:
     assert not np.array_equal(np.asarray(good["b"]), np.asarray(params["b"]))
 
 
-def test_a_finite_meta_gradient_whose_square_is_not_leaves_the_block_as_it_was() -> None:
-    """Kept, the infinite second moment would hold its step size for good."""
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.AdamW(), step_size=1.0, meta_lr=0.1)
+@pytest.mark.parametrize("meta", [mo.AdamW(), mo.RMSprop()], ids=repr)
+def test_a_meta_gradient_whose_square_overflows_restarts_the_block(meta: Any) -> None:
+    """Kept, an infinite second moment, or the trace that made it, would freeze it for good."""
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=meta, step_size=0.1, meta_lr=0.1)
     params = {"w": np.ones(2, "float32")}
     state = opt.init(params)
-    with np.errstate(over="ignore"):
-        for size in (1e10, 1e12, 1.0, 1.0):
-            before = state
-            grads = {"w": np.full(2, size, "float32")}
-            params, state = opt.step(params, grads, state)
-            if size == 1e12:
-                assert np.isfinite(state.meta_grad[0])
-                assert state.beta == before.beta
-                assert state.meta_count == before.meta_count
+    for size in (1e10, 1e12):
+        before = state
+        _, state = opt.step(params, {"w": np.full(2, size, "float32")}, state)
+    assert np.isfinite(state.meta_grad[0])
+    assert state.beta == before.beta
+    assert state.meta_count == before.meta_count
+    for _ in range(50):
+        before = state
+        _, state = opt.step(params, {"w": np.ones(2, "float32")}, state)
+        assert state.beta != before.beta
     assert np.all(np.isfinite(state.meta_slots["exp_avg_sq"]))
-    assert int(state.restarts[0]) == 0
-    assert int(state.meta_count[0]) < 4
+    assert int(state.restarts[0]) == 1
+
+
+@numpy_may_warn
+def test_a_third_trace_restarts_with_either_of_its_columns() -> None:
+    opt = configured("AdamW", "Adam", blocks="tensor", curvature="exact", approximation="full")
+    nothing = {name: np.zeros((3, 3, *value.shape)) for name, value in START.items()}
+    options: Any = {"hvp": lambda tangents: tangents, "third": lambda us, vs: nothing}
+    params, state = START, opt.init(START)
+    for _ in range(4):
+        params, state = opt.step(params, gradients(params), state, **options)
+    assert all(np.any(z) for z in state.third_trace.values())
+    broken = {name: np.array(z) for name, z in state.third_trace.items()}
+    broken["b"][0, 1] = broken["b"][1, 0] = np.nan
+    trace = {name: np.array(h) for name, h in state.trace.items()}
+    trace["b"][1] = np.inf  # so that z of the second block is not finite
+    state = replace(state, third_trace=broken, trace=trace)
+    _, state = opt.step(params, gradients(params), state, **options)
+    assert all(np.all(np.isfinite(z)) for z in state.third_trace.values())

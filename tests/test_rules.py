@@ -317,3 +317,37 @@ def test_a_rule_of_ones_own_runs() -> None:
     for _ in range(3):
         params, state = opt.step(params, {"w": params["w"]}, state)
     np.testing.assert_allclose(params["w"], np.asarray([3.0, -4.0]) - np.asarray([1, -1]) * 11 / 12)
+
+
+@pytest.mark.parametrize("kind", [mo.RMSprop, mo.AdamW])
+def test_an_eps_below_what_float32_holds_counts_as_zero(kind: Any) -> None:
+    rule = kind(eps=1e-40)
+    slots = {slot: np.zeros(3, "float32") for slot in rule.slots}
+    grad = np.asarray([0.0, 1.0, -2.0], "float32")
+    direction, _ = rule.direction(grad, slots, np.asarray(1.0, "float32"))
+    np.testing.assert_allclose(direction, [0.0, 1.0, -1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize("kind", [mo.RMSprop, mo.AdamW])
+def test_second_derivatives_of_small_gradients_stay_within_float32(kind: Any, eps: float) -> None:
+    """The cube of the root's reciprocal does not; with a tangent of the gradient's size, all is."""
+    rule = kind(eps=eps)
+
+    def second(dtype: str) -> Any:
+        grad = np.asarray([1e-15, 1.0], dtype)
+        slots = {slot: Jet(np.zeros(2, dtype), order=2) for slot in rule.slots}
+        jet = Jet(grad, grad[None, :], 0 * grad[None, None, :], order=2)
+        return rule.direction(jet, slots, Jet(np.asarray(1.0, dtype), order=2))[0].second
+
+    want = second("float64")
+    assert np.max(np.abs(second("float32") - want)) < rounding("float32", operations=60)
+
+
+def test_delayed_rmsprop_has_no_second_derivative_where_nothing_was_seen() -> None:
+    rule = mo.RMSprop(delayed=True)
+    grad = Jet(np.ones(2), np.ones((1, 2)), np.ones((1, 1, 2)), order=2)
+    slots = {"exp_avg_sq": Jet(np.zeros(2), np.zeros((1, 2)), order=2)}
+    direction, _ = rule.direction(grad, slots, Jet(np.asarray(3.0), order=2))
+    for part in (direction.value, direction.first, direction.second):
+        assert not np.any(part)
