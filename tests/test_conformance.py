@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -92,12 +93,28 @@ def test_a_failure_prints_the_command_that_repeats_its_smallest_case(tmp_path: P
     assert done.returncode == 1
     assert "FAILED trajectory " in done.stdout
     (command,) = [line for line in done.stdout.splitlines() if "python -m" in line]
-    assert command.strip().startswith("python -m metaopt_conformance --backend broken")
-    case = command.partition('--case "')[2].rstrip('"')
+    python, m, module, *again = shlex.split(command)
+    assert (python, m, module) == ("python", "-m", "metaopt_conformance")
+    case = again[-1]
     assert Case.parse(case).steps == 1
     assert len(case.split(",")) <= 2  # steps, and nothing else that is not at its default
-    again = ("--backend", "thin:broken", "--family", "trajectory", "--case", case)
     assert outside(tmp_path, *again).returncode == 1
+
+
+def test_several_processes_find_what_one_does(tmp_path: Path) -> None:
+    found = []
+    for jobs in ("1", "2"):
+        folder = tmp_path / jobs
+        arguments = ("--backend", "thin:broken", "--family", "jets", "--family", "special")
+        done = outside(tmp_path, *arguments, "--jobs", jobs, "--output", str(folder))
+        assert done.returncode == 1, done.stderr
+        found.append(json.loads((folder / "broken.json").read_text())["outcomes"])
+    assert found[0] == found[1]
+
+
+def test_several_processes_need_a_name() -> None:
+    with pytest.raises(TypeError, match="`backend` must be a name where `jobs` is more than 1"):
+        next(run(find("numpy"), jobs=2))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +122,8 @@ def test_a_failure_prints_the_command_that_repeats_its_smallest_case(tmp_path: P
     [
         ((), "give either --backend or --all"),
         (("--all", "--backend", "numpy"), "give either --backend or --all"),
+        (("--all", "--device", "cpu"), "--device goes with --backend"),
+        (("--backend", "numpy", "--jobs", "0"), "--jobs must be at least 1; got 0"),
         (("--backend", "nothing"), "must be one of numpy, strict, torch"),
         (("--backend", "no_such_module:x"), "cannot be loaded"),
         (("--backend", "numpy", "--device", "cuda"), "--device must be one of none but"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metaopt_conformance import report
-from metaopt_conformance.backends import BACKENDS, Backend, UnavailableError, find
+from metaopt_conformance.backends import BACKENDS, UnavailableError, find
 from metaopt_conformance.cases import Case
 from metaopt_conformance.checks import FAMILIES
 from metaopt_conformance.suite import run
@@ -35,39 +35,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.all == (options.backend is not None):
         parser.error("give either --backend or --all")
-    backends: list[Backend] = []
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1; got {options.jobs}")
+    if options.all and options.device:
+        parser.error("--all checks every device; --device goes with --backend")
+    subjects: list[tuple[str, str | None]] = []
     for name in BACKENDS if options.all else [options.backend]:
         try:
-            backends.append(find(name))
+            devices = find(name).devices()
         except UnavailableError as error:
             if not options.all:
                 parser.error(str(error))
             print(f"{name}: not checked, {error}")
+            continue
         except LookupError as error:
             parser.error(str(error.args[0]))
-    if options.device and options.device not in backends[0].devices():
-        known = ", ".join(backends[0].devices()) or "none but the default one"
-        parser.error(f"--device must be one of {known}; got {options.device!r}")
+        if options.device and options.device not in devices:
+            known = ", ".join(devices) or "none but the default one"
+            parser.error(f"--device must be one of {known}; got {options.device!r}")
+        chosen = (devices or (None,)) if options.all else (options.device,)
+        subjects += [(name, device) for device in chosen]
 
-    outcomes = []
-    for backend in backends:
+    outcomes: list[report.Outcome] = []
+    for name, device in subjects:
         found = list(
             run(
-                backend,
-                device=options.device,
+                name,
+                device=device,
                 families=options.family or tuple(FAMILIES),
                 cases=options.case,
                 quick=options.quick,
                 stop=options.stop,
+                jobs=options.jobs,
                 progress=_tick,
             )
         )
         sys.stderr.write("\n" if sys.stderr.isatty() else "")
-        print(f"\n{backend.name}\n{report.as_text(found)}")
+        print(f"\n{name}{f' on {device}' if device else ''}\n{report.as_text(found)}", flush=True)
         outcomes += found
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        name = "all" if options.all else backends[0].name
+        name = "all" if options.all else outcomes[0].backend
         page = report.overview(outcomes) if options.all else report.as_markdown(outcomes)
         (options.output / f"{name}.md").write_text(page + "\n", encoding="utf-8")
         (options.output / f"{name}.json").write_text(report.as_json(outcomes), encoding="utf-8")
@@ -91,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--case", action="append", type=_case, help="this alone: name=value,...")
     parser.add_argument("--stop", action="store_true", help="end with the first failure")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes to share the checks among"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write JSON and Markdown")
     parser.add_argument("--list", action="store_true", help="say what is checked and exit")
     return parser

@@ -54,6 +54,9 @@ class Backend:
     plain : callable or None, default None
         From a `metaopt` rule and params to a function from gradients and a step size to the params
         after a step of the library's own optimizer, or None where it has no such rule.
+    slow : bool, default False
+        Take the quick part for the whole: for libraries in which a step of a dozen numbers takes a
+        tenth of a second.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Backend:
     settle: Callable[[Any], Any] = _same
     optimizer: Callable[[Any, Any], Any] | None = None
     plain: Callable[[Any, Mapping[str, Any]], Any] | None = None
+    slow: bool = False
 
 
 def find(name: str) -> Backend:
@@ -248,6 +252,7 @@ def _dask() -> Backend:
         asarray=lambda array, _: arrays.asarray(np.array(array)),
         to_numpy=np.array,
         settle=lambda tree: importlib.import_module("dask").persist(tree)[0],
+        slow=True,
     )
 
 
