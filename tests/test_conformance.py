@@ -32,7 +32,7 @@ def test_the_quick_part_passes(name: str, tmp_path: Path, capsys: Any) -> None:
     chosen = itertools.chain.from_iterable(("--family", family) for family in families)
     status = main(["--backend", name, "--quick", "--output", str(tmp_path), *chosen])
     assert status == 0, capsys.readouterr().out
-    found = json.loads((tmp_path / f"{name}.json").read_text())["outcomes"]
+    found = json.loads((tmp_path / f"conformance_{name}.json").read_text())["outcomes"]
     assert {entry["family"] for entry in found} == set(families)
     passed = [entry for entry in found if entry["status"] == "passed"]
     assert len(passed) > 150
@@ -41,7 +41,8 @@ def test_the_quick_part_passes(name: str, tmp_path: Path, capsys: Any) -> None:
     }
     reasons = {entry["detail"] for entry in found if entry["status"] == "skipped"}
     assert all(reason.startswith("the library has no") for reason in reasons)
-    assert (tmp_path / f"{name}.md").read_text().startswith("| base + meta | trajectory |")
+    page = (tmp_path / f"conformance_{name}.md").read_text()
+    assert page.startswith("| base + meta | trajectory |")
 
 
 def test_dask_passes_some() -> None:
@@ -108,7 +109,7 @@ def test_several_processes_find_what_one_does(tmp_path: Path) -> None:
         arguments = ("--backend", "thin:broken", "--family", "jets", "--family", "special")
         done = outside(tmp_path, *arguments, "--jobs", jobs, "--output", str(folder))
         assert done.returncode == 1, done.stderr
-        found.append(json.loads((folder / "broken.json").read_text())["outcomes"])
+        found.append(json.loads((folder / "conformance_broken.json").read_text())["outcomes"])
     assert found[0] == found[1]
 
 

@@ -750,7 +750,7 @@ def test_a_meta_gradient_whose_square_overflows_restarts_the_block(meta: Any) ->
 def test_a_third_trace_restarts_with_either_of_its_columns() -> None:
     opt = configured("AdamW", "Adam", blocks="tensor", curvature="exact", approximation="full")
     nothing = {name: np.zeros((3, 3, *value.shape)) for name, value in START.items()}
-    options: Any = {"hvp": lambda tangents: tangents, "third": lambda us, vs: nothing}
+    options: Any = {"hvp": lambda tangents: tangents, "third": lambda *_: nothing}
     params, state = START, opt.init(START)
     for _ in range(4):
         params, state = opt.step(params, gradients(params), state, **options)

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes += found
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        name = "all" if options.all else outcomes[0].backend
+        name = "conformance" + ("" if options.all else f"_{outcomes[0].backend}")
         page = report.overview(outcomes) if options.all else report.as_markdown(outcomes)
         (options.output / f"{name}.md").write_text(page + "\n", encoding="utf-8")
         (options.output / f"{name}.json").write_text(report.as_json(outcomes), encoding="utf-8")

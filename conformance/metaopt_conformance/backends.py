@@ -6,6 +6,9 @@ name, as `module:attribute`, or under the entry point group "metaopt_conformance
 
 import contextlib
 import importlib
+import os
+import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -132,9 +135,15 @@ def _torch() -> Backend:
         return torch.tensor(np.asarray(array), device=device)
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        torch._dynamo.reset()
-        # the graph alone is what is looked at: generating kernels would need a C++ compiler
-        return torch.compile(function, fullgraph=True, backend="eager")
+        torch._dynamo.reset()  # else what earlier cases left counts as recompilation
+        fast = torch.compile(function, fullgraph=True)
+
+        def run(*arguments: Any) -> Any:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the compiler's, of deprecations of its own
+                return fast(*arguments)
+
+        return run
 
     return Backend(
         name="torch",
@@ -142,10 +151,16 @@ def _torch() -> Backend:
         to_numpy=to_numpy,
         dtypes=("float64", "float32", "float16", "bfloat16"),
         devices=lambda: ("cpu", *(("cuda",) if torch.cuda.is_available() else ())),
-        compile=compiled,
+        compile=compiled if torch.cuda.is_available() or _has_cpp_compiler() else None,
         differentiate=torch.func.grad,
         plain=lambda rule, params: _torch_optimizer(torch, rule, params),
     )
+
+
+def _has_cpp_compiler() -> bool:
+    """Say whether Inductor will find a compiler for the CPU."""
+    named = os.environ.get("CXX")
+    return any(shutil.which(name) for name in ([named] if named else ["g++", "clang++", "cl"]))
 
 
 def _torch_optimizer(torch: Any, rule: Any, params: Mapping[str, Any]) -> Any:

@@ -90,9 +90,7 @@ def _subjects(backend: Backend, family: str) -> tuple[bool, ...]:
     return (False, True) if backend.optimizer is not None and family == "trajectory" else (False,)
 
 
-def _shared(
-    name: str, device: str | None, tasks: Sequence[_Task], jobs: int
-) -> Iterator[Outcome]:
+def _shared(name: str, device: str | None, tasks: Sequence[_Task], jobs: int) -> Iterator[Outcome]:
     """Yield the outcomes in order, from processes that have the backend each for itself."""
     context = multiprocessing.get_context("spawn")  # a fork of JAX or CUDA may hang
     with ProcessPoolExecutor(jobs, context, _load, (name, device)) as pool:
