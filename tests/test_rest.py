@@ -755,9 +755,9 @@ def test_a_third_trace_restarts_with_either_of_its_columns() -> None:
     for _ in range(4):
         params, state = opt.step(params, gradients(params), state, **options)
     assert all(np.any(z) for z in state.third_trace.values())
-    broken = {name: np.array(z) for name, z in state.third_trace.items()}
+    broken: Any = {name: np.array(z) for name, z in state.third_trace.items()}
     broken["b"][0, 1] = broken["b"][1, 0] = np.nan
-    trace = {name: np.array(h) for name, h in state.trace.items()}
+    trace: Any = {name: np.array(h) for name, h in state.trace.items()}
     trace["b"][1] = np.inf  # so that z of the second block is not finite
     state = replace(state, third_trace=broken, trace=trace)
     _, state = opt.step(params, gradients(params), state, **options)
