@@ -113,6 +113,14 @@ def check_names(name: str, mapping: Any, expected: Mapping[str, Any], what: str 
         raise ValueError(msg)
 
 
+def check_blocks(name: str, mapping: Any, blocks: Mapping[str, Any]) -> None:
+    """Raise where a mapping, if it is one, has a key that is no block's name."""
+    for key in mapping if isinstance(mapping, Mapping) else ():
+        if key not in blocks:
+            msg = f"`{name}` has unknown block {key!r}; expected any of: {', '.join(blocks)}."
+            raise ValueError(msg)
+
+
 def check_leaves(
     name: str, mapping: Mapping[str, Any], like: Mapping[str, Any], shapes: Leaves[tuple[int, ...]]
 ) -> None:
@@ -194,16 +202,19 @@ def _multiplier(name: str, lr: Any) -> Any:
 
 
 def check_bounds(bounds: Any, span: tuple[float, float]) -> None:
-    """Raise unless `bounds` is None or a pair lo < hi within the range of the step-size map."""
-    if bounds is None:
-        return
-    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        msg = f"`bounds` must be None or a pair (lo, hi); got {bounds!r}."
-        raise ValueError(msg)
-    lo, hi = bounds
-    if not all(map(_is_bound, bounds)) or not span[0] <= lo < hi <= span[1]:
-        msg = f"`bounds` must satisfy {span[0]:g} <= lo < hi <= {span[1]:g}; got {bounds!r}."
-        raise ValueError(msg)
+    """Raise unless `bounds` is None, or pairs lo < hi within the range of the step-size map."""
+    pairs = bounds if isinstance(bounds, Mapping) else {None: bounds}
+    for key, pair in pairs.items():
+        name = "bounds" if key is None else f"bounds[{key!r}]"
+        if pair is None:
+            continue
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            msg = f"`{name}` must be None or a pair (lo, hi); got {pair!r}."
+            raise ValueError(msg)
+        lo, hi = pair
+        if not all(map(_is_bound, pair)) or not span[0] <= lo < hi <= span[1]:
+            msg = f"`{name}` must satisfy {span[0]:g} <= lo < hi <= {span[1]:g}; got {pair!r}."
+            raise ValueError(msg)
 
 
 def _is_bound(value: Any) -> bool:
@@ -211,9 +222,9 @@ def _is_bound(value: Any) -> bool:
 
 
 def check_step_size(
-    name: str, value: Any, span: tuple[float, float], bounds: tuple[float, float] | None
+    name: str, value: Any, span: tuple[float, float], bounds: Mapping[str, Any]
 ) -> None:
-    """Raise unless all numbers of `value` lie inside the map's range and the bounds."""
+    """Raise unless all numbers of `value` lie inside the map's range and the bounds, by name."""
     if not _is_number(value) and not hasattr(value, "dtype"):
         msg = f"`{name}` must be a number, or a mapping of block to number or array; got {value!r}."
         raise TypeError(msg)
@@ -224,9 +235,10 @@ def check_step_size(
     if not np.all(inside):
         msg = f"`{name}` must lie between {span[0]:g} and {span[1]:g}, exclusively; got {value!r}."
         raise ValueError(msg)
-    if bounds is not None and not np.all((values >= bounds[0]) & (values <= bounds[1])):
-        msg = f"`{name}` must lie within `bounds` {tuple(bounds)}; got {value!r}."
-        raise ValueError(msg)
+    for key, pair in bounds.items():
+        if pair is not None and not np.all((values >= pair[0]) & (values <= pair[1])):
+            msg = f"`{name}` must lie within `{key}` {tuple(pair)}; got {value!r}."
+            raise ValueError(msg)
 
 
 def check_rules(base: Any, meta: Any) -> None:

@@ -1,5 +1,6 @@
 """MetaOptimize: a base update, and a meta update that tunes its step sizes."""
 
+import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -23,9 +24,9 @@ from metaopt.arrays import (
     solid,
     to_numpy,
 )
-from metaopt.blocks import Partition, partition
+from metaopt.blocks import Blocks, Partition, partition
 from metaopt.curvature import Curvature, Diagonal, curvature
-from metaopt.passes import Leaf, leaf_pass, meta_pass
+from metaopt.passes import Leaf, leaf_pass, meta_pass, usable
 from metaopt.plan import Following, Plan, following, make_plan, rules_by_leaf
 from metaopt.rules.rule import Rule
 from metaopt.rules.sgd import SGD
@@ -60,8 +61,9 @@ class MetaOptimize:
         `metaopt.blocks`.
     sigma : {"exp", "identity", "softplus"} or StepSizeMap, default "exp"
         From meta-parameters to step sizes; see `metaopt.step_sizes`.
-    bounds : (float, float), optional
-        Least and largest step size, before the multiplier `lr`; held to rounding.
+    bounds : (float, float) or mapping of block name to (float, float), optional
+        Least and largest step size, before the multiplier `lr`; held to rounding. Of a mapping,
+        blocks that are left out have none.
     approximation : {"l", "2x2", "full"}, default "l"
         Which derivatives the traces follow, section 4. "full" is for study and small problems: it
         needs `curvature="exact"` and is refused with `meta_first`.
@@ -99,7 +101,7 @@ class MetaOptimize:
     discount: float = 1.0
     blocks: str | Mapping[str, Any] | Partition = "scalar"
     sigma: str | StepSizeMap = "exp"
-    bounds: tuple[float, float] | None = None
+    bounds: tuple[float, float] | Mapping[str, Any] | None = None
     approximation: str = "l"
     curvature: str | Curvature = "none"
     trace: str = "update"
@@ -109,7 +111,7 @@ class MetaOptimize:
     _partition: Partition = field(init=False, repr=False, compare=False)
     _sigma: StepSizeMap = field(init=False, repr=False, compare=False)
     _curvature: Curvature = field(init=False, repr=False, compare=False)
-    _beta_bounds: tuple[float | None, float | None] = field(init=False, repr=False, compare=False)
+    _beta_bounds: Any = field(init=False, repr=False, compare=False)
     _plans: dict[Any, Plan] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -125,7 +127,7 @@ class MetaOptimize:
         sizes = self.step_size
         for key, size in sizes.items() if isinstance(sizes, Mapping) else [(None, sizes)]:
             name = "step_size" if key is None else f"step_size[{key!r}]"
-            inputs.check_step_size(name, size, sigma.range, self.bounds)
+            inputs.check_step_size(name, size, sigma.range, self._bounds_of(key))
         if self.trace == "gradient":
             if kind.kind != "none":
                 msg = f'`trace="gradient"` needs `curvature` "none"; got {self.curvature!r}.'
@@ -156,7 +158,7 @@ class MetaOptimize:
             "step_size": {key: _size(size) for key, size in sizes.items()}
             if isinstance(sizes, Mapping)
             else _size(sizes),
-            "bounds": None if self.bounds is None else tuple(map(float, self.bounds)),
+            "bounds": _floats(self.bounds),
             "blocks": {
                 group: tuple(patterns) if isinstance(patterns, list) else patterns
                 for group, patterns in self.blocks.items()
@@ -168,7 +170,9 @@ class MetaOptimize:
             "_partition": partition(self.blocks),
             "_sigma": sigma,
             "_curvature": kind,
-            "_beta_bounds": _bounds_of_beta(sigma, self.bounds),
+            "_beta_bounds": {key: _bounds_of_beta(sigma, pair) for key, pair in self.bounds.items()}
+            if isinstance(self.bounds, Mapping)
+            else _bounds_of_beta(sigma, self.bounds),
             "_plans": {},
         }
         for name, value in settled.items():
@@ -182,6 +186,31 @@ class MetaOptimize:
             _equal(getattr(self, option.name), getattr(other, option.name))
             for option in fields(self)
             if option.init
+        )
+
+    def _bounds_of(self, key: str | None) -> dict[str, Any]:
+        """Return the bounds by name that hold for a block; for all blocks where `key` is None."""
+        if not isinstance(self.bounds, Mapping):
+            return {"bounds": self.bounds}
+        return {
+            f"bounds[{name!r}]": pair
+            for name, pair in self.bounds.items()
+            if key is None or key == name
+        }
+
+    def limits(self, blocks: Blocks, beta: Any) -> tuple[Any, Any]:
+        """Return the bounds on beta, values per block, as `metaopt.passes.meta_pass` takes them."""
+        if not isinstance(self._beta_bounds, Mapping):
+            return self._beta_bounds
+        like = next(iter(beta.values())) if isinstance(beta, Mapping) else beta
+        return tuple(
+            blocks.from_names(
+                {
+                    key: filled(like, (), _or(self._beta_bounds.get(key, (None, None))[end], none))
+                    for key in blocks.families
+                }
+            )
+            for end, none in ((0, -math.inf), (1, math.inf))
         )
 
     def _rules(self) -> list[Rule]:
@@ -209,7 +238,7 @@ class MetaOptimize:
         key = (xp.__name__, tuple(shapes.items()), tuple(dtypes.values()))
         if key not in self._plans:
             rules = rules_by_leaf(self.base, shapes)
-            self._plans[key] = make_plan(
+            plan = make_plan(
                 xp,
                 shapes,
                 dtypes,
@@ -218,6 +247,8 @@ class MetaOptimize:
                 partition=self._partition,
                 follow=self._following(rules),
             )
+            inputs.check_blocks("bounds", self.bounds, plan.blocks.families)
+            self._plans[key] = plan
         return self._plans[key]
 
     def _following(self, rules: Leaves[Rule]) -> Following:
@@ -295,6 +326,7 @@ class MetaOptimize:
         third: Callable[[Mapping[str, Array], Mapping[str, Array]], Mapping[str, Any]]
         | None = None,
         hessian_diagonal: Mapping[str, Any] | None = None,
+        reduce: parts.Reduce | None = None,
     ) -> tuple[dict[str, Any], State]:
         r"""Return the parameters and the state after one step; sections 2 to 11.
 
@@ -319,6 +351,11 @@ class MetaOptimize:
             each pair: arrays (k, k, \*shape) with entry [i, j] that along U[i] and V[j].
         hessian_diagonal : mapping of leaf name to array, needed by `curvature="diagonal"`
             Diagonal of the Hessian at `params`; None is allowed for leaves without gradient.
+        reduce : callable, optional
+            Where `params` are one device's parts of leaves that several hold: from a list of
+            arrays, sums of products over these parts, to the list of their sums over all devices.
+            It is called once, and once more for `approximation` "2x2" and "full" with curvature.
+            No block but at weight level may be a part of a leaf.
 
         Returns
         -------
@@ -343,7 +380,7 @@ class MetaOptimize:
         inputs.check_grads(grads, params, plan.shapes)
         inputs.check_curvature(hvp, third, hessian_diagonal, grads, params, plan)
         new_params, new_state, finite = self._step(
-            plan, params, grads, state, lr, hvp, third, hessian_diagonal
+            plan, params, grads, state, lr, hvp, third, hessian_diagonal, reduce
         )
         if finite is not None:
             xp = namespace(finite)
@@ -373,6 +410,7 @@ class MetaOptimize:
         hvp: Any,
         third: Any,
         hessian_diagonal: Any,
+        reduce: parts.Reduce | None,
     ) -> tuple[dict[str, Any], State, Any]:
         """Return params, state, and whether all that came in was finite (None: not asked)."""
         xp = namespace(state.step)
@@ -384,7 +422,11 @@ class MetaOptimize:
         z = parts.product_with_trace(plan, state.trace, awake, grads)
         if z is None:
             z = map_leaves(xp.zeros_like, state.beta)
-        finite = map_leaves(parts.usable, z)
+        lost = lost_products = None
+        if self.skip_nonfinite:
+            lost = parts.not_finite(plan, grads)
+        z, lost = parts.reduced(reduce, plan, z, lost)
+        finite = map_leaves(usable, z)
 
         hats: Mapping[str, parts.Hatted] = {}
         products: Mapping[str, Any] = {}
@@ -403,6 +445,9 @@ class MetaOptimize:
                 thirds = per_leaf((name, hats[name].third) for name in hats)
                 term_b = parts.product_with_trace(plan, thirds, awake, grads)
                 z_trace = term_b if z_trace is None else map_leaves(operator.add, z_trace, term_b)
+            if self.skip_nonfinite:
+                lost_products = parts.not_finite(plan, products, grad_seconds)
+            z_trace, lost_products = parts.reduced(reduce, plan, z_trace, lost_products)
         beta_trace, held_trace = parts.hatted_beta_trace(plan, state, finite, self.discount)
 
         meta = meta_pass(
@@ -416,7 +461,7 @@ class MetaOptimize:
             state.restarts,
             meta_lr=self.meta_lr,
             awake=parts.awake_families(plan, awake, state.step),
-            bounds=self._beta_bounds,
+            bounds=self.limits(plan.blocks, state.beta),
             beta_trace=beta_trace,
             held_trace=held_trace,
             z_trace=z_trace,
@@ -506,8 +551,9 @@ class MetaOptimize:
             restarts=meta.restarts,
             skipped=state.skipped,
         )
-        finite = parts.all_finite(grads, products, grad_seconds) if self.skip_nonfinite else None
-        return new_params, new_state, finite
+        if lost_products is not None:
+            lost = lost + lost_products
+        return new_params, new_state, None if lost is None else lost == 0.0
 
     @property
     def _rectified(self) -> bool:
@@ -608,3 +654,14 @@ def _bounds_of_beta(
 
 def _float(value: Any) -> float:
     return float(value)
+
+
+def _floats(bounds: Any) -> Any:
+    """Return a pair of numbers, or a mapping of them, as floats."""
+    if isinstance(bounds, Mapping):
+        return {key: _floats(pair) for key, pair in bounds.items()}
+    return None if bounds is None else tuple(map(float, bounds))
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value

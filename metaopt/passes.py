@@ -3,8 +3,8 @@
 A step is `leaf_product` per leaf, summed to the meta-gradient by `Blocks.partial` per leaf and
 `Blocks.gather` (`Blocks.reduce` is both in one call); `leaf_pass` per leaf; and `meta_pass`. The
 meta-gradient is known before a trace is written, as a restart, the Hessian-vector products and
-`meta_first` all need it; an adapter that fuses `leaf_product` and `leaf_pass` into one pass over
-memory repeats the latter in the rare step that restarts a trace.
+`meta_first` all need it. Where it is needed for restarts alone, `fused_pass` does both passes over
+a leaf in one, and a trace restarts one step later.
 """
 
 from collections import OrderedDict
@@ -14,10 +14,19 @@ from typing import Any, NamedTuple
 from metaopt.arrays import Array, cast, map_leaves, namespace
 from metaopt.blocks import Blocks
 from metaopt.jets import Jet
-from metaopt.rules.move import move, move_second
+from metaopt.rules.move import hat, move, move_second
 from metaopt.rules.rule import Rule
 
-__all__ = ["Leaf", "LeafStep", "MetaStep", "leaf_pass", "leaf_product", "meta_pass"]
+__all__ = [
+    "Leaf",
+    "LeafStep",
+    "MetaStep",
+    "fused_pass",
+    "leaf_pass",
+    "leaf_product",
+    "meta_pass",
+    "usable",
+]
 
 
 class Leaf(NamedTuple):
@@ -89,6 +98,46 @@ def leaf_product(trace: Any, grad: Any) -> Any:
     grad : array like the leaf, compute dtype
     """
     return trace * grad
+
+
+def usable(z: Any) -> Any:
+    """Say where a meta-gradient is finite, and its square as well (section 11).
+
+    Parameters
+    ----------
+    z : array, values per block
+    """
+    xp = namespace(z)
+    return xp.abs(z) < (2.0**511 if z.dtype == xp.float64 else 2.0**63)
+
+
+def fused_pass(
+    rule: Rule,
+    leaf: Leaf,
+    lr: Any,
+    lr_trace: Any,
+    *,
+    keep: Any,
+    discount: Any = 1.0,
+    inject: str = "update",
+) -> tuple[Any, LeafStep]:
+    """Return what `leaf_product` and `leaf_pass` return, in one pass over the leaf; section 11.
+
+    Without curvature alone. The meta-gradient is not known when the trace is written; so a trace
+    restarts in the step after, from 0 (an adapter's own state knows the last meta-gradient).
+
+    Parameters
+    ----------
+    rule, leaf, lr, lr_trace
+        As in `leaf_pass`.
+    keep : boolean array broadcastable to the leaf, or None for everywhere
+        Where the meta-gradient of the step before was `usable`.
+    discount, inject
+        As in `leaf_pass`.
+    """
+    leaf = leaf._replace(trace=hat(leaf.trace, 1.0, keep))
+    product = leaf_product(leaf.trace, cast(leaf.grad, leaf.trace.dtype))
+    return product, leaf_pass(rule, leaf, lr, lr_trace, discount=discount, inject=inject)
 
 
 def leaf_pass(
@@ -204,7 +253,7 @@ def meta_pass(
     *,
     meta_lr: float,
     awake: Any = None,
-    bounds: tuple[float | None, float | None] = (None, None),
+    bounds: tuple[Any, Any] = (None, None),
     beta_trace: Mapping[str, Any],
     held_trace: Mapping[str, Any],
     z_trace: Any = None,
@@ -227,7 +276,7 @@ def meta_pass(
     meta_lr : float
     awake : boolean array, one entry per family, optional
         False for families whose leaves all rest: they stay as they are.
-    bounds : pair of float or None
+    bounds : pair of float, blocks or None
         Bounds on beta, not on the step sizes.
     beta_trace : mapping
         Y as in `State`, discounted and restarted; empty where Y stays E.
@@ -251,7 +300,7 @@ def meta_pass(
             {slot: pick(values) for slot, values in meta_slots.items()},
             cast(pick(counts), pick(beta).dtype),
             meta_lr,
-            bounds,
+            tuple(pick(bound) if isinstance(bound, Mapping) else bound for bound in bounds),
             {slot: pick(values) for slot, values in beta_trace.items()},
             {slot: pick(values) for slot, values in held_trace.items()},
             pick(z_trace),
@@ -295,7 +344,7 @@ def _meta_piece(
     slots: dict[str, Any],
     count: Array,
     meta_lr: float,
-    bounds: tuple[float | None, float | None],
+    bounds: tuple[Any, ...],
     traces: dict[str, Any],
     held: dict[str, Any],
     z_trace: Any,

@@ -1,8 +1,8 @@
 """The parts of a step that look at several leaves; docs/mathematics.md sections 2, 3, 7 and 11."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from metaopt.arrays import Leaves, cast, filled, kind_of, map_leaves, namespace, per_leaf
 from metaopt.inputs import check_products
@@ -12,7 +12,10 @@ from metaopt.rules.move import hat
 from metaopt.state import State
 from metaopt.step_sizes import StepSizeMap
 
-__all__: list[str] = []
+__all__ = ["Reduce"]
+
+#: From sums over the parts of the leaves that a device holds to those over all devices.
+Reduce: TypeAlias = Callable[[list[Any]], Sequence[Any]]
 
 
 def awake_leaves(grads: Mapping[str, Any], lrs: Leaves[Any]) -> Leaves[Any]:
@@ -58,12 +61,6 @@ def product_with_trace(
             part = namespace(part).where(moves, part, 0.0)
         partials[name] = part
     return plan.layout.gather(partials) if partials else None
-
-
-def usable(z: Any) -> Any:
-    """Say where a meta-gradient is finite, and its square as well (section 11)."""
-    xp = namespace(z)
-    return xp.abs(z) < (2.0**511 if z.dtype == xp.float64 else 2.0**63)
 
 
 class Hatted(NamedTuple):
@@ -225,12 +222,26 @@ def rates(
     return value, rate, bend
 
 
-def all_finite(*mappings: Mapping[str, Any]) -> Any:
-    """Return, as an array, whether all arrays in the mappings are finite; None if there is none."""
-    result = None
+def not_finite(plan: Plan, *mappings: Mapping[str, Any]) -> Any:
+    """Return in how many of the arrays in the mappings inf or NaN stands; None if there is none."""
+    total = None
     for array in (value for mapping in mappings for value in mapping.values()):
         if array is not None:
             xp = namespace(array)
-            finite = xp.all(xp.isfinite(array))
-            result = finite if result is None else xp.logical_and(result, finite)
-    return result
+            lost = cast(xp.any(xp.logical_not(xp.isfinite(array))), plan.beta_dtype)
+            total = lost if total is None else total + lost
+    return total
+
+
+def reduced(reduce: Reduce | None, plan: Plan, value: Any, lost: Any) -> tuple[Any, Any]:
+    """Return a value per block, and a count, summed over the devices that hold parts of leaves.
+
+    Either may be None. At weight level a device has all of what its weights need.
+    """
+    whole = reduce is None or plan.blocks.partition.per_leaf
+    arrays = [array for array in (None if whole else value, lost) if array is not None]
+    if reduce is None or not arrays:
+        return value, lost
+    sums = iter(reduce(arrays))
+    value = value if whole or value is None else next(sums)
+    return value, lost if lost is None else next(sums)

@@ -280,6 +280,7 @@ def test_any_name_of_a_leaf_will_do(names: tuple[str, ...], tmp_path: Path) -> N
 PER_UNIT = {"w": np.asarray([0.01, 0.02, 0.03, 0.04]), "b": 0.01, "s": 0.02}
 CONFIGURED: dict[str, dict[str, Any]] = {
     "bounds": {"bounds": (1e-5, 0.1)},
+    "bounds by block": {"bounds": {"all": (1e-5, 0.1)}},
     "bounds to infinity": {"bounds": (1e-5, float("inf"))},
     "Sigmoid": {"sigma": mo.Sigmoid(1e-5, 0.1)},
     "mapping of bases": {"base": {"w": mo.Lion(betas=(0.5, 0.6)), "*": mo.AdamW(eps=1e-4)}},

@@ -72,7 +72,7 @@ def _operator(name: str) -> Any:
 for _name in ["add", "sub", "mul", "truediv"]:
     setattr(RecordingArray, f"__{_name}__", _operator(f"__{_name}__"))
     setattr(RecordingArray, f"__r{_name}__", _operator(f"__r{_name}__"))
-for _name in ["neg", "invert", "and", "gt", "eq", "ne"]:
+for _name in ["neg", "invert", "and", "gt", "lt", "eq", "ne"]:
     setattr(RecordingArray, f"__{_name}__", _operator(f"__{_name}__"))
 
 

@@ -178,6 +178,21 @@ CONSTRUCTOR: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] 
         ("`bounds` must be None or a pair (lo, hi); got (0.1, 0.2, 0.3).",),
     ),
     "bounds one": ({"bounds": 0.1}, ValueError, ("`bounds` must be None or a pair", "0.1.")),
+    "bounds by block": (
+        {"bounds": {"all": (0.05, 2.0), "w": (2.0, 1.0)}},
+        ValueError,
+        ("`bounds['w']` must satisfy 0 <= lo < hi <= inf; got (2.0, 1.0).",),
+    ),
+    "bounds by block, one number": (
+        {"bounds": {"all": 3.0}},
+        ValueError,
+        ("`bounds['all']` must be None or a pair (lo, hi); got 3.0.",),
+    ),
+    "step_size outside bounds of its block": (
+        {"bounds": {"all": (0.2, 1.0)}},
+        ValueError,
+        ("`step_size` must lie within `bounds['all']` (0.2, 1.0); got", "0.1"),
+    ),
     "step_size outside bounds": (
         {"bounds": (0.2, 1.0)},
         ValueError,
@@ -391,6 +406,12 @@ INIT: dict[str, tuple[dict[str, Any], Any, type[Exception], tuple[str, ...]]] = 
         {"w": W},
         ValueError,
         ("`step_size` has unknown block 'w'; expected exactly: all.",),
+    ),
+    "bounds of an unknown block": (
+        {"bounds": {"w": (0.01, 1.0)}},
+        {"w": W},
+        ValueError,
+        ("`bounds` has unknown block 'w'; expected any of: all.",),
     ),
     "step_size empty": ({"step_size": {}}, {"w": W}, ValueError, ("lacks block 'all'",)),
     "step_size per leaf of more than one entry": (

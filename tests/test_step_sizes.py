@@ -230,6 +230,34 @@ def test_bounds_clamp_the_step_size_at_both_ends(name: str, meta: Any, meta_firs
     assert np.all(np.array(seen) <= bounds[1] * (1 + slack))
 
 
+BY_BLOCK: dict[str, Any] = {
+    "scalar": {"all": (0.07, 0.16)},
+    "tensor": {"w": (0.07, 0.16)},
+    "node": {"w": (0.07, 0.16)},
+    "weight": {"w": (0.07, 0.16)},
+}
+
+
+@pytest.mark.parametrize("backend", ["numpy", "strict", "torch", "jax"], indirect=True)
+@pytest.mark.parametrize("blocks", BY_BLOCK)
+def test_bounds_by_block_hold_for_these_alone(backend: Any, blocks: str) -> None:
+    common: dict[str, Any] = {"base": mo.SGD(), "meta": mo.Lion(), "step_size": 0.1}
+    common |= {"meta_lr": 0.5, "blocks": blocks}
+    opt = mo.MetaOptimize(**common, bounds=BY_BLOCK[blocks])
+    free, bound = (mo.MetaOptimize(**common, bounds=pair) for pair in (None, (0.07, 0.16)))
+    params = backend.tree({"w": np.ones((2, 3)), "b": np.asarray([-1.0])})
+    runs = []
+    for each in (opt, free, bound):
+        state, at = each.init(params), params
+        for step in range(6):
+            at, state = each.step(at, rosy(step, at), state)
+        runs.append(backend.to_numpy(each.step_sizes(state)))
+    for name, value in runs[0].items():
+        want = runs[2 if name in BY_BLOCK[blocks] else 1]
+        np.testing.assert_array_equal(value, want[name])
+    assert np.max(runs[1]["b" if blocks != "scalar" else "all"]) > 0.2
+
+
 def test_bounds_are_before_the_multiplier() -> None:
     opt = mo.MetaOptimize(
         base=mo.SGD(), meta=mo.SGD(), step_size=0.1, meta_lr=0.0, bounds=(0.05, 0.2)

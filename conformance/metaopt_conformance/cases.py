@@ -51,7 +51,7 @@ class Case:
     delayed: bool = False
     meta_first: bool = False
     trace: str = "update"
-    bounded: bool = False
+    bounds: str = "none"
     lr: str = "constant"
     missing: bool = False
     mixed: bool = False
@@ -107,7 +107,7 @@ class Case:
             discount=self.discount,
             blocks=GROUPS if self.blocks == "groups" else self.blocks,
             sigma=SIGMAS[self.sigma],
-            bounds=(0.9 * step_size, 1.1 * step_size) if self.bounded else None,
+            bounds=self._bounds(step_size),
             approximation=self.approximation,
             curvature=mo.curvature.Diagonal(rectified=True)
             if self.curvature == "rectified"
@@ -115,6 +115,14 @@ class Case:
             trace=self.trace,
             meta_first=self.meta_first,
         )
+
+    def _bounds(self, step_size: float) -> Any:
+        """Return bounds that are soon touched, for all blocks or those of one name."""
+        pair = (0.9 * step_size, 1.1 * step_size)
+        first = {"scalar": "all", "groups": "biases"}.get(
+            self.blocks, next(iter(self.subject.shapes))
+        )
+        return {"none": None, "all": pair, "one": {first: pair}}[self.bounds]
 
     def multiplier(self, t: int) -> Any:
         """Return what `lr` is in step t."""
@@ -162,7 +170,7 @@ OPTIONS: Mapping[str, Sequence[Any]] = {
     "delayed": (False, True),
     "meta_first": (False, True),
     "trace": ("update", "gradient"),
-    "bounded": (False, True),
+    "bounds": ("none", "all", "one"),
     "lr": ("constant", "schedule", "by name"),
     "missing": (False, True),
     "mixed": (False, True),

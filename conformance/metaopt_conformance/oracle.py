@@ -41,7 +41,7 @@ class Config:
         Initial step sizes.
     meta_lr, discount : float
     sigma : "exp", "identity", "softplus" or a pair (lo, hi) for the sigmoid between these
-    bounds : pair of float or None
+    bounds : pair of arrays (m,), or None
     approximation : {"l", "2x2", "full"}
     curvature : {"none", "diagonal", "exact"}
     rectified : bool
@@ -56,7 +56,7 @@ class Config:
     meta_lr: float
     discount: float = 1.0
     sigma: Any = "exp"
-    bounds: tuple[float, float] | None = None
+    bounds: tuple[Vector, Vector] | None = None
     approximation: str = "l"
     curvature: str = "none"
     rectified: bool = False

@@ -53,14 +53,17 @@ def contents(tree: Any, to_numpy: Any = to_numpy) -> Any:
     return (array.dtype.str, array.shape, array.tobytes())
 
 
-def block_index(blocks: Any, shapes: Shapes) -> Any:
-    """Return the block of every weight, numbered by first appearance (section 9)."""
+def block_index(blocks: Any, shapes: Shapes) -> tuple[Any, list[str]]:
+    """Return the block of every weight, numbered by first appearance, and their names (section 9).
+
+    Blocks of one leaf have its name in common.
+    """
     index: list[int] = []
-    seen: dict[tuple[Any, int], int] = {}
+    seen: dict[tuple[str, int], int] = {}
     for name, shape in shapes.items():
         if blocks == "scalar":
             keys = np.full(shape, 0)
-            label: Any = "all"
+            label = "all"
         elif blocks == "weight":
             keys, label = np.arange(int(np.prod(shape))).reshape(shape), name
         elif blocks == "node" and len(shape) > 1:
@@ -73,7 +76,15 @@ def block_index(blocks: Any, shapes: Shapes) -> Any:
             keys, label = np.full(shape, 0), name
         for key in keys.reshape(-1):
             index.append(seen.setdefault((label, int(key)), len(seen)))
-    return np.array(index)
+    return np.array(index), [label for label, _ in seen]
+
+
+def _bounds(bounds: Any, names: list[str]) -> tuple[Vector, Vector]:
+    """Return least and largest step sizes by block; without a bound they are infinite."""
+    free = (-np.inf, np.inf)
+    pairs = bounds if isinstance(bounds, Mapping) else dict.fromkeys(names, bounds)
+    lo, hi = np.array([pairs.get(name) or free for name in names]).T
+    return lo, hi
 
 
 def _matches(name: str, patterns: Any) -> bool:
@@ -106,7 +117,7 @@ def update_of(rule: Any) -> Update:
 
 def config_of(opt: mo.MetaOptimize, shapes: Shapes) -> Config:
     """Return a configuration of the library as the oracle's."""
-    block_of = block_index(opt.blocks, shapes)
+    block_of, names = block_index(opt.blocks, shapes)
 
     def rule_of(name: str) -> Any:
         if not isinstance(opt.base, Mapping):
@@ -118,11 +129,11 @@ def config_of(opt: mo.MetaOptimize, shapes: Shapes) -> Config:
         base=tuple((update_of(rule_of(name)), at) for name, at in slices(shapes).items()),
         meta=update_of(opt.meta),
         block_of=block_of,
-        step_size=np.full(int(block_of.max()) + 1, opt.step_size, dtype=np.float64),
+        step_size=np.full(len(names), opt.step_size, dtype=np.float64),
         meta_lr=opt.meta_lr,
         discount=opt.discount,
         sigma=(opt.sigma.lo, opt.sigma.hi) if isinstance(opt.sigma, mo.Sigmoid) else opt.sigma,
-        bounds=opt.bounds,
+        bounds=None if opt.bounds is None else _bounds(opt.bounds, names),
         approximation=opt.approximation,
         curvature=getattr(kind, "kind", kind),
         rectified=getattr(kind, "rectified", False),

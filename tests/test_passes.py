@@ -1,0 +1,167 @@
+"""What adapters build on: sums over devices, and the pass that fuses product and step."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from metaopt_conformance.problems import PROBLEMS
+from metaopt_conformance.tolerances import relative_error, rounding
+from metaopt_conformance.translate import contents, flat, tree
+
+import metaopt as mo
+from metaopt.passes import Leaf, fused_pass, leaf_pass, leaf_product, usable
+
+PROBLEM = PROBLEMS["logcosh"]
+SHAPES = PROBLEM.shapes
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "tensor": {"blocks": "tensor"},
+    "groups": {"blocks": {"biases": "bias", "rest": "*"}, "meta_first": True},
+    "l": {"curvature": "exact"},
+    "2x2": {"curvature": "exact", "approximation": "2x2", "blocks": "tensor", "discount": 0.9},
+    "full": {"curvature": "exact", "approximation": "full", "blocks": "tensor"},
+    "skip": {"skip_nonfinite": True, "curvature": "exact", "approximation": "2x2"},
+    "weight": {"blocks": "weight", "skip_nonfinite": True},
+}
+
+
+class Devices:
+    """Two devices, threads that meet to exchange what they have; each holds rows of every leaf."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2, timeout=60)
+        self.shared: list[Any] = [None, None]
+        self.calls = [0, 0]
+
+    def exchange(self, device: int, value: Any) -> list[Any]:
+        """Return the values of both."""
+        self.shared[device] = value
+        self.barrier.wait()
+        values = list(self.shared)
+        self.barrier.wait()
+        return values
+
+    def reduce(self, device: int) -> Callable[[list[Any]], list[Any]]:
+        def call(arrays: list[Any]) -> list[Any]:
+            self.calls[device] += 1
+            one, other = self.exchange(device, arrays)
+            return [a + b for a, b in zip(one, other, strict=True)]
+
+        return call
+
+    def derivative(self, device: int, whole: Any, axes: int) -> Callable[..., Any]:
+        """Return a function of whole tangents as one of this device's parts of them."""
+
+        def call(*parts: Any) -> Any:
+            both = self.exchange(device, parts)
+            wholes = (joined(one, other, 1) for one, other in zip(*both, strict=True))
+            return cut(whole(*wholes), axes)[device]
+
+        return call
+
+    def run(self, step: Callable[[int], Any]) -> list[Any]:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(step, (0, 1)))
+
+
+def cut(arrays: Any, axes: int = 0) -> list[Any]:
+    """Cut every leaf, behind some leading axes, into its first row and the rest."""
+    lead = (slice(None),) * axes
+    return [
+        {name: array[(*lead, rows)] for name, array in arrays.items()}
+        for rows in (slice(None, 1), slice(1, None))
+    ]
+
+
+def joined(one: Any, other: Any, axis: int = 0) -> Any:
+    return {name: np.concatenate([one[name], other[name]], axis=axis) for name in one}
+
+
+def derivatives(t: int, w: Any) -> tuple[Any, Any]:
+    """Return `hvp` and `third` of the problem."""
+    hessian = PROBLEM.hessian(t, w)
+
+    def third(us: Any, vs: Any) -> Any:
+        columns = flat(us, SHAPES).T, flat(vs, SHAPES).T
+        return tree(PROBLEM.third(t, w, *columns).transpose(1, 2, 0), SHAPES)
+
+    return (lambda tangents: tree(flat(tangents, SHAPES) @ hessian, SHAPES)), third
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_parts_of_leaves_on_two_devices_equal_the_whole(name: str, broken: bool) -> None:
+    options: dict[str, Any] = {"meta": mo.AdamW(eps=1e-3), "step_size": 0.05, "meta_lr": 0.1}
+    options |= OPTIONS[name]
+    opt = mo.MetaOptimize(base=mo.AdamW(eps=1e-2, weight_decay=0.1), **options)
+    if broken and not opt.skip_nonfinite:
+        pytest.skip("no flag is sent without skip_nonfinite")
+    params = tree(PROBLEM.start(), SHAPES)
+    state, parts = opt.init(params), cut(params)
+    states = [opt.init(part) for part in parts]
+    devices = Devices()
+    for t in range(5):
+        w = flat(params, SHAPES)
+        grads = tree(PROBLEM.grad(t, w), SHAPES)
+        if broken and t == 3:
+            grads["weight"][1] = np.nan  # on the second device alone
+        hvp, third = derivatives(t, w)
+
+        def step(
+            device: int,
+            parts: Any = parts,
+            grads: Any = grads,
+            hvp: Any = hvp,
+            third: Any = third,
+        ) -> Any:
+            return opt.step(
+                parts[device],
+                cut(grads)[device],
+                states[device],
+                hvp=devices.derivative(device, hvp, 1),
+                third=devices.derivative(device, third, 2),
+                reduce=devices.reduce(device),
+            )
+
+        (one, states[0]), (other, states[1]) = devices.run(step)
+        parts = [one, other]
+        params, state = opt.step(params, grads, state, hvp=hvp, third=third)
+    allowed = rounding("float64", operations=60 * 12, steps=5)
+    for leaf, value in joined(*parts).items():
+        assert relative_error(value, params[leaf]) < allowed
+    if name != "weight":
+        assert contents(states[0].beta) == contents(states[1].beta)
+        assert relative_error(states[0].beta, state.beta) < allowed
+    assert int(states[0].skipped) == int(states[1].skipped) == int(state.skipped) == int(broken)
+    each = 2 if opt.approximation != "l" or (opt.skip_nonfinite and opt.curvature == "exact") else 1
+    assert devices.calls == [5 * each] * 2
+
+
+@pytest.mark.parametrize("inject", ["update", "gradient"])
+@pytest.mark.parametrize("keep", [None, True, False])
+def test_a_fused_pass_is_product_and_step_of_the_restarted_trace(keep: Any, inject: str) -> None:
+    rng = np.random.default_rng(0)
+    rule = mo.AdamW(weight_decay=0.1)
+    slots = {slot: rng.random(5) for slot in rule.slots}
+    trace = rng.normal(size=5) if keep is not False else np.full(5, np.nan)
+    leaf = Leaf(rng.normal(size=5), rng.normal(size=5), slots, np.asarray(3, "int32"), trace)
+    lr, flag = np.asarray(0.1), None if keep is None else np.asarray(keep)
+    product, step = fused_pass(rule, leaf, lr, lr, keep=flag, discount=0.9, inject=inject)
+    start = leaf._replace(trace=trace if keep is not False else np.zeros(5))
+    want = leaf_pass(rule, start, lr, lr, discount=0.9, inject=inject)
+    assert contents(product) == contents(leaf_product(start.trace, leaf.grad))
+    assert contents(step._asdict() | {"third_trace": 0}) == contents(
+        want._asdict() | {"third_trace": 0}
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_is_usable_has_a_square(dtype: str) -> None:
+    largest = np.sqrt(np.finfo(dtype).max)
+    z = np.asarray([0.0, -1.0, 0.4 * largest, largest, np.inf, -np.inf, np.nan], dtype)
+    flags = usable(z)
+    assert flags.tolist() == [True, True, True, False, False, False, False]
+    assert np.all(np.isfinite(z[flags] ** 2))
