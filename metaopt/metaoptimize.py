@@ -213,6 +213,13 @@ class MetaOptimize:
             for end, none in ((0, -math.inf), (1, math.inf))
         )
 
+    def slopes(self, beta: Any) -> tuple[Any, Any]:
+        """Return the step sizes and their derivative at `beta`, values per block (section 8).
+
+        The second is the very object of the first where the two are equal.
+        """
+        return parts.slopes(self._sigma, beta)
+
     def _rules(self) -> list[Rule]:
         return list(self.base.values()) if isinstance(self.base, Mapping) else [self.base]
 
@@ -288,12 +295,14 @@ class MetaOptimize:
         plan = self.plan(params)
         like = next(iter(params.values()))
         parts = {name: _zeros(spec, like, params) for name, spec in plan.state.items()}
-        parts["beta"] = self._initial_beta(params, plan)
+        parts["beta"] = self.initial_beta(params)
         if plan.beta_feeding:
             parts["beta_trace"]["beta"] = plan.layout.start(parts["beta"])
         return State(**parts)
 
-    def _initial_beta(self, params: Mapping[str, Array], plan: Plan) -> Any:
+    def initial_beta(self, params: Mapping[str, Array]) -> Any:
+        """Return beta at the start of a run, values per block; arguments and errors as of `init`."""
+        plan = self.plan(params)
         blocks, xp = plan.blocks, namespace(next(iter(params.values())))
         keys = blocks.families
         sizes = self.step_size

@@ -10,7 +10,7 @@ from metaopt.curvature import Curvature
 from metaopt.rules.rule import Rule, feeding_slots, follows_gradient
 from metaopt.traces import Layout, choose_layout
 
-__all__ = ["Plan", "Spec"]
+__all__ = ["Plan", "Spec", "rules_by_leaf"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from metaopt.rules.move import hat
 from metaopt.state import State
 from metaopt.step_sizes import StepSizeMap
 
-__all__ = ["Reduce"]
+__all__ = ["Reduce", "awake_families"]
 
 #: From sums over the parts of the leaves that a device holds to those over all devices.
 Reduce: TypeAlias = Callable[[list[Any]], Sequence[Any]]
@@ -198,6 +198,15 @@ def grad_seconds(
     return seconds, per_leaf((name, None if grads[name] is None else second(name)) for name in hats)
 
 
+def slopes(sigma: StepSizeMap, beta: Any) -> tuple[Any, Any]:
+    """Return the step sizes and their derivative per block, one object where the two are equal."""
+    value = map_leaves(sigma.value, beta)
+    rate: Any = map_leaves(sigma.first, beta, value)
+    if isinstance(beta, Mapping) and all(rate[key] is value[key] for key in value):
+        rate = value
+    return value, rate
+
+
 def rates(
     plan: Plan, sigma: StepSizeMap, beta: Any, beta_trace: Mapping[str, Any]
 ) -> tuple[Any, Any, Any]:
@@ -206,10 +215,7 @@ def rates(
     The first is the very object of the step sizes where the two are equal; the second, along all
     pairs of columns, is None where no third trace is kept.
     """
-    value = map_leaves(sigma.value, beta)
-    rate: Any = map_leaves(sigma.first, beta, value)
-    if isinstance(beta, Mapping) and all(rate[key] is value[key] for key in value):
-        rate = value
+    value, rate = slopes(sigma, beta)
     if plan.curvature == "exact" or beta_trace:
         columns = beta_trace["beta"] if beta_trace else plan.layout.start(beta)
         rate = map_leaves(lambda rate, column: rate * column, rate, columns)
