@@ -22,7 +22,7 @@ from contenders.shapes import PROBLEMS
 
 import metaopt as mo
 
-LIBRARIES = ("numpy",)
+LIBRARIES = ("numpy", "torch")
 #: Rounds that are not counted: compilation, page faults.
 WARM_UP = 2
 

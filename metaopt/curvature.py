@@ -5,7 +5,7 @@ docs/mathematics.md section 4. The functions here make what it needs from gradie
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,10 @@ def curvature(value: Any) -> Curvature:
 
 
 def central_difference(
-    grad_fn: Callable[[dict[str, Any]], Mapping[str, Any]], params: Mapping[str, Array]
+    grad_fn: Callable[[dict[str, Any]], Mapping[str, Any]],
+    params: Mapping[str, Array],
+    *,
+    reduce: Callable[[list[Any]], Sequence[Any]] | None = None,
 ) -> Callable[[Mapping[str, Array]], Leaves[Any]]:
     r"""Return an `hvp` made of gradients alone, for wherever second derivatives are not to be had.
 
@@ -81,6 +84,8 @@ def central_difference(
         very step: same data, same random numbers. A gradient may be None.
     params : mapping of leaf name to array
         Where to differentiate: the params handed to `step`.
+    reduce : callable, optional
+        As `MetaOptimize.step` takes it, where these are one device's parts of the leaves.
 
     Returns
     -------
@@ -93,11 +98,11 @@ def central_difference(
         xp = namespace(next(iter(params.values())))
         coarsest = max(float(xp.finfo(param.dtype).eps) for param in params.values())
         step = coarsest ** (1.0 / 3.0)
-        scale = 1.0 + _norm(xp, params.values())
+        scale = 1.0 + _norm(xp, params.values(), reduce)
         columns: list[Mapping[str, Any]] = []
         for column in range(next(iter(tangents.values())).shape[0]):
             tangent = {name: values[column, ...] for name, values in tangents.items()}
-            length = _norm(xp, tangent.values())
+            length = _norm(xp, tangent.values(), reduce)
             # a zero tangent is stepped along by nothing; its product is then exactly zero
             eps = step * scale / xp.where(length == 0.0, 1.0, length)
             ahead, behind = (
@@ -135,14 +140,14 @@ def _slope(ahead: Any, behind: Any, eps: Any, tangent: Any, name: str) -> Any:
     return change / cast(2.0 * eps, dtype)
 
 
-def _norm(xp: Any, arrays: Any) -> Any:
+def _norm(xp: Any, arrays: Any, reduce: Any) -> Any:
     """Return the norm of all arrays together, in float32 or wider."""
     total = None
     for array in arrays:
         wide = array if array.dtype == xp.float64 else cast(array, xp.float32)
         square = xp.sum(wide * wide)
         total = square if total is None else total + square
-    return xp.sqrt(total)
+    return xp.sqrt(total if reduce is None else reduce([total])[0])
 
 
 def hutchinson(

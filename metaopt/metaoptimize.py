@@ -301,7 +301,7 @@ class MetaOptimize:
         return State(**parts)
 
     def initial_beta(self, params: Mapping[str, Array]) -> Any:
-        """Return beta at the start of a run, values per block; arguments and errors as of `init`."""
+        """Return beta at the start of a run, values per block; like `init` in all else."""
         plan = self.plan(params)
         blocks, xp = plan.blocks, namespace(next(iter(params.values())))
         keys = blocks.families

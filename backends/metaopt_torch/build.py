@@ -1,0 +1,209 @@
+"""From parameter groups and what state there is to all that a step needs."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import metaopt as mo
+from metaopt.plan import Plan, Spec
+from metaopt_torch.groups import Rules, configured, named
+from metaopt_torch.places import paths, place
+from metaopt_torch.runs import Leaf, order_of
+from metaopt_torch.shards import Part, local, part_of, window
+from metaopt_torch.vectors import Vectors
+
+__all__ = ["Built", "Counts", "build"]
+
+Group = dict[str, Any]
+
+
+class Counts:
+    """How many steps each leaf has made, a vector for each device, so that it advances at once.
+
+    Parameters
+    ----------
+    leaves : sequence of Leaf
+        Those with a state, whose "step" becomes an entry.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf]) -> None:
+        self._vectors: list[tuple[Tensor, list[str]]] = []
+        self._masks: dict[Any, list[Tensor]] = {}
+        by_device: dict[torch.device, list[Leaf]] = defaultdict(list)
+        for leaf in leaves:
+            by_device[local(leaf.param).device].append(leaf)
+        for device, members in by_device.items():
+            vector = torch.stack(
+                [leaf.state["step"].to(device, torch.int32).reshape(()) for leaf in members]
+            )
+            for leaf, entry in zip(members, vector.unbind(), strict=True):
+                leaf.state["step"] = entry
+            self._vectors.append((vector, [leaf.name for leaf in members]))
+
+    def advance(self, names: Sequence[str], accepted: Tensor | None) -> None:
+        """Count a step of these leaves, if it is accepted."""
+        key = tuple(names)
+        if key not in self._masks:
+            moving = set(names)
+            self._masks = {
+                key: [
+                    torch.tensor([name in moving for name in members], dtype=torch.int32).to(
+                        vector.device
+                    )
+                    for vector, members in self._vectors
+                ]
+            }
+        for (vector, _), mask in zip(self._vectors, self._masks[key], strict=True):
+            vector.add_(
+                mask if accepted is None else torch.where(accepted.to(mask.device), mask, 0)
+            )
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a step needs.
+
+    Parameters
+    ----------
+    config : MetaOptimize
+        The optimizer's own, with what the groups say.
+    plan : Plan
+    leaves : mapping of name to Leaf
+    vectors : Vectors
+    counts : Counts
+    rules : Rules
+    """
+
+    config: mo.MetaOptimize
+    plan: Plan
+    leaves: dict[str, Leaf]
+    vectors: Vectors
+    counts: Counts
+    rules: Rules
+    decays: dict[int, float | None]
+
+    def follow(self) -> bool:
+        """Give leaves the weight decay that their groups have now; say whether any has changed."""
+        changed = [
+            leaf
+            for leaf in self.leaves.values()
+            if leaf.group["weight_decay"] != self.decays[id(leaf.group)]
+        ]
+        for leaf in changed:
+            leaf.rule = self.rules.decayed(self.plan.rules[leaf.name], leaf.group["weight_decay"])
+        return bool(changed)
+
+
+def build(
+    given: mo.MetaOptimize,
+    groups: Sequence[Group],
+    states: Any,
+    *,
+    kahan: bool,
+    known: Mapping[str, Leaf],
+) -> Built:
+    """Return what a step needs, and complete the state of parameters that require a gradient.
+
+    What state there is is kept: columns of dense traces, for blocks that are new, are added to it.
+
+    Parameters
+    ----------
+    given : MetaOptimize
+    groups : sequence of dict
+    states : mapping of parameter to dict
+        The optimizer's `state`.
+    kahan : bool
+        Whether narrow parameters keep what rounding loses.
+    known : mapping of name to Leaf
+        Those whose number of steps is known.
+    """
+    rules = Rules()
+    config, members = configured(given, groups, rules), named(groups)
+    params = {name: param for name, param, _ in members}
+    plan = config.plan(params)
+    beta = config.initial_beta(params)
+    number = {id(group): index for index, group in enumerate(groups)}
+    owners = {name: number[id(group)] for name, _, group in members}
+    vectors = Vectors(config, plan, owners, members[0][1].device)
+    if not vectors.per_leaf:
+        vectors.fill("beta", beta)
+        if plan.beta_feeding:
+            vectors.fill("beta_trace", plan.layout.start(beta))
+    start = {"beta": beta} if vectors.per_leaf else {}
+    if vectors.per_leaf and plan.beta_feeding:
+        start["beta_trace"] = plan.layout.start(beta)
+    vectors.read(groups)
+    vectors.share(groups)
+
+    specs: dict[str, list[tuple[str, Spec]]] = defaultdict(list)
+    for path, spec in paths(plan.state):
+        name, key = place(path, per_leaf=vectors.per_leaf)
+        if name is not None:
+            specs[name].append((key, spec))
+    leaves = {}
+    for name, param, group in members:
+        view = () if vectors.per_leaf else plan.blocks.views[name]
+        part = part_of(param)
+        leaf = Leaf(
+            name=name,
+            param=param,
+            group=group,
+            rule=plan.rules[name],
+            dtype=plan.dtypes[name],
+            part=part,
+            order=order_of(local(param), view),
+            blocks=_blocks(plan, name, view, part),
+            state=states[param] if param.requires_grad or param in states else {},
+            steps=known[name].steps if name in known else 0,
+        )
+        if "step" in leaf.state and name not in known:
+            leaf.steps = int(leaf.state["step"])  # a state that was loaded
+        if leaf.state or param.requires_grad:
+            begin = {key: window(values[name], part) for key, values in start.items()}
+            _complete(leaf, specs[name], begin, kahan=kahan and param.dtype != leaf.dtype)
+        leaves[name] = leaf
+    counts = Counts([leaf for leaf in leaves.values() if leaf.state])
+    decays = {id(group): group["weight_decay"] for group in groups}
+    return Built(config, plan, leaves, vectors, counts, rules, decays)
+
+
+def _blocks(plan: Plan, name: str, view: tuple[int, ...], part: Part) -> Tensor:
+    """Return the block of each row of a part."""
+    if plan.blocks.partition.per_leaf:
+        return torch.zeros(1, dtype=torch.int64)
+    family = plan.blocks.families[plan.blocks.family_of[name]]
+    index = torch.arange(family.start, family.start + family.size)
+    return index if view == () else window(index.reshape(view), part).reshape(-1)
+
+
+def _complete(
+    leaf: Leaf, specs: Sequence[tuple[str, Spec]], begin: Mapping[str, Tensor], *, kahan: bool
+) -> None:
+    """Add to a leaf's state what it lacks; new numbers are zero where nothing else is said."""
+    memory = local(leaf.param)
+    if kahan and "compensation" not in leaf.state:
+        zeros = torch.zeros_like(memory, memory_format=torch.preserve_format)
+        leaf.state["compensation"] = leaf.part.wrap(zeros, leaf.param.shape, leaf.param.stride())
+    for key, spec in specs:
+        if key == "step":
+            leaf.state.setdefault(key, torch.zeros((), dtype=spec.dtype, device=memory.device))
+            continue
+        lead = spec.shape[: len(spec.shape) - leaf.param.dim()]
+        shape = (*lead, *leaf.part.shape)
+        old = leaf.state.get(key)
+        if old is not None and tuple(local(old).shape) == shape:
+            continue
+        new = torch.zeros_like(memory, dtype=spec.dtype, memory_format=torch.preserve_format)
+        if lead:
+            new = torch.zeros(shape, dtype=spec.dtype, device=memory.device)
+        if key in begin:
+            new.copy_(begin[key])
+        if old is not None:
+            new[tuple(slice(None, length) for length in local(old).shape)].copy_(local(old))
+        whole = torch.empty(spec.shape, device="meta")
+        stride = whole.stride() if lead else leaf.param.stride()
+        leaf.state[key] = leaf.part.wrap(new, spec.shape, stride)

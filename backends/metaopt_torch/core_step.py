@@ -1,0 +1,130 @@
+"""A step by the core's own `MetaOptimize.step`, for all that is not done in passes over runs.
+
+That is curvature, and a step size for every weight.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import Shard
+
+from metaopt.step import Reduce
+from metaopt_torch.build import Built
+from metaopt_torch.core_state import assemble, write
+from metaopt_torch.rounding import rounded
+from metaopt_torch.runs import Leaf
+from metaopt_torch.shards import local, summed_along
+
+__all__ = ["check_parts", "core_step", "reduction"]
+
+
+def core_step(
+    built: Built, grads: Mapping[str, Tensor], rounding: str, derivatives: Mapping[str, Any]
+) -> None:
+    """Move the leaves that have a gradient, in place.
+
+    Parameters
+    ----------
+    built : Built
+    grads : mapping of leaf name to tensor
+    rounding : {"nearest", "stochastic", "kahan"}
+    derivatives : mapping
+        `hvp`, `third` and `hessian_diagonal` as `MetaOptimize.step` takes them.
+    """
+    leaves = built.leaves
+    params = {name: _wide(leaf) for name, leaf in leaves.items()}
+    signed = {name: _signed(leaf, grads.get(name)) for name, leaf in leaves.items()}
+    state = assemble(built)
+    options: dict[str, Any] = {
+        name: _derivative(built, value) if callable(value) else value
+        for name, value in derivatives.items()
+    }
+    new_params, new_state = built.config.step(
+        params,
+        signed,
+        state,
+        lr={name: _multiplier(leaf) for name, leaf in leaves.items()},
+        reduce=reduction(leaves),
+        **options,
+    )
+    for name in grads:
+        leaf, new = leaves[name], new_params[name]
+        memory = local(leaf.param)
+        narrow = rounded(new, memory.dtype, rounding) if new.dtype != memory.dtype else new
+        memory.copy_(narrow)
+        if "compensation" in leaf.state:
+            local(leaf.state["compensation"]).copy_(new - narrow.to(new.dtype))
+    write(built, new_state)
+
+
+def _wide(leaf: Leaf) -> Tensor:
+    """Return a parameter in the compute dtype, with what rounding has kept from it."""
+    wide = local(leaf.param).detach().to(leaf.dtype)
+    if "compensation" in leaf.state:
+        wide = wide + local(leaf.state["compensation"])
+    return wide
+
+
+def _signed(leaf: Leaf, grad: Tensor | None) -> Tensor | None:
+    if grad is None:
+        return None
+    grad = local(grad).detach().to(leaf.dtype)
+    return -grad if leaf.group["maximize"] else grad
+
+
+def _multiplier(leaf: Leaf) -> Any:
+    lr = leaf.group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def _derivative(built: Built, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a derivative of gradients as one of the signed gradients."""
+
+    def signed(*tangents: Any) -> dict[str, Any]:
+        found = function(*tangents)
+        return {name: _signed(leaf, found.get(name)) for name, leaf in built.leaves.items()}
+
+    return signed
+
+
+def reduction(leaves: Mapping[str, Leaf]) -> Reduce | None:
+    """Return what adds sums over the devices that hold parts of the leaves; None for one device."""
+    part = next(iter(leaves.values())).part
+    mesh = part.mesh
+    if mesh is None:
+        return None
+    axes = [axis for axis, placed in enumerate(part.placements) if isinstance(placed, Shard)]
+
+    def reduce(arrays: list[Any]) -> list[Any]:
+        sizes = [array.numel() for array in arrays]
+        total = torch.cat([array.reshape(-1) for array in arrays])
+        total = summed_along(total, mesh, axes)
+        return [
+            piece.reshape(array.shape)
+            for piece, array in zip(total.split(sizes), arrays, strict=True)
+        ]
+
+    return reduce
+
+
+def check_parts(built: Built) -> None:
+    """Raise ValueError where leaves are distributed in a way that this kind of step cannot take."""
+    parts = [leaf.part for leaf in built.leaves.values()]
+    if all(part.mesh is None for part in parts):
+        return
+    ways = {(id(part.mesh), tuple(isinstance(p, Shard) for p in part.placements)) for part in parts}
+    if len(ways) > 1:
+        msg = (
+            '`curvature` other than "none", and a step size for every weight, need all parameters '
+            "to be sharded along the same dimensions of one mesh; these are not."
+        )
+        raise ValueError(msg)
+    for name, view in built.plan.blocks.views.items():
+        if view != () and not built.plan.blocks.partition.per_leaf:
+            msg = (
+                f'`blocks` gives {name!r} several step sizes; with `curvature` other than "none" '
+                "a sharded parameter can have one alone."
+            )
+            raise ValueError(msg)

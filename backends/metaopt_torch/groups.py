@@ -1,0 +1,173 @@
+"""From parameter groups to the core's configuration: names, rules, blocks, step sizes, bounds."""
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import metaopt as mo
+from metaopt.arrays import per_leaf
+from metaopt.blocks import Blocks, Partition
+from metaopt.plan import rules_by_leaf
+from metaopt.rules import Rule
+
+__all__ = ["ByGroup", "Rules", "check_groups", "check_lr", "configured", "named"]
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ByGroup(Partition):
+    """Leaves of groups with a block name in the block of that name, the others as `rest` says.
+
+    Parameters
+    ----------
+    named : tuple of (leaf name, block name)
+    rest : Partition
+    """
+
+    named: tuple[tuple[str, str], ...]
+    rest: Partition
+
+    def assign(self, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """Return the block of a leaf; see `metaopt.blocks.Partition`."""
+        block = dict(self.named).get(name)
+        return self.rest.assign(name, shape) if block is None else (block, ())
+
+    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> Blocks:
+        """Return the blocks of leaves with these shapes."""
+        others = {name: shape for name, shape in shapes.items() if name not in dict(self.named)}
+        if others:
+            self.rest.bind(others)  # whose patterns have to fit these
+        return super().bind(shapes)
+
+
+class Rules:
+    """The rules of `base` with the weight decay of a group; equal ones are one object."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Rule] = {}
+
+    def decayed(self, rule: Rule, weight_decay: float | None) -> Rule:
+        """Return the rule with a group's weight decay; None is the rule's own."""
+        if weight_decay is None or weight_decay == rule.weight_decay:
+            return rule
+        key = (id(rule), weight_decay)
+        if key not in self._made:
+            if len(self._made) > 100:  # a schedule of weight decay leaves one behind every step
+                self._made.clear()
+            self._made[key] = replace(rule, weight_decay=weight_decay)  # type: ignore[type-var]
+        return self._made[key]
+
+
+def named(groups: Sequence[Group]) -> list[tuple[str, Tensor, Group]]:
+    """Return all parameters with their names and groups; without a name they are numbered."""
+    found: list[tuple[str, Tensor, Group]] = []
+    for group in groups:
+        names = group.get("param_names")
+        for index, param in enumerate(group["params"]):
+            found.append((str(len(found)) if names is None else names[index], param, group))
+    return found
+
+
+def check_groups(groups: Sequence[Group]) -> None:
+    """Raise where groups hold what cannot be optimized, or options that are none."""
+    seen = set()
+    for name, param, _ in named(groups):
+        if name in seen:
+            msg = f"`params` has two parameters called {name!r}; names must differ."
+            raise ValueError(msg)
+        seen.add(name)
+        if param.layout != torch.strided or not param.is_floating_point():
+            got = param.dtype if param.layout == torch.strided else param.layout
+            msg = f"`params[{name!r}]` must be dense, real and floating; got {got}."
+            raise TypeError(msg)
+    for group in groups:
+        check_lr(group["lr"])
+        decay, block = group["weight_decay"], group["block"]
+        if decay is not None and not (
+            isinstance(decay, int | float) and 0.0 <= decay < float("inf")
+        ):
+            msg = f"`weight_decay` must be a finite number, not negative; got {decay!r}."
+            raise ValueError(msg)
+        if block is not None and not isinstance(block, str):
+            msg = f"`block` must be the name of a block, or None; got {block!r}."
+            raise TypeError(msg)
+
+
+def check_lr(lr: Any) -> None:
+    """Raise unless a group's `lr` is a number that is not negative, or a tensor of one number."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            msg = f"`lr` must be a number or a tensor of one; got shape {tuple(lr.shape)}."
+            raise ValueError(msg)
+    elif not isinstance(lr, int | float) or not 0.0 <= lr < float("inf"):
+        msg = f"`lr` must be a finite number, not negative; got {lr!r}."
+        raise ValueError(msg)
+
+
+def configured(config: mo.MetaOptimize, groups: Sequence[Group], rules: Rules) -> mo.MetaOptimize:
+    """Return what the groups make of the configuration given to the optimizer.
+
+    Raises
+    ------
+    ValueError
+        If groups that share a block disagree on its step size or bounds.
+    """
+    leaves = named(groups)
+    of_base = rules_by_leaf(config.base, per_leaf((name, param) for name, param, _ in leaves))
+    of_leaf = {
+        name: rules.decayed(of_base[name], group["weight_decay"]) for name, _, group in leaves
+    }
+    base: Any = config.base
+    if any(of_leaf[name] is not of_base[name] for name in of_leaf):
+        base = {glob.escape(name): rule for name, rule in of_leaf.items()}
+    blocks: Any = config.blocks
+    by_group = tuple(
+        (name, group["block"]) for name, _, group in leaves if group["block"] is not None
+    )
+    if by_group:
+        blocks = ByGroup(by_group, mo.blocks.partition(config.blocks))
+    plain = replace(config, base=base, blocks=blocks, bounds=None)
+    family_of = plain.plan({name: param for name, param, _ in leaves}).blocks.family_of
+    return replace(
+        plain,
+        step_size=_by_block("step_size", config.step_size, leaves, family_of),
+        bounds=_by_block("bounds", config.bounds, leaves, family_of),
+    )
+
+
+def _by_block(
+    option: str,
+    default: Any,
+    leaves: Sequence[tuple[str, Tensor, Group]],
+    family_of: Mapping[str, str],
+) -> Any:
+    """Return an option of groups, None being the default, as one value or by block."""
+    for key in default if isinstance(default, Mapping) else ():
+        if key not in family_of.values():
+            known = ", ".join(dict.fromkeys(family_of.values()))
+            msg = f"`{option}` has unknown block {key!r}; expected any of: {known}."
+            raise ValueError(msg)
+    found: dict[str, Any] = {}
+    for name, _, group in leaves:
+        key, value = family_of[name], group[option]
+        if value is None:
+            value = default.get(key) if isinstance(default, Mapping) else default
+        if key in found and not _same(found[key], value):
+            msg = (
+                f"`{option}` of block {key!r} is {found[key]!r} in one group and {value!r} in "
+                "another; groups that share a block must agree."
+            )
+            raise ValueError(msg)
+        found[key] = value
+    values = list(found.values())
+    return values[0] if all(_same(value, values[0]) for value in values) else found
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or bool(np.all(np.asarray(one == other)))

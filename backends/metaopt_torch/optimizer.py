@@ -1,0 +1,419 @@
+"""MetaOptimizer, a `torch.optim.Optimizer` whose step sizes tune themselves."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import metaopt as mo
+from metaopt.arrays import per_leaf
+from metaopt.rules import Rule
+from metaopt_torch import curvature as curvatures
+from metaopt_torch import rounding as roundings
+from metaopt_torch.build import Built, build
+from metaopt_torch.compiler import missing
+from metaopt_torch.core_state import take, whole
+from metaopt_torch.core_step import check_parts, core_step, reduction
+from metaopt_torch.curvature import RandomState, by_autograd, by_central_difference
+from metaopt_torch.groups import check_groups, check_lr
+from metaopt_torch.hessian_free import HessianFree
+from metaopt_torch.shards import placed
+
+__all__ = ["MetaOptimizer"]
+
+
+class MetaOptimizer(torch.optim.Optimizer):
+    r"""Wraps a base update and adapts its step sizes online with a meta update.
+
+    docs/mathematics.md; `metaopt.MetaOptimize` describes the options that both have.
+
+    Parameters
+    ----------
+    params : iterable of tensors, of (name, tensor), or of dicts
+        As for every optimizer of torch's. Named parameters, `model.named_parameters()`, give
+        `blocks` and `base` their names; parameters without names are called "0", "1" and so on.
+        A group may have its own `lr`, `weight_decay`, `maximize`, `step_size`, `bounds`, and
+        `block`: the name of the block that all its leaves share.
+    base, meta : Rule
+        The update of the weights, or several by name pattern, and that of the step sizes.
+    step_size, meta_lr, discount, blocks, sigma, bounds, approximation, curvature, trace, \
+meta_first, skip_nonfinite
+        As for `metaopt.MetaOptimize`.
+    lr : float or tensor, default 1.0
+        Multiplies the learned step sizes; what learning-rate schedulers drive. 0 freezes.
+    weight_decay : float, optional
+        In place of that of the rules.
+    maximize : bool, default False
+    hvp : {"autograd", "central"}, default "autograd"
+        Where Hessian-vector products for `curvature="exact"` come from: from gradients made by
+        `backward`, by differentiating them, or from gradients of displaced parameters, for which
+        `step` needs a closure.
+    rounding : {"nearest", "stochastic", "kahan"}, default "nearest"
+        Of bfloat16 and float16 parameters, whose small steps would be lost: "stochastic" rounds up
+        or down at random (bfloat16 alone), "kahan" keeps what was lost in one more array of the
+        parameter's dtype.
+    compile : bool, optional
+        Whether to compile the step with `torch.compile`. By default where a compiler is found.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as described, or two do not go together.
+
+    Examples
+    --------
+    >>> import metaopt as mo
+    >>> model = torch.nn.Linear(3, 1)
+    >>> opt = MetaOptimizer(model.parameters(), base=mo.AdamW(), meta=mo.Lion(), compile=False)
+    >>> loss = model(torch.ones(4, 3)).square().mean()
+    >>> loss.backward()
+    >>> opt.step()
+    >>> sorted(opt.step_sizes())
+    ['all']
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        base: Rule | Mapping[str, Rule],
+        meta: Rule,
+        step_size: float | Mapping[str, Any] = 1e-4,
+        meta_lr: float = 1e-3,
+        discount: float = 1.0,
+        blocks: Any = "scalar",
+        sigma: Any = "exp",
+        bounds: Any = None,
+        approximation: str = "l",
+        curvature: Any = "none",
+        trace: str = "update",
+        meta_first: bool = False,
+        skip_nonfinite: bool = False,
+        lr: float | Tensor = 1.0,
+        weight_decay: float | None = None,
+        maximize: bool = False,
+        hvp: str = "autograd",
+        rounding: str = "nearest",
+        compile: bool | None = None,
+    ) -> None:
+        for name, value, choices in (
+            ("hvp", hvp, curvatures.CHOICES),
+            ("rounding", rounding, roundings.CHOICES),
+        ):
+            if value not in choices:
+                msg = f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}."
+                raise ValueError(msg)
+        self._given = mo.MetaOptimize(
+            base=base,
+            meta=meta,
+            step_size=step_size,
+            meta_lr=meta_lr,
+            discount=discount,
+            blocks=blocks,
+            sigma=sigma,
+            bounds=bounds,
+            approximation=approximation,
+            curvature=curvature,
+            trace=trace,
+            meta_first=meta_first,
+            skip_nonfinite=skip_nonfinite,
+        )
+        self._hvp, self._rounding, self._compile = hvp, rounding, compile
+        self._built: Built | None = None
+        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, options | {"block": None, "step_size": None, "bounds": None})
+        self._build()
+
+    def _build(self) -> None:
+        known = {} if self._built is None else self._built.leaves
+        built = build(
+            self._given,
+            self.param_groups,
+            self.state,
+            kahan=self._rounding == "kahan",
+            known=known,
+        )
+        self._in_core = built.plan.curvature != "none" or built.vectors.per_leaf
+        if self._in_core:
+            check_parts(built)
+        self._engine = HessianFree(built, self._rounding, self._compiler())
+        self._built = built
+
+    def _compiler(self) -> bool:
+        """Say whether to compile; warn where that was left open and cannot be."""
+        if self._compile is not None:
+            return self._compile
+        devices = {param.device for group in self.param_groups for param in group["params"]}
+        lacking = [text for device in devices if (text := missing(device)) is not None]
+        if lacking:
+            warnings.warn(
+                f"torch.compile finds no {lacking[0]}: steps are run eagerly, several times "
+                "slower. Pass `compile=False` for that without this warning.",
+                stacklevel=4,
+            )
+        return not lacking
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, also in mid-training.
+
+        Parameters
+        ----------
+        param_group : dict
+            As for the constructor.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an option is unknown or wrong; nothing is changed then.
+        """
+        known = {"params", "param_names", "initial_lr", *self.defaults}
+        unknown = [key for key in param_group if key not in known]
+        if unknown:
+            msg = (
+                f"`params` has a group with the unknown option {unknown[0]!r}; "
+                f"known: {', '.join(sorted(known))}."
+            )
+            raise ValueError(msg)
+        before = list(self.param_groups)
+        super().add_param_group(param_group)
+        try:
+            check_groups(self.param_groups)
+            if self._built is not None:
+                self._build()
+        except Exception:
+            self.param_groups[:] = before
+            raise
+
+    @property
+    def config(self) -> mo.MetaOptimize:
+        """The core's configuration, with what the groups say."""
+        self._refresh()
+        return self._ready.config
+
+    @property
+    def _ready(self) -> Built:
+        assert self._built is not None
+        return self._built
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients those of a loss, in a form that can be differentiated again.
+
+        In place of `loss.backward()` for `curvature="exact"` with `hvp="autograd"`.
+
+        Parameters
+        ----------
+        loss : tensor, shape ()
+        """
+        leaves = [leaf.param for leaf in self._ready.leaves.values() if leaf.param.requires_grad]
+        found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        for param, grad in zip(leaves, found, strict=True):
+            if grad is not None:
+                param.grad = grad if param.grad is None else param.grad + grad
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        hvp: Callable[..., Any] | None = None,
+        third: Callable[..., Any] | None = None,
+        hessian_diagonal: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Make a step with the gradients that are there.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss and its gradients, and returns the loss.
+        hvp, third, hessian_diagonal : optional
+            As for `metaopt.MetaOptimize.step`, in place of the optimizer's own.
+
+        Returns
+        -------
+        What `closure` returned, or None.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a gradient is sparse, a group's option is wrong, or what `curvature` needs is
+            missing. Nothing is changed then.
+        """
+        exact = self._ready.plan.curvature == "exact" and hvp is None
+        if exact and self._hvp == "central" and closure is None:
+            msg = '`step` needs a closure for `hvp="central"`: gradients of displaced parameters.'
+            raise ValueError(msg)
+        random = None
+        if exact and self._hvp == "central":
+            random = RandomState({leaf.param.device for leaf in self._ready.leaves.values()})
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            grads = self._grads()
+            if not self._in_core:
+                self._engine.step(grads)
+                return loss
+            derivatives = {"hvp": hvp, "third": third, "hessian_diagonal": hessian_diagonal}
+            if exact and grads:
+                derivatives |= self._derivatives(grads, closure, random, third)
+            core_step(self._ready, grads, self._rounding, derivatives)
+            for leaf in self._ready.leaves.values():
+                if leaf.param.grad is not None and leaf.param.grad.requires_grad:
+                    leaf.param.grad = leaf.param.grad.detach()  # and let go of the graph
+        return loss
+
+    def _derivatives(
+        self, grads: Mapping[str, Tensor], closure: Any, random: Any, third: Any
+    ) -> dict[str, Any]:
+        """Return where second derivatives come from."""
+        params = {name: leaf.param for name, leaf in self._ready.leaves.items()}
+        if self._hvp == "central":
+            reduce = reduction(self._ready.leaves)
+            return {"hvp": by_central_difference(closure, params, grads, random, reduce)}
+        hvp, by_twice = by_autograd(grads, params)
+        return {"hvp": hvp, "third": by_twice if third is None else third}
+
+    def _grads(self) -> dict[str, Tensor]:
+        """Return the gradients by name, after a look at what may have changed since last time."""
+        for group in self.param_groups:
+            check_lr(group["lr"])
+        if self._ready.follow() and self._in_core:
+            self._build()  # the core reads rules from its configuration
+        grads = {
+            name: leaf.param.grad
+            for name, leaf in self._ready.leaves.items()
+            if leaf.param.grad is not None
+        }
+        for name, grad in grads.items():
+            if grad.layout != torch.strided:
+                msg = f"The gradient of {name!r} must be dense; got layout {grad.layout}."
+                raise TypeError(msg)
+        if any(not self._ready.leaves[name].state for name in grads):
+            self._build()  # a parameter that was frozen has a gradient now
+        return {name: placed(grad, self._ready.leaves[name].param) for name, grad in grads.items()}
+
+    def step_sizes(self) -> dict[str, Tensor]:
+        """Return the learned step sizes by block, before the multiplier `lr`; nothing is copied.
+
+        Returns
+        -------
+        dict of block name to tensor
+            As `metaopt.MetaOptimize.step_sizes`; on the device, float32 or wider.
+        """
+        return dict(self._by_name(self._ready.config.slopes(self._per_block("beta"))[0]))
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return what tells how the adaptation is doing; tensors, nothing is copied to the host.
+
+        With sharded parameters this is a collective call: trace norms are sums over all devices.
+
+        Returns
+        -------
+        dict
+            "beta", "meta_grad" and "trace_norm", each a mapping like `step_sizes`; "restarts";
+            "skipped". See `metaopt.MetaOptimize.diagnostics`.
+        """
+        return self._ready.config.diagnostics(self.core_state())
+
+    def core_state(self) -> mo.State:
+        """Return the state in the core's form, copied, for `metaopt.save` and other libraries.
+
+        With sharded parameters this is a collective call: every device gets the whole state.
+        """
+        self._refresh()
+        return whole(self._ready, restarts=not self._in_core and not self._engine.two_passes)
+
+    def load_core_state(self, state: mo.State) -> None:
+        """Take a state in the core's form, such as `metaopt.load` returns.
+
+        Parameters
+        ----------
+        state : metaopt.State
+            Of tensors, of the whole parameters, made with `config`.
+
+        Raises
+        ------
+        ValueError
+            If it is the state of another configuration or of other parameters. Nothing is changed
+            then.
+        """
+        self._refresh()
+        self._ready.config.step_sizes(state)  # which checks it
+        take(self._ready, state)
+        for leaf in self._ready.leaves.values():
+            leaf.steps = int(state.count[leaf.name])
+        self._build()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; in its own dtypes, whatever those of the parameters.
+
+        Parameters
+        ----------
+        state_dict : dict
+
+        Raises
+        ------
+        ValueError
+            If it belongs to other parameters, to another configuration or another optimizer.
+            Nothing is changed then.
+        """
+        groups = state_dict["param_groups"]
+        mismatch = self._ready.vectors.mismatch(groups)
+        if len(groups) == len(self.param_groups) and mismatch is not None:
+            msg = f"`state_dict` does not fit this optimizer: {mismatch}."
+            raise ValueError(msg)
+        self._loading = True
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._loading = False
+        params = [param for group in self.param_groups for param in group["params"]]
+        numbers = [number for group in groups for number in group["params"]]
+        for number, param in zip(numbers, params, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                # torch casts to the parameter's dtype, which would lose half of a trace
+                device = param.device if isinstance(value, Tensor) else None
+                self.state[param][key] = value.detach().to(device, copy=True)
+        self._built = None
+        self._build()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle consists of."""
+        own = ("_given", "_hvp", "_rounding", "_compile")
+        return super().__getstate__() | {name: self.__dict__[name] for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` or `load_state_dict` hands over."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+        if not self.__dict__.get("_loading", False):
+            self._built = None
+            self._build()
+
+    def __repr__(self) -> str:
+        """Return the rules and the options of the groups."""
+        given = self._given
+        lines = [f"MetaOptimizer(base={given.base!r}, meta={given.meta!r}"]
+        for index, group in enumerate(self.param_groups):
+            options = ", ".join(f"{name}={group[name]!r}" for name in self.defaults)
+            lines.append(f"    group {index}: {len(group['params'])} parameters, {options}")
+        return "\n".join([*lines, ")"])
+
+    def _per_block(self, name: str) -> Any:
+        """Return what `State` calls by this name, values per block."""
+        if not self._ready.vectors.per_leaf:
+            return self._ready.vectors[name]
+        leaves = self._ready.leaves.values()
+        return per_leaf((leaf.name, leaf.state[name]) for leaf in leaves if leaf.state)
+
+    def _by_name(self, values: Any) -> Mapping[str, Tensor]:
+        return values if isinstance(values, Mapping) else self._ready.plan.blocks.by_name(values)
+
+    def _refresh(self) -> None:
+        """See what groups say of weight decay now."""
+        if self._ready.follow():
+            self._build()

@@ -1,0 +1,28 @@
+"""How parameters narrower than the state are rounded."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["CHOICES", "rounded"]
+
+CHOICES = ("nearest", "stochastic", "kahan")
+
+
+def rounded(value: Tensor, dtype: torch.dtype, rounding: str) -> Tensor:
+    """Return `value` in a narrower dtype.
+
+    Parameters
+    ----------
+    value : float32 or float64 tensor
+    dtype : dtype
+    rounding : {"nearest", "stochastic", "kahan"}
+        "stochastic" rounds up with the probability that makes the expectation right, for bfloat16;
+        "kahan" to nearest, for the caller keeps what is lost.
+    """
+    if rounding != "stochastic" or dtype != torch.bfloat16:
+        return value.to(dtype)
+    # a bfloat16 is the upper half of a float32: add noise to the lower half, and cut it off
+    bits = value.view(torch.int32)
+    noise = torch.randint(0, 2**16, bits.shape, dtype=torch.int32, device=bits.device)
+    cut = torch.bitwise_and(bits + noise, -(2**16)).view(torch.float32)
+    return torch.where(torch.isfinite(value), cut, value).to(dtype)

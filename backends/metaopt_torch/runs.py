@@ -1,0 +1,278 @@
+"""Which leaves a pass takes together, and the buffers it works on.
+
+A leaf that is large enough is a run by itself: a pass works on its own memory. Small leaves of
+equal rule, dtypes, device, options and count are packed: their state lies in common buffers, the
+parameters and gradients are copied in, the parameters back. Where a run has one block its buffers
+are flat, elsewhere they are matrices with a block for every row.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.rules import Rule
+from metaopt_torch.shards import Part, local
+
+__all__ = ["Leaf", "Order", "Run", "Scratch", "grouped", "order_of"]
+
+#: Leaves of fewer numbers are packed, into runs of so many: on a CPU, and elsewhere.
+SMALL, PACK = {"cpu": 2**16}, {"cpu": 2**18}
+SMALL_ELSEWHERE, PACK_ELSEWHERE = 2**20, 2**23
+#: Row of a pack of leaves with a block each; they are padded to whole rows.
+ROW = 64
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order a part's numbers lie in a buffer: the axes of its blocks first.
+
+    Parameters
+    ----------
+    axes : tuple of int
+        A permutation.
+    rows, length : int
+        Numbers of the leading axes, which have a block for each index, and of the others.
+    in_place : bool
+        Whether the parameter's memory is in this order already.
+    """
+
+    axes: tuple[int, ...]
+    rows: int
+    length: int
+    in_place: bool
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the part's shape as (rows, length), a view where that is possible."""
+        return tensor.permute(self.axes).reshape(self.rows, self.length)
+
+    def shaped(self, buffer: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return (rows, length) numbers as a view of the part's shape: the inverse of `flat`."""
+        inverse = sorted(range(len(self.axes)), key=self.axes.__getitem__)
+        return buffer.reshape([shape[axis] for axis in self.axes]).permute(inverse)
+
+
+def order_of(tensor: Tensor, view: Sequence[int]) -> Order:
+    """Return the order for a part whose blocks lie along it as `view` (section 9)."""
+    shape, stride = tensor.shape, tensor.stride()
+    padded = (1,) * (tensor.dim() - len(view)) + tuple(view)
+    blocked = [axis for axis in range(tensor.dim()) if padded[axis] != 1]
+    others = sorted(
+        (axis for axis in range(tensor.dim()) if axis not in blocked),
+        key=lambda axis: -stride[axis],
+    )
+    axes = (*blocked, *others)
+    return Order(
+        axes,
+        math.prod(shape[axis] for axis in blocked),
+        math.prod(shape[axis] for axis in others),
+        tensor.permute(axes).is_contiguous(),
+    )
+
+
+@dataclass(eq=False)
+class Leaf:
+    """One parameter and what belongs to it.
+
+    Parameters
+    ----------
+    name : str
+    param : tensor
+    group : dict
+        Its parameter group.
+    rule : Rule
+    dtype : dtype
+        Compute dtype.
+    part : Part
+        What this device holds.
+    order : Order
+    blocks : integer tensor (rows,), on the CPU
+        Block of each row.
+    state : dict
+        The optimizer's for this parameter.
+    steps : int
+        Calls of `step` in which it had a gradient: leaves that are packed have it in common.
+    """
+
+    name: str
+    param: Tensor
+    group: dict[str, Any]
+    rule: Rule
+    dtype: torch.dtype
+    part: Part
+    order: Order
+    blocks: Tensor
+    state: dict[str, Any]
+    steps: int = 0
+
+    @property
+    def buffered(self) -> tuple[str, ...]:
+        """Keys of what a pass reads and writes of the state, of the part's shape."""
+        kept = ("trace", "compensation") if "compensation" in self.state else ("trace",)
+        return (*self.rule.slots, *kept)
+
+
+class Run:
+    """Leaves that one pass takes together.
+
+    Parameters
+    ----------
+    leaves : sequence of Leaf
+        With all but `param` in common that a pass looks at.
+
+    Attributes
+    ----------
+    index : int, or integer tensor (rows,)
+        The one block, where buffers are flat; the block of each row.
+    state : mapping of key to tensor
+        The leaves' state as buffers, of which `Leaf.state` has views.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf]) -> None:
+        self.leaves = leaves
+        first = leaves[0]
+        self.device = local(first.param).device
+        lengths = [leaf.order.rows * leaf.order.length for leaf in leaves]
+        blocks = torch.cat([leaf.blocks for leaf in leaves])
+        single = len(blocks) == len(leaves)
+        self.flat = single and bool((blocks == blocks[0]).all())
+        self.padded = single and not self.flat
+        if self.flat:
+            self.index: Any = int(blocks[0])
+            self.shape: tuple[int, ...] = (sum(lengths),)
+        elif self.padded:
+            rows = [_rows(length) for length in lengths]
+            self.index = torch.repeat_interleave(blocks, torch.tensor(rows)).to(self.device)
+            self.shape = (sum(rows), ROW)
+        else:
+            self.index = blocks.to(self.device)
+            self.shape = (len(blocks), first.order.length)
+        self._lengths = lengths
+        self._packed = len(leaves) > 1 or self.padded
+        self._scratch: list[tuple[Tensor, list[Tensor]]] = []
+        self.state = {key: self._adopted(key) for key in first.buffered}
+
+    @property
+    def mesh(self) -> Any:
+        """The mesh of devices that the leaves are distributed over; None for plain tensors."""
+        return self.leaves[0].part.mesh
+
+    @property
+    def counts(self) -> bool:
+        """Whether this device's sums count, see `metaopt_torch.shards.Part`."""
+        return self.leaves[0].part.counts
+
+    def pick(self, values: Tensor) -> Tensor:
+        """Return values per block in a shape that goes with the buffers."""
+        return values[self.index] if self.flat else values[self.index].unsqueeze(1)
+
+    def buffers(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the parameters and gradients as buffers."""
+        if not self._packed:
+            (leaf,) = self.leaves
+            order = leaf.order
+            return (
+                order.flat(local(leaf.param)).view(self.shape),
+                order.flat(local(grads[0])).reshape(self.shape),
+            )
+        params = [local(leaf.param) for leaf in self.leaves]
+        for (buffer, views), tensors in zip(
+            self._scratch, (params, [local(grad) for grad in grads]), strict=True
+        ):
+            if self.padded:
+                buffer.zero_()
+            torch._foreach_copy_(views, tensors)
+        return self._scratch[0][0], self._scratch[1][0]
+
+    def written(self, param: Tensor) -> None:
+        """Copy the buffer of the parameters back to them, where it is not their own memory."""
+        if self._packed:
+            torch._foreach_copy_([local(leaf.param) for leaf in self.leaves], self._scratch[0][1])
+        elif not self.leaves[0].order.in_place:
+            leaf = self.leaves[0]
+            local(leaf.param).copy_(leaf.order.shaped(param, leaf.part.shape))
+
+    def lend(self, scratch: "Scratch") -> None:
+        """Take buffers that parameters and gradients are copied to from what others use too."""
+        if self._packed:
+            dtype = self.leaves[0].param.dtype
+            self._scratch = [
+                (buffer, self._views(buffer))
+                for buffer in scratch.buffers(math.prod(self.shape), dtype, self.device)
+            ]
+            self._scratch = [(buffer.view(self.shape), views) for buffer, views in self._scratch]
+
+    def _adopted(self, key: str) -> Tensor:
+        """Return the leaves' tensors of the state as one buffer, of which they become views."""
+        tensors = [local(leaf.state[key]) for leaf in self.leaves]
+        order = self.leaves[0].order
+        if not self._packed and tensors[0].permute(order.axes).is_contiguous():
+            return order.flat(tensors[0]).view(self.shape)
+        buffer = torch.zeros(self.shape, dtype=tensors[0].dtype, device=self.device)
+        for leaf, tensor, view in zip(self.leaves, tensors, self._views(buffer), strict=True):
+            view.copy_(tensor)
+            whole = leaf.state[key]
+            leaf.state[key] = leaf.part.wrap(view, whole.shape, whole.stride())
+        return buffer
+
+    def _views(self, buffer: Tensor) -> list[Tensor]:
+        """Return the leaves' places in a buffer, in the shape of each."""
+        sizes = [_rows(length) * ROW if self.padded else length for length in self._lengths]
+        return [
+            leaf.order.shaped(piece[:length], leaf.part.shape)
+            for leaf, piece, length in zip(
+                self.leaves, buffer.view(-1).split(sizes), self._lengths, strict=True
+            )
+        ]
+
+
+class Scratch:
+    """Buffers that packs use one after the other."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, list[Tensor]] = {}
+
+    def buffers(self, size: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """Return two buffers of this size."""
+        key = (dtype, device)
+        if key not in self._kept or len(self._kept[key][0]) < size:
+            self._kept[key] = [torch.zeros(size, dtype=dtype, device=device) for _ in range(2)]
+        return [buffer[:size] for buffer in self._kept[key]]
+
+
+def _rows(length: int) -> int:
+    """Return how many rows of a padded pack a leaf takes."""
+    return -(-length // ROW)
+
+
+def grouped(leaves: Iterable[Leaf], known: Mapping[Any, Run]) -> dict[Any, Run]:
+    """Return runs of these leaves, those of `known` that hold the same ones among them."""
+    groups: dict[Any, list[Leaf]] = {}
+    packs: dict[Any, int] = {}
+    for leaf in leaves:
+        numbers = leaf.order.rows * leaf.order.length
+        if numbers == 0:
+            continue
+        kind = local(leaf.param).device.type
+        small = SMALL.get(kind, SMALL_ELSEWHERE)
+        key: Any = (id(leaf),)
+        if numbers < small:
+            key = (
+                *(id(leaf.rule), id(leaf.group), leaf.steps, id(leaf.part.mesh)),
+                *(leaf.part.counts, leaf.dtype, leaf.param.dtype, local(leaf.param).device),
+                0 if leaf.order.rows == 1 else leaf.order.length,
+            )
+            filled = packs.get(key, 0) + _rows(numbers) * ROW
+            packs[key] = filled
+            key = (*key, filled // PACK.get(kind, PACK_ELSEWHERE))
+        groups.setdefault(key, []).append(leaf)
+    runs, scratch = {}, Scratch()
+    for members in groups.values():
+        key = tuple(id(leaf) for leaf in members)
+        runs[key] = known[key] if key in known else Run(members)
+    for run in sorted(runs.values(), key=lambda run: -math.prod(run.shape)):
+        run.lend(scratch)  # the largest first, so that all have the same
+    return runs

@@ -1,0 +1,113 @@
+"""What one device holds of a parameter, and sums over all devices.
+
+A plain tensor is its own only part. A DTensor is distributed over a mesh of devices: sharded along
+some dimensions of the mesh, replicated along the others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+__all__ = ["Part", "gathered", "local", "part_of", "placed", "summed", "summed_along", "window"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this device holds of a tensor, the very memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a copy of the whole of a tensor, wherever its parts are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def placed(grad: Tensor, param: Tensor) -> Tensor:
+    """Return a gradient distributed as its parameter is."""
+    if isinstance(grad, DTensor) and grad.placements != param.placements:
+        return grad.redistribute(placements=param.placements)
+    return grad
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where this device's part of a parameter lies.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of the part.
+    offset : tuple of int
+        Of its first entry in the whole.
+    mesh : DeviceMesh or None
+        None for a plain tensor.
+    placements : tuple of Placement
+    """
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    mesh: DeviceMesh | None = None
+    placements: tuple[Placement, ...] = ()
+
+    @property
+    def counts(self) -> bool:
+        """Whether this device's sums count: of a part that several hold those of one alone do."""
+        if self.mesh is None:
+            return True
+        coordinates = self.mesh.get_coordinate() or ()
+        return all(
+            at == 0 or isinstance(placement, Shard)
+            for at, placement in zip(coordinates, self.placements, strict=True)
+        )
+
+    def wrap(self, tensor: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+        """Return a tensor of the part as one of the whole; leading axes are those of columns."""
+        if self.mesh is None:
+            return tensor
+        lead = len(shape) - len(self.shape)
+        return DTensor.from_local(
+            tensor,
+            self.mesh,
+            [Shard(p.dim + lead) if isinstance(p, Shard) else p for p in self.placements],
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=tuple(stride),
+        )
+
+
+def part_of(tensor: Tensor) -> Part:
+    """Return where this device's part of a tensor lies."""
+    if not isinstance(tensor, DTensor):
+        return Part(tuple(tensor.shape), (0,) * tensor.dim())
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return Part(tuple(shape), tuple(offset), tensor.device_mesh, tuple(tensor.placements))
+
+
+def window(values: Tensor, part: Part) -> Tensor:
+    """Return what belongs to a part, of values that along its axes have all entries or one."""
+    lead = values.dim() - len(part.shape)
+    for axis, (start, length) in enumerate(zip(part.offset, part.shape, strict=True)):
+        if values.shape[lead + axis] != 1:
+            values = values.narrow(lead + axis, start, length)
+    return values
+
+
+def summed(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return the sum of a tensor over all devices of a mesh, by one collective."""
+    group: Any = mesh if mesh.ndim == 1 else mesh._flatten()
+    return collectives.all_reduce(tensor, "sum", group)
+
+
+def summed_along(tensor: Tensor, mesh: DeviceMesh, axes: Sequence[int]) -> Tensor:
+    """Return the sum of a tensor over the devices along some dimensions of a mesh."""
+    for axis in axes:
+        tensor = collectives.all_reduce(tensor, "sum", (mesh, axis))
+    return tensor

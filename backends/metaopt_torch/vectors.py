@@ -1,0 +1,140 @@
+"""The state of blocks: vectors, of which every parameter group holds the part of its own blocks.
+
+What lies in parameter groups is kept by `state_dict`, by torch.distributed.checkpoint and by
+`load_state_dict` in its own dtype. A block belongs to the first group that has a leaf in it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import metaopt as mo
+from metaopt.plan import Plan
+
+__all__ = ["Vectors", "name_of_trace"]
+
+Group = dict[str, Any]
+
+
+class Vectors:
+    """The state of blocks, by name.
+
+    "beta", "meta_grad", "meta_<slot>" and "beta_trace<_slot>" have an entry per block along their
+    last axis, "restarts" one per block too, "meta_count" one per family; "step" and "skipped" are
+    single numbers. At weight level what belongs to blocks lies with the parameters instead.
+
+    Parameters
+    ----------
+    config : MetaOptimize
+    plan : Plan
+    owners : mapping of leaf name to int
+        Index of each leaf's group.
+    device : device
+    """
+
+    def __init__(
+        self,
+        config: mo.MetaOptimize,
+        plan: Plan,
+        owners: Mapping[str, int],
+        device: torch.device,
+    ) -> None:
+        blocks = plan.blocks
+        self.per_leaf = blocks.partition.per_leaf
+        owner_of: dict[str, int] = {}
+        for name, key in blocks.family_of.items():
+            owner_of.setdefault(key, owners[name])
+        count = 1 + max(owners.values())
+        sizes = {"family": [0] * count, "block": [0] * count, "one": [1] + [0] * (count - 1)}
+        for key, family in blocks.families.items():
+            sizes["family"][owner_of[key]] += 1
+            sizes["block"][owner_of[key]] += family.size
+        self._sizes = sizes
+        self._kinds = {"restarts": "family" if self.per_leaf else "block", "meta_count": "family"}
+        self._kinds |= {"step": "one", "skipped": "one"}
+        shapes: dict[str, Any] = {
+            "restarts": plan.state["restarts"],
+            "meta_count": plan.state["meta_count"],
+            "step": plan.state["step"],
+            "skipped": plan.state["skipped"],
+        }
+        self._slots: tuple[str, ...] = () if self.per_leaf else tuple(config.meta.slots)
+        self._feeding: tuple[str, ...] = () if self.per_leaf else plan.beta_feeding
+        if not self.per_leaf:
+            shapes |= {"beta": plan.state["beta"], "meta_grad": plan.state["meta_grad"]}
+            shapes |= {f"meta_{slot}": plan.state["meta_slots"][slot] for slot in self._slots}
+            shapes |= {name_of_trace(key): plan.state["beta_trace"][key] for key in self._feeding}
+        for name in shapes:
+            self._kinds.setdefault(name, "block")
+        self._held = {
+            name: torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+            for name, spec in shapes.items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a vector, the memory of which the groups have views."""
+        return self._held[name]
+
+    def names(self) -> list[str]:
+        """Return the names of all vectors."""
+        return list(self._held)
+
+    @property
+    def slots(self) -> "OrderedDict[str, Tensor]":
+        """The moments of the meta update."""
+        return OrderedDict((slot, self[f"meta_{slot}"]) for slot in self._slots)
+
+    @property
+    def traces(self) -> "OrderedDict[str, Tensor]":
+        """`State.beta_trace`."""
+        return OrderedDict((key, self[name_of_trace(key)]) for key in self._feeding)
+
+    def fill(self, name: str, values: Tensor) -> None:
+        """Write a vector, or what there is of its beginning."""
+        held = self._held[name]
+        held[tuple(slice(None, length) for length in values.shape)].copy_(values)
+
+    def mismatch(self, groups: Sequence[Group]) -> str | None:
+        """Return what groups hold that does not fit, None if everything does."""
+        for index, group in enumerate(groups):
+            for name, expected in self._parts(index):
+                found = group.get(name)
+                if found is not None and tuple(found.shape) != tuple(expected.shape):
+                    return (
+                        f"{name!r} of group {index} has shape {tuple(found.shape)}; "
+                        f"expected {tuple(expected.shape)}"
+                    )
+        return None
+
+    def read(self, groups: Sequence[Group]) -> None:
+        """Take the values that groups hold, where they hold any."""
+        for index, group in enumerate(groups):
+            for name, part in self._parts(index):
+                if group.get(name) is not None:
+                    part.copy_(group[name])
+
+    def share(self, groups: Sequence[Group]) -> None:
+        """Make what groups hold views of these vectors."""
+        for index, group in enumerate(groups):
+            group.update(self._parts(index))
+
+    def _parts(self, index: int) -> list[tuple[str, Tensor]]:
+        """Return a group's part of every vector."""
+        parts = []
+        for name, vector in self._held.items():
+            sizes = self._sizes[self._kinds[name]]
+            if self._kinds[name] == "one":
+                if index == 0:
+                    parts.append((name, vector))
+                continue
+            start = sum(sizes[:index])
+            parts.append((name, vector[..., start : start + sizes[index]]))
+        return parts
+
+
+def name_of_trace(key: str) -> str:
+    """Return under which name the trace of beta, or of a slot of the meta update, is held."""
+    return "beta_trace" if key == "beta" else f"beta_trace_{key}"

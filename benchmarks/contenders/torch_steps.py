@@ -1,0 +1,87 @@
+"""PyTorch: the adapter over `torch.optim.AdamW(fused=True)`, and what else there is.
+
+What is not installed is left out; `pip install --requirement benchmarks/peers.txt` installs all.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import metaopt as mo
+from contenders import Contender, Shapes
+from metaopt_torch import MetaOptimizer
+
+NOTE = "torch.optim.AdamW(fused=True)"
+PACKAGES = ("torch",)
+
+BLOCKS: dict[str, Any] = {
+    "scalar": "scalar",
+    "six blocks": {f"block {i}": [f"{i}.*"] for i in range(6)},
+    "per tensor": "tensor",
+}
+PAIRS: dict[str, tuple[Any, Any]] = {
+    "AdamW + Lion": (mo.AdamW(weight_decay=0.1), mo.Lion()),
+    "Lion + Lion": (mo.Lion(weight_decay=0.1), mo.Lion()),
+    "SGD momentum + Adam": (mo.SGD(momentum=0.9, weight_decay=0.1), mo.AdamW()),
+}
+#: Optimizers of others: module, class, options.
+PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Prodigy": ("prodigyopt", "Prodigy", {}),
+    "schedule-free AdamW": ("schedulefree", "AdamWScheduleFree", {}),
+    "D-Adaptation Adam": ("dadaptation", "DAdaptAdam", {}),
+    "DoG": ("dog", "DoG", {}),
+}
+
+
+def parameters(shapes: Shapes) -> dict[str, Any]:
+    """Return parameters with gradients, named so that every sixth belongs to one of six blocks."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    params = {}
+    for index, (name, shape) in enumerate(shapes.items()):
+        param = torch.zeros(shape, device=device, requires_grad=True)
+        param.grad = torch.randn(shape, device=device, generator=generator)
+        params[f"{index * 6 // len(shapes)}.{name}"] = param
+    return params
+
+
+def waiting(step: Callable[[], object]) -> Callable[[], object]:
+    """Return a step that ends when the device has."""
+    if not torch.cuda.is_available():
+        return step
+
+    def run() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def steps(shapes: Shapes) -> Iterator[Contender]:
+    """Yield torch's fused AdamW and all that is compared with it."""
+    params = list(parameters(shapes).values())
+    yield Contender(
+        "AdamW, fused", waiting(torch.optim.AdamW(params, fused=True).step), reference=True
+    )
+    foreach = torch.optim.AdamW(list(parameters(shapes).values()), foreach=True)
+    yield Contender("AdamW, foreach", waiting(foreach.step))
+    for pair, (base, meta) in PAIRS.items():
+        for name, blocks in BLOCKS.items() if pair == "AdamW + Lion" else [("scalar", "scalar")]:
+            if name == "six blocks" and len(shapes) < 6:
+                continue
+            for compiled in (True, False) if name == "scalar" and pair == "AdamW + Lion" else (True,):
+                named = list(parameters(shapes).items())
+                opt = MetaOptimizer(named, base=base, meta=meta, blocks=blocks, compile=compiled)
+                how = "" if compiled else ", eager"
+                yield Contender(f"{pair}, {name}{how}", waiting(opt.step))
+    for name, (module, kind, options) in PEERS.items():
+        try:
+            peer: Any = getattr(importlib.import_module(module), kind)
+        except ModuleNotFoundError:
+            continue
+        opt = peer(list(parameters(shapes).values()), **options)
+        if hasattr(opt, "train"):
+            opt.train()
+        yield Contender(name, waiting(opt.step))
