@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from metaopt_torch import MetaOptimizer
 
 import metaopt as mo
 from contenders import Contender, Shapes
-from metaopt_torch import MetaOptimizer
 
 NOTE = "torch.optim.AdamW(fused=True)"
 PACKAGES = ("torch",)
@@ -71,7 +71,9 @@ def steps(shapes: Shapes) -> Iterator[Contender]:
         for name, blocks in BLOCKS.items() if pair == "AdamW + Lion" else [("scalar", "scalar")]:
             if name == "six blocks" and len(shapes) < 6:
                 continue
-            for compiled in (True, False) if name == "scalar" and pair == "AdamW + Lion" else (True,):
+            for compiled in (
+                (True, False) if (pair, name) == ("AdamW + Lion", "scalar") else (True,)
+            ):
                 named = list(parameters(shapes).items())
                 opt = MetaOptimizer(named, base=base, meta=meta, blocks=blocks, compile=compiled)
                 how = "" if compiled else ", eager"
