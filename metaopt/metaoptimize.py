@@ -317,10 +317,10 @@ class MetaOptimize:
                 raise ValueError(msg)
             like = params[key] if blocks.partition.per_leaf else next(iter(params.values()))
             beta: Any = self._sigma.inverse(np.asarray(size, dtype=np.float64))
-            values[key] = xp.asarray(
-                np.array(np.broadcast_to(beta, shape)),
-                dtype=plan.beta_dtype,
-                device=device(like),
+            values[key] = (
+                filled(like, shape, float(beta), plan.beta_dtype)
+                if beta.ndim == 0
+                else xp.asarray(beta, dtype=plan.beta_dtype, device=device(like))
             )
         return blocks.from_names(values)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,8 +52,10 @@ class Counts:
             moving = set(names)
             self._masks = {
                 key: [
-                    torch.tensor([name in moving for name in members], dtype=torch.int32).to(
-                        vector.device
+                    torch.tensor(
+                        [name in moving for name in members],
+                        dtype=torch.int32,
+                        device=vector.device,
                     )
                     for vector, members in self._vectors
                 ]
@@ -171,12 +174,12 @@ def build(
     return Built(config, plan, leaves, vectors, counts, rules, decays)
 
 
-def _blocks(plan: Plan, name: str, view: tuple[int, ...], part: Part) -> Tensor:
-    """Return the block of each row of a part."""
+def _blocks(plan: Plan, name: str, view: tuple[int, ...], part: Part) -> Any:
+    """Return the block of each row of a part, as a NumPy array."""
     if plan.blocks.partition.per_leaf:
-        return torch.zeros(1, dtype=torch.int64)
+        return np.zeros(1, dtype=np.int64)
     family = plan.blocks.families[plan.blocks.family_of[name]]
-    index = torch.arange(family.start, family.start + family.size)
+    index = np.arange(family.start, family.start + family.size)
     return index if view == () else window(index.reshape(view), part).reshape(-1)
 
 

@@ -220,10 +220,8 @@ class HessianFree:
         """Return the block of each of the runs' sums."""
         key = tuple(id(run) for run in runs)
         if key not in self._indices:
-            device = self._vectors["beta"].device
-            self._indices[key] = torch.cat(
-                [torch.as_tensor(run.index).reshape(-1).to(device) for run in runs]
-            )
+            blocks = [block for run in runs for block in run.blocks]
+            self._indices[key] = torch.tensor(blocks, device=self._vectors["beta"].device)
         return self._indices[key]
 
     def _awake(self, grads: Mapping[str, Tensor]) -> Any:

@@ -19,9 +19,13 @@ from metaopt_torch.core_step import check_parts, core_step, reduction
 from metaopt_torch.curvature import RandomState, by_autograd, by_central_difference
 from metaopt_torch.groups import check_groups, check_lr
 from metaopt_torch.hessian_free import HessianFree
+from metaopt_torch.runs import Leaf
 from metaopt_torch.shards import placed
 
 __all__ = ["MetaOptimizer"]
+
+#: What a parameter group may say of its own.
+OPTIONS = ("lr", "weight_decay", "maximize", "block", "step_size", "bounds")
 
 
 class MetaOptimizer(torch.optim.Optimizer):
@@ -122,10 +126,19 @@ meta_first, skip_nonfinite
         )
         self._hvp, self._rounding, self._compile = hvp, rounding, compile
         self._built: Built | None = None
-        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, options | {"block": None, "step_size": None, "bounds": None})
+        given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, dict.fromkeys(OPTIONS) | given)
         self._build()
+        if rounding == "stochastic":
+            for leaf in self._ready.leaves.values():
+                if leaf.param.dtype == torch.float16:
+                    msg = (
+                        f'`rounding="stochastic"` is for bfloat16; {leaf.name!r} is float16: '
+                        'use "kahan".'
+                    )
+                    raise ValueError(msg)
 
+    @torch.no_grad()
     def _build(self) -> None:
         known = {} if self._built is None else self._built.leaves
         built = build(
@@ -168,7 +181,7 @@ meta_first, skip_nonfinite
         ValueError, TypeError
             If an option is unknown or wrong; nothing is changed then.
         """
-        known = {"params", "param_names", "initial_lr", *self.defaults}
+        known = {"params", "param_names", "initial_lr", *OPTIONS}
         unknown = [key for key in param_group if key not in known]
         if unknown:
             msg = (
@@ -360,24 +373,34 @@ meta_first, skip_nonfinite
             Nothing is changed then.
         """
         groups = state_dict["param_groups"]
-        mismatch = self._ready.vectors.mismatch(groups)
-        if len(groups) == len(self.param_groups) and mismatch is not None:
-            msg = f"`state_dict` does not fit this optimizer: {mismatch}."
-            raise ValueError(msg)
+        numbers = [number for group in groups for number in group["params"]]
+        leaves = list(self._ready.leaves.values())
+        if len(groups) == len(self.param_groups) and len(numbers) == len(leaves):
+            self._check_fits(state_dict, dict(zip(numbers, leaves, strict=True)))
         self._loading = True
         try:
             super().load_state_dict(state_dict)
         finally:
             self._loading = False
-        params = [param for group in self.param_groups for param in group["params"]]
-        numbers = [number for group in groups for number in group["params"]]
-        for number, param in zip(numbers, params, strict=True):
+        for number, leaf in zip(numbers, leaves, strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
                 # torch casts to the parameter's dtype, which would lose half of a trace
-                device = param.device if isinstance(value, Tensor) else None
-                self.state[param][key] = value.detach().to(device, copy=True)
+                self.state[leaf.param][key] = value.detach().to(leaf.param.device, copy=True)
         self._built = None
         self._build()
+
+    def _check_fits(self, state_dict: dict[str, Any], leaves: Mapping[Any, Leaf]) -> None:
+        """Raise ValueError unless a state's arrays have the shapes that they have here."""
+        mismatch = self._ready.vectors.mismatch(state_dict["param_groups"])
+        for number, leaf in leaves.items():
+            for key, value in state_dict["state"].get(number, {}).items():
+                shape = tuple(getattr(value, "shape", ()))
+                expected = tuple(leaf.state[key].shape) if key in leaf.state else shape
+                if shape != expected:
+                    mismatch = f"{key!r} of {leaf.name!r} has shape {shape}; expected {expected}"
+        if mismatch is not None:
+            msg = f"`state_dict` does not fit this optimizer: {mismatch}."
+            raise ValueError(msg)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle consists of."""
@@ -388,8 +411,8 @@ meta_first, skip_nonfinite
         """Take what `__getstate__` or `load_state_dict` hands over."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
+            for name in OPTIONS:
+                group.setdefault(name, self.defaults[name])
         if not self.__dict__.get("_loading", False):
             self._built = None
             self._build()
@@ -399,7 +422,7 @@ meta_first, skip_nonfinite
         given = self._given
         lines = [f"MetaOptimizer(base={given.base!r}, meta={given.meta!r}"]
         for index, group in enumerate(self.param_groups):
-            options = ", ".join(f"{name}={group[name]!r}" for name in self.defaults)
+            options = ", ".join(f"{name}={group[name]!r}" for name in OPTIONS)
             lines.append(f"    group {index}: {len(group['params'])} parameters, {options}")
         return "\n".join([*lines, ")"])
 

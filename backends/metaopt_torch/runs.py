@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,7 +90,7 @@ class Leaf:
     part : Part
         What this device holds.
     order : Order
-    blocks : integer tensor (rows,), on the CPU
+    blocks : integer array (rows,)
         Block of each row.
     state : dict
         The optimizer's for this parameter.
@@ -104,7 +105,7 @@ class Leaf:
     dtype: torch.dtype
     part: Part
     order: Order
-    blocks: Tensor
+    blocks: Any
     state: dict[str, Any]
     steps: int = 0
 
@@ -136,20 +137,23 @@ class Run:
         first = leaves[0]
         self.device = local(first.param).device
         lengths = [leaf.order.rows * leaf.order.length for leaf in leaves]
-        blocks = torch.cat([leaf.blocks for leaf in leaves])
+        blocks = np.concatenate([leaf.blocks for leaf in leaves])
         single = len(blocks) == len(leaves)
-        self.flat = single and bool((blocks == blocks[0]).all())
+        self.flat = single and bool(np.all(blocks == blocks[0]))
         self.padded = single and not self.flat
         if self.flat:
             self.index: Any = int(blocks[0])
             self.shape: tuple[int, ...] = (sum(lengths),)
         elif self.padded:
             rows = [_rows(length) for length in lengths]
-            self.index = torch.repeat_interleave(blocks, torch.tensor(rows)).to(self.device)
+            blocks = np.repeat(blocks, rows)
             self.shape = (sum(rows), ROW)
         else:
-            self.index = blocks.to(self.device)
             self.shape = (len(blocks), first.order.length)
+        #: Block of each row, or of all that there is.
+        self.blocks: list[int] = [self.index] if self.flat else blocks.tolist()
+        if not self.flat:
+            self.index = torch.tensor(self.blocks, device=self.device)
         self._lengths = lengths
         self._packed = len(leaves) > 1 or self.padded
         self._scratch: list[tuple[Tensor, list[Tensor]]] = []
@@ -167,7 +171,9 @@ class Run:
 
     def pick(self, values: Tensor) -> Tensor:
         """Return values per block in a shape that goes with the buffers."""
-        return values[self.index] if self.flat else values[self.index].unsqueeze(1)
+        if self.flat:
+            return values.select(0, self.index)
+        return values.index_select(0, self.index).unsqueeze(1)
 
     def buffers(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the parameters and gradients as buffers."""

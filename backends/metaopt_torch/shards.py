@@ -91,13 +91,17 @@ def part_of(tensor: Tensor) -> Part:
     return Part(tuple(shape), tuple(offset), tensor.device_mesh, tuple(tensor.placements))
 
 
-def window(values: Tensor, part: Part) -> Tensor:
-    """Return what belongs to a part, of values that along its axes have all entries or one."""
-    lead = values.dim() - len(part.shape)
-    for axis, (start, length) in enumerate(zip(part.offset, part.shape, strict=True)):
-        if values.shape[lead + axis] != 1:
-            values = values.narrow(lead + axis, start, length)
-    return values
+def window(values: Any, part: Part) -> Any:
+    """Return what belongs to a part, of values that along its axes have all entries or one.
+
+    Of a tensor or a NumPy array with the axes of the parameter as its last ones, a view.
+    """
+    lead = values.ndim - len(part.shape)
+    cut = [
+        slice(None) if values.shape[lead + axis] == 1 else slice(start, start + length)
+        for axis, (start, length) in enumerate(zip(part.offset, part.shape, strict=True))
+    ]
+    return values[(..., *cut)]
 
 
 def summed(tensor: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -55,18 +55,14 @@ class Vectors:
         self._sizes = sizes
         self._kinds = {"restarts": "family" if self.per_leaf else "block", "meta_count": "family"}
         self._kinds |= {"step": "one", "skipped": "one"}
-        shapes: dict[str, Any] = {
-            "restarts": plan.state["restarts"],
-            "meta_count": plan.state["meta_count"],
-            "step": plan.state["step"],
-            "skipped": plan.state["skipped"],
-        }
+        shapes: dict[str, Any] = {}
         self._slots: tuple[str, ...] = () if self.per_leaf else tuple(config.meta.slots)
         self._feeding: tuple[str, ...] = () if self.per_leaf else plan.beta_feeding
         if not self.per_leaf:
             shapes |= {"beta": plan.state["beta"], "meta_grad": plan.state["meta_grad"]}
             shapes |= {f"meta_{slot}": plan.state["meta_slots"][slot] for slot in self._slots}
             shapes |= {name_of_trace(key): plan.state["beta_trace"][key] for key in self._feeding}
+        shapes |= {name: plan.state[name] for name in self._kinds}
         for name in shapes:
             self._kinds.setdefault(name, "block")
         self._held = {
@@ -102,6 +98,8 @@ class Vectors:
         for index, group in enumerate(groups):
             for name, expected in self._parts(index):
                 found = group.get(name)
+                if found is None and name in ("beta", "meta_count"):
+                    return f"no {name!r} in group {index}"
                 if found is not None and tuple(found.shape) != tuple(expected.shape):
                     return (
                         f"{name!r} of group {index} has shape {tuple(found.shape)}; "

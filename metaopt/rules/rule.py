@@ -113,7 +113,7 @@ def decay_rates(name: str, values: Any) -> tuple[Any, Any]:
 def not_negative(name: str, value: Any) -> Any:
     """Return a hyperparameter as a Python float, or raise unless it is finite and at least 0."""
     number = _number(name, value)
-    if isinstance(number, float) and not (number >= 0.0 and math.isfinite(number)):
+    if isinstance(number, float) and not 0.0 <= number < math.inf:
         msg = f"`{name}` must be finite and not negative; got {value}."
         raise ValueError(msg)
     return number

@@ -1,0 +1,338 @@
+"""Compiled passes: one loop over memory, one graph for all sizes, the numbers of the eager ones."""
+
+import re
+import shutil
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from metaopt_conformance.tolerances import relative_error, rounding  # noqa: E402
+from metaopt_torch import MetaOptimizer, compiler, passes, runs  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
+from torch._inductor.utils import run_and_get_code  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+import metaopt as mo  # noqa: E402
+from metaopt.arrays import map_leaves, to_numpy  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
+    # the compiler's own deprecations
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+RULES: dict[str, Any] = {
+    "SGDm": mo.SGD(momentum=0.9, weight_decay=0.1),
+    "RMSprop": mo.RMSprop(weight_decay=0.1),
+    "AdamW": mo.AdamW(weight_decay=0.1),
+    "Lion": mo.Lion(weight_decay=0.1),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "scalar": {},
+    "tensor": {"blocks": "tensor", "meta": mo.AdamW()},
+    "node": {"blocks": "node"},
+    "two passes": {"meta_first": True, "skip_nonfinite": True, "blocks": "tensor"},
+    "gradient": {"trace": "gradient", "sigma": "softplus", "discount": 0.9},
+}
+
+
+def network() -> Any:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(20, 300), torch.nn.LayerNorm(300), torch.nn.Tanh(), torch.nn.Linear(300, 3)
+    )
+
+
+def trained(opt: Any, net: Any, steps: int) -> None:
+    for t in range(steps):
+        x = torch.randn(16, 20, generator=torch.Generator().manual_seed(t))
+        opt.zero_grad()
+        (net(x) - x[:, :3]).square().mean().backward()
+        if t == 2:
+            net[1].bias.grad = None
+        opt.param_groups[0]["lr"] = (1.0, 0.5, 0.0, 1.0)[t % 4]
+        opt.step()
+
+
+def options_of(name: str) -> dict[str, Any]:
+    defaults = {"base": RULES["AdamW"], "meta": mo.Lion(), "step_size": 1e-2, "meta_lr": 1e-2}
+    return defaults | OPTIONS[name]
+
+
+@pytest.mark.parametrize("small", [0, 2**16], ids=["direct", "packed"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_compiled_and_eager_steps_agree(name: str, small: int, monkeypatch: Any) -> None:
+    monkeypatch.setitem(runs.SMALL, "cpu", small)
+    monkeypatch.setattr(compiler, "CHUNK", 2**10)  # several chunks in the eager one
+    nets = [network() for _ in range(2)]
+    opts = [
+        MetaOptimizer(net.named_parameters(), compile=flag, **options_of(name))
+        for net, flag in zip(nets, (True, False), strict=True)
+    ]
+    for net, opt in zip(nets, opts, strict=True):
+        trained(opt, net, 6)
+    allowed = rounding("float32", operations=60, steps=6)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert relative_error(a.detach().numpy(), b.detach().numpy()) < allowed
+    states = [vars(opt.core_state()) for opt in opts]
+    for field in ("beta", "slots", "trace", "count", "meta_count", "skipped"):
+        map_leaves(
+            lambda a, b: _close(to_numpy(a), to_numpy(b), allowed),
+            states[0][field],
+            states[1][field],
+        )
+
+
+def _close(got: Any, want: Any, allowed: float) -> None:
+    assert relative_error(got, want, 1e-6) < allowed
+
+
+def arguments(rule: Any, size: int) -> list[Any]:
+    """Return what a flat pass is called with."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(size, generator=generator) for _ in range(3)]
+    slots = {slot: torch.ones(size) for slot in rule.slots}
+    numbers = [torch.tensor(1e-3), None, torch.tensor(True), torch.tensor(1.0)]
+    return [
+        rule,
+        *vectors[:2],
+        slots,
+        vectors[2],
+        None,
+        torch.tensor(3, dtype=torch.int32),
+        *numbers,
+    ]
+
+
+KIND = passes.Kind("update", maximize=False, rounding="nearest", rows=False)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_pass_is_one_loop_over_memory(name: str) -> None:
+    """With the sum in it; and the bias corrections out of it."""
+    run = compiler.compiled(passes.fused(KIND))
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(run, *arguments(RULES[name], 10**6))
+    assert len(re.findall(r"#pragma omp for", code)) == 1
+    loop = code.partition("#pragma omp for")[2].partition("'''")[0]  # to the end of the kernel
+    assert "loadu" in loop
+    assert "expm1" not in loop
+
+
+def test_plain_compilation_makes_two_loops() -> None:
+    """What the arrangement of the pass is there for; where it is needed no more it can go."""
+
+    def plain(w: Any, g: Any, h: Any) -> Any:
+        z = (h * g).sum()
+        step = 0.1 * (g + 0.1 * w)
+        w.copy_(w - step)
+        h.copy_(0.9 * h - step)
+        return z
+
+    vectors = [torch.randn(10**6) for _ in range(3)]
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(plain, fullgraph=True), *vectors)
+    assert len(re.findall(r"#pragma omp for", code)) == 2
+
+
+def test_steps_and_sizes_and_numbers_do_not_recompile() -> None:
+    net = network()
+    opt = MetaOptimizer(net.named_parameters(), compile=True, **options_of("tensor"))
+    trained(opt, net, 2)
+    graphs = counters["stats"]["unique_graphs"]
+    opt.param_groups[0]["weight_decay"] = 0.05
+    trained(opt, net, 2)
+    wider = torch.nn.Sequential(torch.nn.Linear(20, 301), torch.nn.Linear(301, 3))
+    other = MetaOptimizer(
+        wider.named_parameters(),
+        **(options_of("tensor") | {"base": mo.AdamW(weight_decay=0.2, eps=1e-6)}),
+    )
+    x = torch.randn(4, 20)
+    wider(x).square().mean().backward()
+    other._engine._passes = opt._engine._passes
+    other.step()
+    meta_update_of_another_size = 1
+    assert counters["stats"]["unique_graphs"] - graphs <= meta_update_of_another_size
+
+
+def test_without_a_compiler_steps_are_eager_with_one_warning(monkeypatch: Any) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    net = network()
+    with pytest.warns(UserWarning, match=r"finds no a C\+\+ compiler"):
+        opt = MetaOptimizer(net.parameters(), base=mo.SGD(), meta=mo.Lion())
+    trained(opt, net, 1)
+    MetaOptimizer(net.parameters(), base=mo.SGD(), meta=mo.Lion(), compile=False)
+
+
+# --- what a device would not have to wait for
+
+
+class WithoutCuda(TorchFunctionMode):  # type: ignore[misc]
+    """Does on fake CUDA tensors what a torch that is built for the CPU alone refuses to."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__:
+            return indexed(*args)
+        if func is torch.Tensor.__setitem__:
+            return args[0].masked_fill_(*args[1:])
+        if func is torch.Tensor.copy_:
+            torch._foreach_copy_([args[0]], [args[1]])
+            return args[0]
+        if func is torch.Tensor.to and args[0].device.type == "cuda":
+            given = [*args[1:], *(kwargs or {}).values()]
+            dtypes = [value for value in given if isinstance(value, torch.dtype)]
+            return args[0].type(dtypes[0]) if dtypes else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def indexed(tensor: Any, key: Any) -> Any:
+    """Return `tensor[key]` for integers, slices, None and an ellipsis."""
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if Ellipsis in keys:
+        at = keys.index(Ellipsis)
+        rest = tensor.dim() - sum(part is not None for part in keys) + 1
+        keys[at : at + 1] = [slice(None)] * rest
+    axis = 0
+    for part in keys:
+        if isinstance(part, int):
+            tensor = tensor.select(axis, part)
+            continue
+        if part is None:
+            tensor = tensor.unsqueeze(axis)
+        else:
+            start, stop, _ = part.indices(tensor.shape[axis])
+            tensor = tensor.narrow(axis, start, stop - start)
+        axis += 1
+    return tensor
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("lr", ["number", "tensor"])
+def test_no_step_waits_for_the_device(name: str, lr: str) -> None:
+    """On fake CUDA tensors, of which no value is known, so that looking at one is an error."""
+    with FakeTensorMode(allow_non_fake_inputs=True), WithoutCuda():
+        params = [
+            torch.zeros(shape, device="cuda", requires_grad=True)
+            for shape in ((400, 300), (7,), ())
+        ]
+        opt = MetaOptimizer(params, compile=False, **options_of(name))
+        if lr == "tensor":
+            opt.param_groups[0]["lr"] = torch.ones((), device="cuda")
+        for step in range(3):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            if step == 1:
+                params[1].grad = None
+            opt.step()
+        sizes, found = opt.step_sizes(), opt.diagnostics()
+    assert all(size.device.type == "cuda" for size in sizes.values())
+    assert found["skipped"].device.type == "cuda"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_steps_are_captured_in_a_graph(name: str, compiled: bool) -> None:
+    nets = [network().cuda() for _ in range(2)]
+    opts = [
+        MetaOptimizer(net.named_parameters(), compile=compiled, **options_of(name)) for net in nets
+    ]
+    x = torch.randn(16, 20, device="cuda")
+    for net in nets:
+        net(x).square().mean().backward()
+    for opt in opts:
+        for _ in range(3):
+            opt.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opts[0].step()
+    for _ in range(4):
+        graph.replay()
+        opts[1].step()
+    torch.cuda.synchronize()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("blocks", ["scalar", "tensor", "node"])
+@pytest.mark.parametrize("name", RULES)
+def test_state_is_the_rules_own_and_one_number_a_weight(name: str, blocks: str) -> None:
+    params = [torch.zeros(512, 256, requires_grad=True), torch.zeros(256, requires_grad=True)]
+    opt = MetaOptimizer(params, base=RULES[name], meta=mo.Lion(), blocks=blocks, compile=False)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    weights = sum(param.numel() for param in params)
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for entry in opt.state.values()
+        for tensor in entry.values()
+    }
+    padding = 4 * runs.ROW * len(params)
+    own = 4 * weights * (len(RULES[name].slots) + 1)
+    assert own <= sum(storages.values()) <= own + padding * 4
+
+
+def test_temporaries_of_an_eager_step_are_of_the_size_of_a_chunk() -> None:
+    """Counted by the largest tensor that a step makes, over many weights in many tensors."""
+    largest = [0]
+
+    class Watch(TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+            given = {
+                t.untyped_storage()._cdata
+                for t in torch.utils._pytree.tree_leaves((args, kwargs))
+                if isinstance(t, torch.Tensor)
+            }
+            new = [t.numel() for t in made if t.untyped_storage()._cdata not in given]
+            largest[0] = max(largest[0], *new, 0)
+            return out
+
+    params = [torch.zeros(1000, 1000, requires_grad=True)]
+    params += [torch.zeros(300, requires_grad=True) for _ in range(200)]
+    opt = MetaOptimizer(params, base=RULES["AdamW"], meta=mo.Lion(), blocks="tensor", compile=False)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    with Watch():
+        opt.step()
+    assert 0 < largest[0] <= compiler.CHUNK
+
+
+def test_launches_do_not_grow_with_the_number_of_small_tensors() -> None:
+    class Count(TorchDispatchMode):  # type: ignore[misc]
+        calls = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if not func.is_view:
+                self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for number in (10, 100):
+        params = [torch.zeros(30, requires_grad=True) for _ in range(number)]
+        opt = MetaOptimizer(
+            params, base=RULES["AdamW"], meta=mo.Lion(), blocks="tensor", compile=False
+        )
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+        with Count() as counted:
+            opt.step()
+        counts.append(counted.calls)
+    assert counts[1] == counts[0]
