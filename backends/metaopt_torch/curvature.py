@@ -11,7 +11,14 @@ import metaopt as mo
 from metaopt.step import Reduce
 from metaopt_torch.shards import local
 
-__all__ = ["ADVICE", "CHOICES", "RandomState", "by_autograd", "by_central_difference"]
+__all__ = [
+    "ADVICE",
+    "CHOICES",
+    "RandomState",
+    "by_autograd",
+    "by_central_difference",
+    "check_graph",
+]
 
 CHOICES = ("autograd", "central")
 #: What to do where a second backward pass fails.
@@ -23,6 +30,24 @@ ADVICE = (
 )
 
 Arrays = Mapping[str, Tensor]
+
+
+def check_graph(grads: Arrays) -> None:
+    """Raise RuntimeError where a function has no second derivative and autograd would not say so.
+
+    What is marked `once_differentiable` is left out of a second backward pass in silence.
+    """
+    seen: set[Any] = set()
+    waiting = [grad.grad_fn for grad in grads.values()]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            msg = f"The gradients could not be differentiated: a function allows it once.\n{ADVICE}"
+            raise RuntimeError(msg)
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
 
 
 def by_autograd(grads: Arrays, params: Arrays) -> tuple[Callable[..., Any], Callable[..., Any]]:

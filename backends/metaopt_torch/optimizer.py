@@ -16,7 +16,13 @@ from metaopt_torch.build import Built, build
 from metaopt_torch.compiler import missing
 from metaopt_torch.core_state import take, whole
 from metaopt_torch.core_step import check_parts, core_step, reduction
-from metaopt_torch.curvature import RandomState, by_autograd, by_central_difference
+from metaopt_torch.curvature import (
+    ADVICE,
+    RandomState,
+    by_autograd,
+    by_central_difference,
+    check_graph,
+)
 from metaopt_torch.groups import check_groups, check_lr
 from metaopt_torch.hessian_free import HessianFree
 from metaopt_torch.runs import Leaf
@@ -126,6 +132,8 @@ meta_first, skip_nonfinite
         )
         self._hvp, self._rounding, self._compile = hvp, rounding, compile
         self._built: Built | None = None
+        #: Whether `backward` was called since the last step; whether its graph was looked at.
+        self._twice = self._checked = False
         given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, dict.fromkeys(OPTIONS) | given)
         self._build()
@@ -138,16 +146,16 @@ meta_first, skip_nonfinite
                     )
                     raise ValueError(msg)
 
-    @torch.no_grad()
     def _build(self) -> None:
         known = {} if self._built is None else self._built.leaves
-        built = build(
-            self._given,
-            self.param_groups,
-            self.state,
-            kahan=self._rounding == "kahan",
-            known=known,
-        )
+        with torch.no_grad():
+            built = build(
+                self._given,
+                self.param_groups,
+                self.state,
+                kahan=self._rounding == "kahan",
+                known=known,
+            )
         self._in_core = built.plan.curvature != "none" or built.vectors.per_leaf
         if self._in_core:
             check_parts(built)
@@ -224,6 +232,7 @@ meta_first, skip_nonfinite
         for param, grad in zip(leaves, found, strict=True):
             if grad is not None:
                 param.grad = grad if param.grad is None else param.grad + grad
+        self._twice = True
 
     def step(
         self,
@@ -272,6 +281,7 @@ meta_first, skip_nonfinite
             if exact and grads:
                 derivatives |= self._derivatives(grads, closure, random, third)
             core_step(self._ready, grads, self._rounding, derivatives)
+            self._twice = False
             for leaf in self._ready.leaves.values():
                 if leaf.param.grad is not None and leaf.param.grad.requires_grad:
                     leaf.param.grad = leaf.param.grad.detach()  # and let go of the graph
@@ -285,6 +295,16 @@ meta_first, skip_nonfinite
         if self._hvp == "central":
             reduce = reduction(self._ready.leaves)
             return {"hvp": by_central_difference(closure, params, grads, random, reduce)}
+        if not self._twice and not any(grad.requires_grad for grad in grads.values()):
+            msg = (
+                '`curvature="exact"` needs gradients that can be differentiated; that of '
+                f"{next(iter(grads))!r} has no graph. Call `optimizer.backward(loss)` in place of "
+                f"`loss.backward()`. {ADVICE}"
+            )
+            raise ValueError(msg)
+        if not self._checked:
+            check_graph(grads)
+            self._checked = True
         hvp, by_twice = by_autograd(grads, params)
         return {"hvp": hvp, "third": by_twice if third is None else third}
 
@@ -414,7 +434,7 @@ meta_first, skip_nonfinite
             for name in OPTIONS:
                 group.setdefault(name, self.defaults[name])
         if not self.__dict__.get("_loading", False):
-            self._built = None
+            self._built, self._twice, self._checked = None, False, False
             self._build()
 
     def __repr__(self) -> str:
