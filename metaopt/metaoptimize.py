@@ -363,8 +363,9 @@ class MetaOptimize:
         reduce : callable, optional
             Where `params` are one device's parts of leaves that several hold: from a list of
             arrays, sums of products over these parts, to the list of their sums over all devices.
-            It is called once, and once more for `approximation` "2x2" and "full" with curvature.
-            No block but at weight level may be a part of a leaf.
+            It is called once a step, once more for `approximation` "2x2" and "full" with curvature,
+            and at weight level once more with `skip_nonfinite`. No block but at weight level may
+            be a part of a leaf.
 
         Returns
         -------
@@ -474,6 +475,7 @@ class MetaOptimize:
             beta_trace=beta_trace,
             held_trace=held_trace,
             z_trace=z_trace,
+            reduce=reduce,
         )
         value, rate, bend = (
             parts.rates(plan, self._sigma, meta.beta, meta.beta_trace)

@@ -8,7 +8,7 @@ a leaf in one, and a trace restarts one step later.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from metaopt.arrays import Array, cast, map_leaves, namespace
@@ -257,6 +257,7 @@ def meta_pass(
     beta_trace: Mapping[str, Any],
     held_trace: Mapping[str, Any],
     z_trace: Any = None,
+    reduce: Callable[[list[Any]], Sequence[Any]] | None = None,
 ) -> MetaStep:
     """Return the next meta-parameters, meta state, counts and their traces.
 
@@ -284,13 +285,22 @@ def meta_pass(
         Y restarted but not discounted: what the rows of blocks that stay are left at.
     z_trace : blocks, with a leading axis of columns where dense, optional
         Terms A and B of section 3.
+    reduce : callable, optional
+        As `MetaOptimize.step` takes it. At weight level a device has a part of each family's
+        blocks, and what is counted by family is added up.
     """
     moves = finite
     if awake is not None:
         moves = map_leaves(lambda finite, awake: finite & awake, finite, blocks.spread(awake))
     xp = namespace(meta_count)
     counts = blocks.spread(meta_count + 1)
-    lost = map_leaves(xp.logical_not, finite)
+    lost: Any = map_leaves(xp.logical_not, finite)
+    moved = blocks.some(moves)
+    if isinstance(lost, Mapping):
+        lost = blocks.total(lost)
+        if reduce is not None:
+            moved, lost = reduce([blocks.total(moves), lost])
+            moved = moved > 0
     steps = {
         key: _meta_piece(
             rule,
@@ -321,8 +331,8 @@ def meta_pass(
             (slot, blocks_of(lambda step, slot=slot: step.slots[slot]))  # type: ignore[misc]
             for slot in meta_slots
         ),
-        meta_count + cast(blocks.some(moves), meta_count.dtype),
-        restarts + (blocks.total(lost) if isinstance(lost, Mapping) else cast(lost, xp.int32)),
+        meta_count + cast(moved, meta_count.dtype),
+        restarts + cast(lost, restarts.dtype),
         OrderedDict(
             (slot, blocks_of(lambda step, slot=slot: step.traces[slot]))  # type: ignore[misc]
             for slot in beta_trace

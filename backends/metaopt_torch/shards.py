@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -106,8 +107,22 @@ def window(values: Any, part: Part) -> Any:
 
 def summed(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     """Return the sum of a tensor over all devices of a mesh, by one collective."""
-    group: Any = mesh if mesh.ndim == 1 else mesh._flatten()
-    return collectives.all_reduce(tensor, "sum", group)
+    return collectives.all_reduce(tensor, "sum", _group(mesh))
+
+
+def _group(mesh: DeviceMesh) -> Any:
+    """Return the process group of all devices of a mesh, made at its first use."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    if mesh not in _groups:
+        ranks = sorted(mesh.mesh.flatten().tolist())
+        _groups[mesh] = dist.new_group(ranks, use_local_synchronization=True)
+    return _groups[mesh]
+
+
+_groups: dict[DeviceMesh, Any] = {}
 
 
 def summed_along(tensor: Tensor, mesh: DeviceMesh, axes: Sequence[int]) -> Tensor:

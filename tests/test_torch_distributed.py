@@ -1,0 +1,102 @@
+"""Distributed training equals training in one process, with one sum over devices a step."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch is built without gloo",
+)
+
+#: Scenarios of torch_ranks.py by number of processes, in the order in which they run.
+SCENARIOS: dict[int, list[str]] = {
+    2: [
+        "ddp,blocks=tensor",
+        "fsdp",
+        "fsdp,blocks=tensor",
+        "fsdp,blocks=weight",
+        "fsdp,skip_nonfinite=True,meta_first=True,blocks=node",
+        "tensor_parallel,blocks=tensor",
+        "curvature",
+        "curvature,approximation=2x2,blocks=tensor",
+        "save,blocks=scalar",
+    ],
+    4: [
+        "load,blocks=scalar",
+        "ddp",
+        "fsdp,blocks=tensor",
+        "fsdp,blocks=node",
+        "fsdp,blocks=weight",
+        "hsdp,blocks=tensor",
+        "hsdp,skip_nonfinite=True",
+        "tensor_parallel,blocks=node",
+        "two_meshes",
+        "two_meshes,blocks=node",
+        "save,blocks=node",
+        "save,blocks=weight",
+    ],
+    3: ["load,blocks=node", "load,blocks=weight"],
+}
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], str]:
+    """Return what went wrong, by number of processes and scenario."""
+    folder = tmp_path_factory.mktemp("ranks")
+    found: dict[tuple[int, str], str] = {}
+    for world, scenarios in SCENARIOS.items():
+        for scenario, text in launched(world, folder, scenarios).items():
+            found[world, scenario] = text
+    return found
+
+
+def launched(world: int, folder: Path, scenarios: list[str]) -> dict[str, str]:
+    """Run scenarios in so many processes."""
+    paths = [ROOT, ROOT / "backends", ROOT / "conformance"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "tests" / "torch_ranks.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(world), str(folder), *scenarios],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    found: dict[str, str] = {}
+    for rank, output in enumerate(outputs):
+        path = folder / f"failures_{world}_{rank}.json"
+        if not path.exists():
+            return dict.fromkeys(scenarios, f"process {rank} died:\n{output[-3000:]}")
+        found |= json.loads(path.read_text())
+    if found:  # those after it did not run
+        first = min(map(scenarios.index, found))
+        found |= {name: f"after {scenarios[first]}" for name in scenarios[first + 1 :]}
+    return found
+
+
+CASES = [(world, scenario) for world, scenarios in SCENARIOS.items() for scenario in scenarios]
+
+
+@pytest.mark.parametrize(("world", "scenario"), CASES)
+def test_a_distributed_run_equals_one_process(
+    world: int, scenario: str, failures: dict[tuple[int, str], Any]
+) -> None:
+    assert (world, scenario) not in failures, failures[world, scenario]

@@ -1,0 +1,352 @@
+"""What one of several processes does, for test_torch_distributed.py.
+
+    python tests/torch_ranks.py RANK WORLD FOLDER SCENARIO[,name=value...] ...
+
+Scenarios run one after the other; what went wrong in each is written to FOLDER. Every scenario
+trains a model that is distributed and, in every process, the same model that is not, on the same
+data, and compares parameters and step sizes; between processes step sizes are the same to the last
+bit.
+"""
+
+import copy
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from metaopt_torch import MetaOptimizer
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import metaopt as mo
+
+STEPS = 6
+
+
+class Model(torch.nn.Module):  # type: ignore[misc]
+    """Leaves of sizes that no number of processes divides, one of them smaller than that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = torch.nn.Linear(5, 7)
+        self.norm = torch.nn.LayerNorm(7)
+        self.down = torch.nn.Linear(7, 3)
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Any) -> Any:
+        return self.scale * self.down(torch.tanh(self.norm(self.up(x))))
+
+
+class Even(torch.nn.Module):  # type: ignore[misc]
+    """A block for tensor parallelism."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = torch.nn.LayerNorm(8)
+        self.up = torch.nn.Linear(8, 12)
+        self.down = torch.nn.Linear(12, 8)
+
+    def forward(self, x: Any) -> Any:
+        return self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def optimizer(params: Any, **options: Any) -> MetaOptimizer:
+    defaults: dict[str, Any] = {
+        "base": mo.AdamW(eps=1e-3, weight_decay=0.1),
+        "meta": mo.AdamW(eps=1e-3),
+        "step_size": 0.02,
+        "meta_lr": 0.05,
+        "compile": False,
+    }
+    return MetaOptimizer(params, **(defaults | options))
+
+
+def batch(t: int, features: int, samples: int = 12) -> Any:
+    x = torch.randn(samples, features, generator=torch.Generator().manual_seed(t))
+    return x.double()
+
+
+def loss_of(net: Any, x: Any) -> Any:
+    return (net(x) - torch.sin(x.sum(dim=-1, keepdim=True))).square().mean()
+
+
+def mine(x: Any) -> Any:
+    """Return this process's share of a batch."""
+    return x.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def full(tensor: Any) -> Any:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_equal(opt: Any, net: Any, twin_opt: Any, twin: Any, *, allowed: float = 1e-12) -> None:
+    """Compare with the model that is not distributed, and with the other processes."""
+    for (name, got), want in zip(net.named_parameters(), twin.parameters(), strict=True):
+        error = float((full(got.detach()) - want.detach()).abs().max())
+        assert error <= allowed, f"{name} differs by {error}"
+    sizes, wanted = opt.step_sizes(), twin_opt.step_sizes()
+    assert sizes.keys() == wanted.keys()
+    for key, size in sizes.items():
+        error = float((full(size) / wanted[key] - 1.0).abs().max())
+        assert error <= allowed, f"step size of {key} differs by {error}"
+        whole = full(size).contiguous()
+        others = [torch.empty_like(whole) for _ in range(dist.get_world_size())]
+        dist.all_gather(others, whole)
+        assert all(torch.equal(other, whole) for other in others), "step sizes differ by process"
+    ours, theirs = opt.diagnostics(), twin_opt.diagnostics()
+    for key, norm in theirs["trace_norm"].items():
+        error = float((full(ours["trace_norm"][key]) - norm).abs().max())
+        assert error <= 1e-9, f"trace norm of {key} differs by {error}"
+
+
+def counted(step: Callable[[], Any]) -> dict[str, int]:
+    """Return how often each collective is called in a step."""
+    with CommDebugMode() as comm:
+        step()
+    return {str(name).rpartition(".")[2]: n for name, n in comm.get_comm_counts().items()}
+
+
+def train(net: Any, opt: Any, t: int, share: Callable[[Any], Any], features: int) -> None:
+    opt.zero_grad()
+    loss_of(net, share(batch(t, features))).backward()
+    if opt.config.skip_nonfinite and t == 3:
+        poison(net)
+
+
+def poison(net: Any) -> None:
+    """Put NaN in one entry of a gradient, which one process alone holds."""
+    grad = next(param.grad for name, param in net.named_parameters() if name.endswith("up.weight"))
+    whole = full(grad).clone()
+    whole[-1, -1] = float("nan")
+    if isinstance(grad, DTensor):
+        part = distribute_tensor(whole, grad.device_mesh, grad.placements)
+        grad.to_local().copy_(part.to_local())
+    else:
+        grad.copy_(whole)
+
+
+def compared(
+    net: Any, twin: Any, share: Callable[[Any], Any], meshes: int, features: int, options: Any
+) -> None:
+    """Train both; `meshes` is the number of sums over devices that a step may take."""
+    opt, twin_opt = (optimizer(n.named_parameters(), **options) for n in (net, twin))
+    for t in range(STEPS):
+        train(net, opt, t, share, features)
+        train(twin, twin_opt, t, lambda x: x, features)
+        comms = counted(opt.step)
+        assert sum(comms.values()) == meshes, comms
+        assert comms.get("all_reduce", 0) == meshes, comms
+        twin_opt.step()
+    check_equal(opt, net, twin_opt, twin)
+    if options.get("skip_nonfinite"):
+        assert int(opt.diagnostics()["skipped"]) == 1
+
+
+def ddp(**options: Any) -> None:
+    """DDP: gradients are averaged already, no sum is needed."""
+    twin = Model().double()
+    net = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(twin))
+    opt, twin_opt = optimizer(net.parameters(), **options), optimizer(twin.parameters(), **options)
+    for t in range(STEPS):
+        train(net, opt, t, mine, 5)
+        train(twin, twin_opt, t, lambda x: x, 5)
+        assert not counted(opt.step)
+        twin_opt.step()
+    check_equal(opt, net, twin_opt, twin)
+
+
+def fsdp(**options: Any) -> None:
+    """FSDP2: every parameter sharded along its first axis."""
+    twin = Model().double()
+    net = copy.deepcopy(twin)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (net.up, net.norm, net.down):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    net.set_reshard_after_backward(True)
+    compared(net, twin, mine, 1, 5, options)
+
+
+def hsdp(**options: Any) -> None:
+    """HSDP: sharded within rows of the mesh, replicated between them."""
+    twin = Model().double()
+    net = copy.deepcopy(twin)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for layer in (net.up, net.norm, net.down):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    compared(net, twin, mine, 1, 5, options)
+
+
+def tensor_parallel(**options: Any) -> None:
+    """Columns of one layer and rows of the next sharded; the norm, replicated, counted once."""
+    twin = Even().double()
+    net = copy.deepcopy(twin)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(
+        net, mesh, {"norm": SequenceParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+    )
+    # the norm's input and output are replicated here, as its parameters are
+    for name, param in list(net.norm.named_parameters()):
+        setattr(net.norm, name, torch.nn.Parameter(param.data))
+    placements = {type(p) for param in net.parameters() for p in param.placements}
+    assert Replicate in placements
+    assert Shard in placements
+    _parallel_steps(net, twin, mesh, options)
+
+
+def _parallel_steps(net: Any, twin: Any, mesh: Any, options: Any) -> None:
+    """Train with gradients of the model that is not distributed, which are the same."""
+    opt, twin_opt = (optimizer(n.named_parameters(), **options) for n in (net, twin))
+    for t in range(STEPS):
+        train(twin, twin_opt, t, lambda x: x, 8)
+        for param, same in zip(net.parameters(), twin.parameters(), strict=True):
+            param.grad = distribute_tensor(same.grad.clone(), mesh, param.placements)
+        comms = counted(opt.step)
+        assert comms == {"all_reduce": 1}, comms
+        twin_opt.step()
+    check_equal(opt, net, twin_opt, twin)
+
+
+def two_meshes(**options: Any) -> None:
+    """Parameters of two meshes, and plain ones beside them: a sum for each mesh."""
+    world = dist.get_world_size()
+    twin = Model().double()
+    net = copy.deepcopy(twin)
+    wide, square = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (2, world // 2))
+    net.up.weight = torch.nn.Parameter(distribute_tensor(net.up.weight.data, wide, [Shard(0)]))
+    net.down.weight = torch.nn.Parameter(
+        distribute_tensor(net.down.weight.data, square, [Shard(0), Shard(1)])
+    )
+    opt, twin_opt = (optimizer(n.named_parameters(), **options) for n in (net, twin))
+    for t in range(STEPS):
+        train(twin, twin_opt, t, lambda x: x, 5)
+        for param, same in zip(net.parameters(), twin.parameters(), strict=True):
+            grad = same.grad.clone()
+            if isinstance(param, DTensor):
+                grad = distribute_tensor(grad, param.device_mesh, param.placements)
+            param.grad = grad
+        comms = counted(opt.step)
+        assert comms == {"all_reduce": 2}, comms
+        twin_opt.step()
+    check_equal(opt, net, twin_opt, twin)
+
+
+def curvature(**options: Any) -> None:
+    """Central differences under FSDP2, where double backward is impossible."""
+    exact = {"curvature": "exact", "hvp": "central", **options}
+    twin = Model().double()
+    net = copy.deepcopy(twin)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (net.up, net.norm, net.down):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    opts = [optimizer(n.named_parameters(), **exact) for n in (net, twin)]
+    for t in range(STEPS):
+        for n, opt, share in zip((net, twin), opts, (mine, lambda x: x), strict=True):
+
+            def closure(n: Any = n, opt: Any = opt, share: Any = share, t: int = t) -> Any:
+                opt.zero_grad()
+                loss = loss_of(n, share(batch(t, 5)))
+                loss.backward()
+                return loss.detach()
+
+            opt.step(closure)
+    check_equal(opts[0], net, opts[1], twin, allowed=1e-7)
+    plain = optimizer(net.named_parameters(), curvature="exact")
+    loss_of(net, mine(batch(0, 5))).backward(create_graph=True)
+    with pytest.raises((ValueError, RuntimeError), match='hvp="central"'):
+        plain.step()
+
+
+def save(folder: Path, **options: Any) -> None:
+    """Train half a run and write it with torch.distributed.checkpoint."""
+    net, opt, twin, twin_opt = _sharded(options)
+    for t in range(STEPS):
+        train(net, opt, t, mine, 5)
+        opt.step()
+    model, state = get_state_dict(net, opt)
+    dcp.save({"model": model, "opt": state}, checkpoint_id=folder / "checkpoint")
+    del twin, twin_opt
+
+
+def load(folder: Path, **options: Any) -> None:
+    """Read it on another number of processes, go on, and compare with a run in one piece."""
+    net, opt, twin, twin_opt = _sharded(options)
+    before = {name: full(param.detach()).clone() for name, param in net.named_parameters()}
+    model, state = get_state_dict(net, opt)
+    for name, param in net.named_parameters():  # to look at the state moves nothing
+        assert torch.equal(full(param.detach()), before[name])
+    dcp.load({"model": model, "opt": state}, checkpoint_id=folder / "checkpoint")
+    set_state_dict(net, opt, model_state_dict=model, optim_state_dict=state)
+    for t in range(2 * STEPS):
+        train(twin, twin_opt, t, lambda x: x, 5)
+        twin_opt.step()
+        if t >= STEPS:
+            train(net, opt, t, mine, 5)
+            opt.step()
+    check_equal(opt, net, twin_opt, twin, allowed=1e-11)
+
+
+def _sharded(options: Any) -> tuple[Any, Any, Any, Any]:
+    twin = Model().double()
+    net = copy.deepcopy(twin)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (net.up, net.norm, net.down):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    opts = [optimizer(n.named_parameters(), **options) for n in (net, twin)]
+    return net, opts[0], twin, opts[1]
+
+
+SCENARIOS: dict[str, Callable[..., None]] = {
+    function.__name__: function
+    for function in (ddp, fsdp, hsdp, tensor_parallel, two_meshes, curvature, save, load)
+}
+
+
+def main(rank: str, world: str, folder: str, *scenarios: str) -> None:
+    """Run scenarios as one of the processes."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / f"store_{world}"), int(world))
+    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(world))
+    failures = {}
+    for scenario in scenarios:
+        name, *words = scenario.split(",")
+        options: dict[str, Any] = {}
+        for word in words:
+            key, _, value = word.partition("=")
+            options[key] = True if value == "True" else value
+        if name in ("save", "load"):
+            options["folder"] = Path(folder) / options["blocks"]
+        try:
+            SCENARIOS[name](**options)
+        except Exception:
+            failures[scenario] = traceback.format_exc()
+        failed = torch.tensor(len(failures))
+        dist.all_reduce(failed)
+        if int(failed):  # the processes may have come apart
+            break
+    (Path(folder) / f"failures_{world}_{rank}.json").write_text(json.dumps(failures))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
