@@ -1,0 +1,59 @@
+"""What needs numba, imported where it is used."""
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+__all__ = ["compiled", "run"]
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
+    """Return an integer as a pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+def compiled(source: str) -> Any:
+    """Compile a block function.
+
+    Sums may be reordered, or they could not be vectorized; no value may be assumed finite.
+    """
+    names = {"np": np, "math": math, "carray": numba.carray, "pointer": pointer}
+    exec(source, names)
+    return numba.njit(fastmath={"reassoc", "contract"}, error_model="numpy", nogil=True)(
+        names["block"]
+    )
+
+
+@numba.njit(parallel=True, nogil=True)
+def run(
+    block: Any,
+    fixed: Any,
+    given: Any,
+    lrs: Any,
+    counts: Any,
+    discount: float,
+    chunks: Any,
+    sums: Any,
+) -> None:
+    """Call a block function on all chunks, in parallel."""
+    for index in numba.prange(len(chunks)):
+        sums[index] = block(
+            fixed,
+            given,
+            lrs,
+            counts,
+            discount,
+            chunks[index, 0],
+            chunks[index, 1],
+            chunks[index, 2],
+            chunks[index, 3],
+        )

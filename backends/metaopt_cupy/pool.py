@@ -1,0 +1,321 @@
+"""A step in one pass: which leaves a kernel steps together, and what it is told.
+
+Leaves of one rule and dtype share a kernel, called once for all of them. What belongs to the
+optimizer lies where it lay in the step before, and its addresses are handed over once; gradients,
+and arrays of the blocks, come anew with every step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+import metaopt as mo
+from metaopt.arrays import Leaves, map_leaves, namespace, per_leaf, solid
+from metaopt.passes import Leaf, one_pass
+from metaopt.plan import Plan
+from metaopt.step import awake_leaves
+from metaopt.tracer import UntraceableError
+from metaopt_cupy.chunks import cut, lies_per_weight
+from metaopt_cupy.programs import Spec, Traced, trace
+
+__all__ = ["Group", "Pool"]
+
+
+@dataclass
+class Group:
+    """Leaves that one kernel steps, a row of its tables each.
+
+    Parameters
+    ----------
+    names : list of str
+    spec : Spec
+    traced : Traced
+    fixed : integers (arrays, leaves)
+        Addresses of the leaves' parameters, traces and slots.
+    counts : int32 (leaves,)
+        `State.count` is views of it.
+    chunks : integers (chunks, 4)
+        Row, start, stop and first block of every chunk.
+    ends : integers (leaves,)
+        How many chunks there are up to each row, on the host.
+    blocks : integers (chunks,)
+        Which meta-gradient the chunk is part of, on the host.
+    sums : float64 (chunks,)
+        Sums of products; kernels write them.
+    """
+
+    names: list[str]
+    spec: Spec
+    traced: Traced
+    fixed: Any
+    counts: Any
+    chunks: Any
+    ends: Any
+    blocks: Any
+    sums: Any
+
+
+class Pool:
+    """All leaves of an optimizer, and how each is stepped.
+
+    Parameters
+    ----------
+    config : MetaOptimize
+    plan : Plan
+    params : mapping of leaf to array
+    state : State
+        Of contiguous arrays; they change in place, and `count` is replaced by views.
+    engine : Cpu or Gpu
+
+    Attributes
+    ----------
+    unfused : dict of leaf to str
+        Why leaves are stepped by the core instead.
+    """
+
+    def __init__(
+        self,
+        config: mo.MetaOptimize,
+        plan: Plan,
+        params: Mapping[str, Any],
+        state: mo.State,
+        engine: Any,
+    ) -> None:
+        self._config, self._plan, self._params, self._engine = config, plan, params, engine
+        self._xp = namespace(state.step)
+        self.unfused: dict[str, str] = {}
+        self._buffers: dict[str, Any] = {}  # of parameters that are not contiguous
+        self._products: dict[str, Any] = {}
+        members: dict[Any, tuple[Spec, Traced, list[str]]] = {}
+        for name, rule in plan.rules.items():
+            spec = self._spec(name, rule)
+            if spec is None:
+                continue
+            try:
+                traced = trace(spec)
+            except UntraceableError as error:
+                self.unfused[name] = f"{rule!r} cannot be traced: {error}"
+                continue
+            # by identity: a rule of a user's own need not be hashable, nor its equality a bool
+            key = (id(rule), spec.param, spec.compute, spec.per_weight)
+            members.setdefault(key, (spec, traced, []))[2].append(name)
+        counts: dict[str, Any] = {}
+        self._groups = [self._group(*member, state, counts) for member in members.values()]
+        self.state = replace(
+            state, count=per_leaf((name, counts.get(name, state.count[name])) for name in params)
+        )
+        self._memory = _Memory(params, engine)
+
+    def _spec(self, name: str, rule: Any) -> Spec | None:
+        """Return what the kernel of a leaf depends on; None where there can be none."""
+        param, plan = self._params[name], self._plan
+        kinds = {getattr(self._xp, kind): kind for kind in self._engine.dtypes}
+        kind = next((kind for dtype, kind in kinds.items() if param.dtype == dtype), None)
+        if kind is None or not getattr(param.dtype, "isnative", True):
+            self.unfused[name] = f"no kernels for {param.dtype}"
+            return None
+        wide = {self._xp.float32: "float32", self._xp.float64: "float64"}
+        return Spec(
+            rule=rule,
+            param=kind,
+            grad=kind,
+            compute=wide[plan.dtypes[name]],
+            beta=wide[plan.beta_dtype],
+            per_weight=plan.blocks.partition.per_leaf
+            or lies_per_weight(plan.shapes[name], plan.blocks.views[name]),
+            inject=self._config.trace,
+        )
+
+    def _group(
+        self,
+        spec: Spec,
+        traced: Traced,
+        names: list[str],
+        state: mo.State,
+        counts: dict[str, Any],
+    ) -> Group:
+        plan, engine, xp = self._plan, self._engine, self._xp
+        vector = xp.stack([state.count[name] for name in names])
+        fixed, chunks, ends, blocks = [], [], [], []
+        for row, name in enumerate(names):
+            counts[name] = xp.reshape(vector[row : row + 1], ())
+            param = self._params[name]
+            if not _contiguous(param):
+                param = self._buffers[name] = xp.empty_like(param, order="C")
+            slots = state.slots[name].values()
+            fixed.append([engine.address(array) for array in (param, *slots, state.trace[name])])
+            family = plan.blocks.families[plan.blocks.family_of[name]]
+            view = plan.blocks.views[name]
+            pieces = cut(plan.shapes[name], view, engine.chunk, per_weight=spec.per_weight)
+            chunks.append(np.insert(pieces, 0, row, axis=1))
+            ends.append(len(pieces))
+            blocks.append(pieces[:, 2] + family.start)
+            if spec.per_weight:
+                self._products[name] = xp.zeros_like(state.trace[name])
+        table = np.concatenate(chunks)
+        return Group(
+            names,
+            spec,
+            traced,
+            engine.table(np.ascontiguousarray(np.asarray(fixed, dtype=np.int64).T)),
+            vector,
+            engine.table(table),
+            np.cumsum(ends),
+            np.concatenate(blocks),
+            xp.zeros(len(table), dtype=xp.float64),
+        )
+
+    def step(self, grads: Mapping[str, Any], lrs: Leaves[Any]) -> None:
+        """Step all leaves and the meta-parameters, in place.
+
+        Parameters
+        ----------
+        grads : mapping of leaf to array or None
+            Of the library and shapes of the parameters.
+        lrs : mapping of leaf to multiplier
+            As `metaopt.inputs.multipliers` returns them.
+        """
+        plan, state, xp = self._plan, self.state, self._xp
+        grads = self._memory.apart(grads)
+        awake = awake_leaves(grads, lrs)
+        value, rate = (map_leaves(solid, part) for part in self._config.slopes(state.beta))
+        of_blocks = {"value": value, "rate": rate, "meta_grad": state.meta_grad}
+        work = [self._work(group, grads, lrs, of_blocks) for group in self._groups]
+        for group, (kernel, given, multipliers, _) in zip(self._groups, work, strict=True):
+            for name in group.names:
+                if name in self._buffers and grads[name] is not None:
+                    self._buffers[name][...] = self._params[name]
+            self._engine.run(kernel, group, given, multipliers, self._config.discount)
+            for name in group.names:
+                if name in self._buffers and grads[name] is not None:
+                    self._params[name][...] = self._buffers[name]
+        partials = {
+            name: self._by_core(name, grads[name], lrs[name], of_blocks)
+            for name in self.unfused
+            if grads[name] is not None
+        } | {
+            name: plan.blocks.partial(product, name, plan.beta_dtype)
+            for name, product in self._products.items()
+            if grads[name] is not None
+        }
+        z = None if plan.blocks.partition.per_leaf else self._sums()
+        if partials:
+            rest = plan.blocks.gather(partials)
+            z = rest if z is None else z + rest
+        if z is None:
+            z = map_leaves(xp.zeros_like, state.beta)
+        self.state = self._config.meta_step(plan, self.state, z, awake)
+
+    def _work(
+        self, group: Group, grads: Mapping[str, Any], lrs: Leaves[Any], of_blocks: dict[str, Any]
+    ) -> tuple[Any, Any, list[Any], list[Any]]:
+        """Return the kernel, addresses by row, multipliers, and what has to live until it ran."""
+        engine, plan, xp = self._engine, self._plan, self._xp
+        spec, kept = group.spec, []
+        compute = getattr(xp, spec.compute)
+        present = [grads[name] for name in group.names if grads[name] is not None]
+        dtype = getattr(xp, spec.param)
+        if any(grad.dtype != dtype for grad in present) and spec.param != spec.compute:
+            spec, dtype = replace(spec, grad=spec.compute), compute
+        traced = group.traced if spec is group.spec else trace(spec)
+        kernel = engine.kernel(traced, spec.compute, per_weight=spec.per_weight)
+        given = np.zeros((6, len(group.names)), dtype=np.int64)
+        multipliers = []
+        for row, name in enumerate(group.names):
+            number, array = engine.multiplier(lrs[name], compute)
+            multipliers.append(number)
+            if array is not None:
+                kept.append(array)
+                given[5, row] = engine.address(array)
+            if grads[name] is None:
+                continue
+            grad = cast(grads[name], dtype)
+            if not _contiguous(grad):
+                grad = xp.ascontiguousarray(grad)
+            kept.append(grad)
+            given[0, row] = engine.address(grad)
+            if name in self._products:
+                given[4, row] = engine.address(self._products[name])
+            start = plan.blocks.families[plan.blocks.family_of[name]].start
+            for column, values in enumerate(of_blocks.values(), start=1):
+                if isinstance(values, Mapping):
+                    given[column, row] = engine.address(values[name])
+                else:
+                    given[column, row] = engine.address(values) + start * values.dtype.itemsize
+        return kernel, given, multipliers, kept
+
+    def _sums(self) -> Any:
+        return self._engine.gathered(self._groups, self._plan.blocks.size, self._plan.beta_dtype)
+
+    def _by_core(self, name: str, grad: Any, lr: Any, of_blocks: dict[str, Any]) -> Any:
+        """Step a leaf by the core's function on arrays; return its part of the meta-gradient."""
+        plan, state, xp = self._plan, self.state, self._xp
+        dtype, param = plan.dtypes[name], self._params[name]
+        leaf = Leaf(param, grad, state.slots[name], state.count[name], state.trace[name])
+        value, rate, meta_grad = (
+            plan.blocks.expand_leaf(values, name, param.ndim) for values in of_blocks.values()
+        )
+        new, product, step = one_pass(
+            plan.rules[name],
+            leaf,
+            value,
+            rate,
+            lr=xp.asarray(lr, dtype=dtype),
+            meta_grad=meta_grad,
+            discount=xp.asarray(self._config.discount, dtype=dtype),
+            inject=self._config.trace,
+        )
+        param[...] = new
+        state.trace[name][...] = step.trace
+        for slot, array in state.slots[name].items():
+            array[...] = step.slots[slot]
+        state.count[name][...] += 1
+        return plan.blocks.partial(product, name, plan.beta_dtype)
+
+
+class _Memory:
+    """Where the parameters lie, which gradients must not be written to while they are read."""
+
+    def __init__(self, params: Mapping[str, Any], engine: Any) -> None:
+        self._address = engine.address
+        spans = {name: _span(param, engine.address) for name, param in params.items()}
+        self._own = spans
+        order = sorted(spans.values())
+        self._starts = np.array([start for start, _ in order])
+        self._stops = np.array([stop for _, stop in order])
+
+    def apart(self, grads: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return `grads`, copied where they lie in a parameter other than, exactly, their own."""
+        names = [name for name, grad in grads.items() if grad is not None]
+        spans = [_span(grads[name], self._address) for name in names]
+        if not spans:
+            return grads
+        bounds = np.array(spans)
+        before = np.searchsorted(self._starts, bounds[:, 1]) - 1
+        shared = (before >= 0) & (self._stops[before] > bounds[:, 0])
+        copied = {
+            names[index]: grads[names[index]].copy()
+            for index in np.nonzero(shared)[0]
+            if spans[index] != self._own[names[index]]
+        }
+        return {**grads, **copied}
+
+
+def _span(array: Any, address: Any) -> tuple[int, int]:
+    """Return the first address of an array and the one behind its last."""
+    start = stop = address(array)
+    if array.size == 0:
+        return start, start
+    for length, stride in zip(array.shape, array.strides, strict=True):
+        if stride < 0:
+            start += (length - 1) * stride
+        else:
+            stop += (length - 1) * stride
+    return start, stop + array.dtype.itemsize
+
+
+def _contiguous(array: Any) -> bool:
+    """Say whether an array's entries follow each other in memory, in the order of its axes."""
+    return bool(array.flags.c_contiguous)
