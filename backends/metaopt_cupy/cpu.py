@@ -100,7 +100,7 @@ class Cpu:
 
     def address(self, array: Any) -> int:
         """Return where the first entry lies."""
-        return int(array.ctypes.data)
+        return int(array.__array_interface__["data"][0])
 
     def table(self, array: Any) -> Any:
         """Return a table of integers where kernels read it."""

@@ -6,7 +6,7 @@ and arrays of the blocks, come anew with every step.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from metaopt.plan import Plan
 from metaopt.step import awake_leaves
 from metaopt.tracer import UntraceableError
 from metaopt_cupy.chunks import cut, lies_per_weight
-from metaopt_cupy.programs import Spec, Traced, trace
+from metaopt_cupy.programs import Spec, trace
 
 __all__ = ["Group", "Pool"]
 
@@ -31,7 +31,6 @@ class Group:
     ----------
     names : list of str
     spec : Spec
-    traced : Traced
     fixed : integers (arrays, leaves)
         Addresses of the leaves' parameters, traces and slots.
     counts : int32 (leaves,)
@@ -44,17 +43,26 @@ class Group:
         Which meta-gradient the chunk is part of, on the host.
     sums : float64 (chunks,)
         Sums of products; kernels write them.
+    own, sizes, starts, products : integers (leaves,)
+        On the host: the address of the parameter, its bytes, its first block, and the address its
+        products go to where step sizes differ from weight to weight.
+    kernels : dict of str to kernel
+        By the gradient's dtype.
     """
 
     names: list[str]
     spec: Spec
-    traced: Traced
     fixed: Any
     counts: Any
     chunks: Any
     ends: Any
     blocks: Any
     sums: Any
+    own: Any
+    sizes: Any
+    starts: Any
+    products: Any
+    kernels: dict[str, Any] = field(default_factory=dict)
 
 
 class Pool:
@@ -88,25 +96,25 @@ class Pool:
         self.unfused: dict[str, str] = {}
         self._buffers: dict[str, Any] = {}  # of parameters that are not contiguous
         self._products: dict[str, Any] = {}
-        members: dict[Any, tuple[Spec, Traced, list[str]]] = {}
+        members: dict[Any, tuple[Spec, list[str]]] = {}
         for name, rule in plan.rules.items():
             spec = self._spec(name, rule)
             if spec is None:
                 continue
             try:
-                traced = trace(spec)
+                trace(spec)
             except UntraceableError as error:
                 self.unfused[name] = f"{rule!r} cannot be traced: {error}"
                 continue
             # by identity: a rule of a user's own need not be hashable, nor its equality a bool
             key = (id(rule), spec.param, spec.compute, spec.per_weight)
-            members.setdefault(key, (spec, traced, []))[2].append(name)
+            members.setdefault(key, (spec, []))[1].append(name)
         counts: dict[str, Any] = {}
         self._groups = [self._group(*member, state, counts) for member in members.values()]
         self.state = replace(
             state, count=per_leaf((name, counts.get(name, state.count[name])) for name in params)
         )
-        self._memory = _Memory(params, engine)
+        self._memory = _Memory(params, engine.address)
 
     def _spec(self, name: str, rule: Any) -> Spec | None:
         """Return what the kernel of a leaf depends on; None where there can be none."""
@@ -131,14 +139,13 @@ class Pool:
     def _group(
         self,
         spec: Spec,
-        traced: Traced,
         names: list[str],
         state: mo.State,
         counts: dict[str, Any],
     ) -> Group:
         plan, engine, xp = self._plan, self._engine, self._xp
         vector = xp.stack([state.count[name] for name in names])
-        fixed, chunks, ends, blocks = [], [], [], []
+        fixed, chunks, ends, blocks, starts, products = [], [], [], [], [], []
         for row, name in enumerate(names):
             counts[name] = xp.reshape(vector[row : row + 1], ())
             param = self._params[name]
@@ -152,19 +159,25 @@ class Pool:
             chunks.append(np.insert(pieces, 0, row, axis=1))
             ends.append(len(pieces))
             blocks.append(pieces[:, 2] + family.start)
+            starts.append(family.start)
+            products.append(0)
             if spec.per_weight:
                 self._products[name] = xp.zeros_like(state.trace[name])
-        table = np.concatenate(chunks)
+                products[row] = engine.address(self._products[name])
+        table, addresses = np.concatenate(chunks), np.asarray(fixed, dtype=np.int64).T
         return Group(
-            names,
-            spec,
-            traced,
-            engine.table(np.ascontiguousarray(np.asarray(fixed, dtype=np.int64).T)),
-            vector,
-            engine.table(table),
-            np.cumsum(ends),
-            np.concatenate(blocks),
-            xp.zeros(len(table), dtype=xp.float64),
+            names=names,
+            spec=spec,
+            fixed=engine.table(np.ascontiguousarray(addresses)),
+            counts=vector,
+            chunks=engine.table(table),
+            ends=np.cumsum(ends),
+            blocks=np.concatenate(blocks),
+            sums=xp.zeros(len(table), dtype=xp.float64),
+            own=addresses[0].copy(),
+            sizes=np.array([self._params[name].nbytes for name in names]),
+            starts=np.array(starts),
+            products=np.array(products),
         )
 
     def step(self, grads: Mapping[str, Any], lrs: Leaves[Any]) -> None:
@@ -178,76 +191,92 @@ class Pool:
             As `metaopt.inputs.multipliers` returns them.
         """
         plan, state, xp = self._plan, self.state, self._xp
-        grads = self._memory.apart(grads)
         awake = awake_leaves(grads, lrs)
         value, rate = (map_leaves(solid, part) for part in self._config.slopes(state.beta))
         of_blocks = {"value": value, "rate": rate, "meta_grad": state.meta_grad}
         work = [self._work(group, grads, lrs, of_blocks) for group in self._groups]
+        loose = {name: grads[name] for name in self.unfused if grads[name] is not None}
+        for name, grad in loose.items():
+            if self._memory.shared(*_span(grad, self._engine.address)):
+                loose[name] = xp.array(grad, copy=True)
         for group, (kernel, given, multipliers, _) in zip(self._groups, work, strict=True):
-            for name in group.names:
-                if name in self._buffers and grads[name] is not None:
-                    self._buffers[name][...] = self._params[name]
+            buffered = [name for name in group.names if name in self._buffers]
+            for name in buffered:
+                self._buffers[name][...] = self._params[name]
             self._engine.run(kernel, group, given, multipliers, self._config.discount)
-            for name in group.names:
-                if name in self._buffers and grads[name] is not None:
-                    self._params[name][...] = self._buffers[name]
+            for name in buffered:
+                self._params[name][...] = self._buffers[name]
         partials = {
-            name: self._by_core(name, grads[name], lrs[name], of_blocks)
-            for name in self.unfused
-            if grads[name] is not None
+            name: self._by_core(name, grad, lrs[name], of_blocks) for name, grad in loose.items()
         } | {
             name: plan.blocks.partial(product, name, plan.beta_dtype)
             for name, product in self._products.items()
             if grads[name] is not None
         }
-        z = None if plan.blocks.partition.per_leaf else self._sums()
+        z = None
+        if not plan.blocks.partition.per_leaf:
+            z = self._engine.gathered(self._groups, plan.blocks.size, plan.beta_dtype)
         if partials:
             rest = plan.blocks.gather(partials)
             z = rest if z is None else z + rest
         if z is None:
             z = map_leaves(xp.zeros_like, state.beta)
-        self.state = self._config.meta_step(plan, self.state, z, awake)
+        self.state = self._config.meta_step(plan, state, z, awake)
 
     def _work(
         self, group: Group, grads: Mapping[str, Any], lrs: Leaves[Any], of_blocks: dict[str, Any]
     ) -> tuple[Any, Any, list[Any], list[Any]]:
         """Return the kernel, addresses by row, multipliers, and what has to live until it ran."""
-        engine, plan, xp = self._engine, self._plan, self._xp
-        spec, kept = group.spec, []
-        compute = getattr(xp, spec.compute)
-        present = [grads[name] for name in group.names if grads[name] is not None]
-        dtype = getattr(xp, spec.param)
-        if any(grad.dtype != dtype for grad in present) and spec.param != spec.compute:
-            spec, dtype = replace(spec, grad=spec.compute), compute
-        traced = group.traced if spec is group.spec else trace(spec)
-        kernel = engine.kernel(traced, spec.compute, per_weight=spec.per_weight)
+        engine, spec = self._engine, group.spec
         given = np.zeros((6, len(group.names)), dtype=np.int64)
-        multipliers = []
-        for row, name in enumerate(group.names):
-            number, array = engine.multiplier(lrs[name], compute)
-            multipliers.append(number)
+        arrays = self._readable(group, [grads[name] for name in group.names])
+        for row, array in enumerate(arrays):
             if array is not None:
-                kept.append(array)
-                given[5, row] = engine.address(array)
-            if grads[name] is None:
-                continue
-            grad = cast(grads[name], dtype)
-            if not _contiguous(grad):
-                grad = xp.ascontiguousarray(grad)
-            kept.append(grad)
-            given[0, row] = engine.address(grad)
-            if name in self._products:
-                given[4, row] = engine.address(self._products[name])
-            start = plan.blocks.families[plan.blocks.family_of[name]].start
-            for column, values in enumerate(of_blocks.values(), start=1):
-                if isinstance(values, Mapping):
-                    given[column, row] = engine.address(values[name])
-                else:
-                    given[column, row] = engine.address(values) + start * values.dtype.itemsize
-        return kernel, given, multipliers, kept
+                given[0, row] = engine.address(array)
+        present = given[0] != 0
+        for row in self._memory.entered(given[0], group.sizes, group.own, present):
+            arrays[row] = self._xp.array(arrays[row], copy=True)
+            given[0, row] = engine.address(arrays[row])
+        for column, values in enumerate(of_blocks.values(), start=1):
+            if isinstance(values, Mapping):
+                given[column] = [engine.address(values[name]) for name in group.names]
+            else:
+                given[column] = engine.address(values) + group.starts * values.dtype.itemsize
+        given[4] = group.products
+        multipliers, compute = [], getattr(self._xp, spec.compute)
+        for row, name in enumerate(group.names):
+            lr = lrs[name]
+            if not isinstance(lr, float):
+                lr, array = engine.multiplier(lr, compute)
+                if array is not None:
+                    arrays.append(array)
+                    given[5, row] = engine.address(array)
+            multipliers.append(lr)
+        dtype = next((array.dtype for array in arrays if array is not None), None)
+        return self._kernel(group, dtype), given, multipliers, arrays
 
-    def _sums(self) -> Any:
-        return self._engine.gathered(self._groups, self._plan.blocks.size, self._plan.beta_dtype)
+    def _readable(self, group: Group, grads: list[Any]) -> list[Any]:
+        """Return gradients as a kernel can read them: contiguous, all of one dtype."""
+        own, compute = (getattr(self._xp, kind) for kind in (group.spec.param, group.spec.compute))
+        narrow = all(grad is None or grad.dtype == own for grad in grads)
+        dtype = own if narrow else compute
+        return [
+            grad
+            if grad is None or (narrow and _contiguous(grad))
+            else self._xp.array(grad, dtype=dtype, order="C", copy=None)
+            for grad in grads
+        ]
+
+    def _kernel(self, group: Group, dtype: Any) -> Any:
+        """Return the kernel of a group for gradients of a dtype, compiled."""
+        spec = group.spec
+        grad = spec.compute if dtype == getattr(self._xp, spec.compute) else spec.param
+        if grad not in group.kernels:
+            traced = trace(replace(spec, grad=grad))
+            group.kernels[grad] = self._engine.kernel(
+                traced, spec.compute, per_weight=spec.per_weight
+            )
+        return group.kernels[grad]
 
     def _by_core(self, name: str, grad: Any, lr: Any, of_blocks: dict[str, Any]) -> Any:
         """Step a leaf by the core's function on arrays; return its part of the meta-gradient."""
@@ -276,31 +305,20 @@ class Pool:
 
 
 class _Memory:
-    """Where the parameters lie, which gradients must not be written to while they are read."""
+    """Where the parameters lie: gradients must not be written to while they are read."""
 
-    def __init__(self, params: Mapping[str, Any], engine: Any) -> None:
-        self._address = engine.address
-        spans = {name: _span(param, engine.address) for name, param in params.items()}
-        self._own = spans
-        order = sorted(spans.values())
-        self._starts = np.array([start for start, _ in order])
-        self._stops = np.array([stop for _, stop in order])
+    def __init__(self, params: Mapping[str, Any], address: Any) -> None:
+        spans = sorted(_span(param, address) for param in params.values())
+        self._starts, self._stops = np.array(spans, dtype=np.int64).T
 
-    def apart(self, grads: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return `grads`, copied where they lie in a parameter other than, exactly, their own."""
-        names = [name for name, grad in grads.items() if grad is not None]
-        spans = [_span(grads[name], self._address) for name in names]
-        if not spans:
-            return grads
-        bounds = np.array(spans)
-        before = np.searchsorted(self._starts, bounds[:, 1]) - 1
-        shared = (before >= 0) & (self._stops[before] > bounds[:, 0])
-        copied = {
-            names[index]: grads[names[index]].copy()
-            for index in np.nonzero(shared)[0]
-            if spans[index] != self._own[names[index]]
-        }
-        return {**grads, **copied}
+    def shared(self, start: Any, stop: Any) -> Any:
+        """Say whether parameters lie between addresses, elementwise."""
+        before = np.searchsorted(self._starts, stop) - 1
+        return (before >= 0) & (self._stops[before] > start)
+
+    def entered(self, starts: Any, sizes: Any, own: Any, present: Any) -> Any:
+        """Return the rows of gradients that lie in parameters but, exactly, their own."""
+        return np.nonzero(present & (starts != own) & self.shared(starts, starts + sizes))[0]
 
 
 def _span(array: Any, address: Any) -> tuple[int, int]:
