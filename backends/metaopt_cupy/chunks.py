@@ -29,10 +29,12 @@ def cut(shape: Shape, view: Shape, size: int, *, per_weight: bool) -> np.ndarray
     The weights from start to stop have that block in common, or are per weight: then it is the
     block of the first, and the others follow it.
     """
+    if math.prod(shape) == 0:
+        return np.zeros((0, 3), dtype=np.int64)
     axes, run = _run(shape, view, per_weight=per_weight)
     view = view or (1,) * len(shape)
     numbers = np.arange(math.prod(view)).reshape(view)
-    ahead = numbers.reshape(*view[:axes], -1)[..., 0] if math.prod(view) else numbers
+    ahead = numbers.reshape(*view[:axes], -1)[..., 0]
     blocks = np.broadcast_to(ahead, shape[:axes]).reshape(-1)
     starts = np.arange(0, run, size)
     begin = (np.arange(len(blocks))[:, None] * run + starts).reshape(-1)

@@ -95,16 +95,21 @@ class Cpu:
         """Return the compiled kernel of a traced step."""
         text = source(traced, compute, per_weight=per_weight)
         if text not in _compiled:
-            _compiled[text] = self._tools.compiled(text)
+            block, none = self._tools.compiled(text), np.zeros((0, 0), dtype=np.int64)
+            self._tools.run(  # compiles
+                *(block, none, none, np.zeros(0), np.zeros(0, dtype=np.int32), 1.0),
+                *(np.zeros((0, 4), dtype=np.int64), np.zeros(0)),
+            )
+            _compiled[text] = block
         return _compiled[text]
-
-    def address(self, array: Any) -> int:
-        """Return where the first entry lies."""
-        return int(array.__array_interface__["data"][0])
 
     def table(self, array: Any) -> Any:
         """Return a table of integers where kernels read it."""
         return array
+
+    def blocks(self, blocks: Any, size: int) -> Any:  # noqa: ARG002
+        """Return the blocks of chunks as `gathered` takes them."""
+        return blocks
 
     def multiplier(self, lr: Any, dtype: Any) -> tuple[float, Any]:  # noqa: ARG002
         """Return a multiplier as a number, and None where it could be an array."""

@@ -116,14 +116,18 @@ def source(traced: Traced, compute: str, *, per_weight: bool) -> str:
     loads = (
         f"const {C.dtypes[dtype]} {name} = {name}_[i];" for name, dtype in traced.arrays.items()
     )
-    return include + _header() + STEP.format(
-        compute=C.dtypes[compute],
-        threads=THREADS,
-        inputs="\n        ".join(inputs),
-        once="\n        ".join(C.lines(traced.program.once)),
-        loads="\n            ".join(loads),
-        each="\n            ".join(C.lines(traced.program.each)),
-        stores="\n            ".join(stores),
+    return (
+        include
+        + _header()
+        + STEP.format(
+            compute=C.dtypes[compute],
+            threads=THREADS,
+            inputs="\n        ".join(inputs),
+            once="\n        ".join(C.lines(traced.program.once)),
+            loads="\n            ".join(loads),
+            each="\n            ".join(C.lines(traced.program.each)),
+            stores="\n            ".join(stores),
+        )
     )
 
 
@@ -146,7 +150,6 @@ class Gpu:
     def __init__(self, cupy: Any) -> None:
         self.xp = cupy
         self._compiled: dict[str, Any] = {}
-        self._orders: dict[int, Any] = {}
 
     def _functions(self, text: str) -> Any:
         if text not in self._compiled:
@@ -158,17 +161,18 @@ class Gpu:
         function = self._functions(source(traced, compute, per_weight=per_weight))
         return function("step"), function("advance")
 
-    def address(self, array: Any) -> int:
-        """Return where the first entry lies."""
-        return int(array.data.ptr)
-
     def table(self, array: Any) -> Any:
         """Return a table of integers where kernels read it."""
-        return self.xp.asarray(array)
+        return self.xp.asarray(array, dtype=self.xp.int64)
+
+    def blocks(self, blocks: Any, size: int) -> Any:
+        """Return the order of chunks by block, and where each block begins and the last ends."""
+        order = np.argsort(blocks, kind="stable")
+        return self.table(order), self.table(np.searchsorted(blocks[order], np.arange(size + 1)))
 
     def multiplier(self, lr: Any, dtype: Any) -> tuple[float, Any]:
         """Return a multiplier as a number, or as an array where it is one of the device."""
-        if isinstance(lr, self.xp.ndarray) and not isinstance(lr, np.ndarray):
+        if isinstance(lr, self.xp.ndarray):
             return 0.0, lr.astype(dtype, copy=False)
         return float(lr), None
 
@@ -209,12 +213,7 @@ class Gpu:
         beta = C.dtypes["float64" if dtype == xp.float64 else "float32"]
         function = self._functions(_header() + GATHER.format(beta=beta, threads=THREADS))
         for group in groups:
-            if id(group) not in self._orders:
-                order = np.argsort(group.blocks, kind="stable")
-                ends = np.searchsorted(group.blocks[order], np.arange(size + 1))
-                self._orders[id(group)] = self.table(order), self.table(ends)
             part = total if group is groups[0] else xp.zeros(size, dtype=dtype)
-            function("gather")((size,), (THREADS,), (group.sums, *self._orders[id(group)], part))
-            if part is not total:
-                total = total + part
+            function("gather")((size,), (THREADS,), (group.sums, *group.blocks, part))
+            total = total if part is total else total + part
         return total

@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 __all__ = ["compiled", "run"]
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def pointer(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
     """Return an integer as a pointer."""
 
@@ -33,7 +33,7 @@ def compiled(source: str) -> Any:
     )
 
 
-@numba.njit(parallel=True, nogil=True)
+@numba.njit(parallel=True, nogil=True)  # type: ignore[untyped-decorator]
 def run(
     block: Any,
     fixed: Any,

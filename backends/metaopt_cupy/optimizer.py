@@ -13,6 +13,7 @@ import numpy as np
 import metaopt as mo
 from metaopt.arrays import map_leaves, solid
 from metaopt.inputs import check_grads, multipliers
+from metaopt_cupy.memory import check_writable
 from metaopt_cupy.pool import Pool
 from metaopt_cupy.sharing import device_of, shared
 
@@ -46,8 +47,6 @@ class MetaOptimizer:
 
     Attributes
     ----------
-    params : dict of str to array
-        The arrays that steps write to.
     config : metaopt.MetaOptimize
     unfused : dict of str to str
         Why leaves have no kernel.
@@ -90,17 +89,17 @@ class MetaOptimizer:
         fused: bool | None,
         state: mo.State | None = None,
     ) -> None:
-        self._xp, self.params = _adopted(_named("params", params))
+        self._xp, self._params = _adopted(_named("params", params))
         self._by_position = not isinstance(params, Mapping)
-        self.config = config
+        self._fused, self.config = fused, config
         self._pool: Pool | None = None
         with self._device():
-            state = config.init(self.params) if state is None else state
-            self._plan = config.plan(self.params)
-            _check_memory(self.params)
+            state = config.init(self._params) if state is None else state
+            self._plan = config.plan(self._params)
+            check_writable(self._params)
             chosen = "`fused` is False" if fused is False else _needs_more(config, self._plan)
             missing = "" if chosen else _missing(self._xp)
-            self._state, self.unfused = state, dict.fromkeys(self.params, chosen or missing)
+            self._state, self.unfused = state, dict.fromkeys(self._params, chosen or missing)
             if not chosen and not missing:
                 self._pool = self._pooled(state)
                 self.unfused = self._pool.unfused
@@ -122,13 +121,18 @@ class MetaOptimizer:
             engine = importlib.import_module("metaopt_cupy.cpu").Cpu()
         else:
             engine = importlib.import_module("metaopt_cupy.gpu").Gpu(self._xp)
-        return Pool(self.config, self._plan, self.params, replace(state, **own), engine)
+        return Pool(self.config, self._plan, self._params, replace(state, **own), engine)
 
     def _device(self) -> Any:
         """Return what makes the parameters' device the current one."""
         if self._xp is np:
             return contextlib.nullcontext()
-        return next(iter(self.params.values())).device
+        return next(iter(self._params.values())).device
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The arrays that steps write to, by name."""
+        return dict(self._params)
 
     @property
     def state(self) -> mo.State:
@@ -163,24 +167,24 @@ class MetaOptimizer:
             If a gradient is no dense, real floating array, or cannot be read.
         """
         with self._device():
-            grads = self._read("grads", grads)
+            found = self._read("grads", grads)
             if self._pool is None:
                 if hessian_diagonal is not None:
                     hessian_diagonal = self._read("hessian_diagonal", hessian_diagonal)
                 params, self._state = self.config.step(
-                    self.params,
-                    grads,
+                    self._params,
+                    found,
                     self._state,
                     lr=lr,
                     hvp=hvp,
                     third=third,
                     hessian_diagonal=hessian_diagonal,
                 )
-                for name, param in self.params.items():
+                for name, param in self._params.items():
                     param[...] = params[name]
             else:
-                check_grads(grads, self.params, self._plan.shapes)
-                self._pool.step(grads, multipliers(lr, self._plan.shapes))
+                check_grads(found, self._params, self._plan.shapes)
+                self._pool.step(found, multipliers(lr, self._plan.shapes))
 
     def _read(self, what: str, arrays: Any) -> Any:
         """Return a mapping of arrays as this library's."""
@@ -188,13 +192,18 @@ class MetaOptimizer:
             arrays = _named(what, arrays)
         if not isinstance(arrays, Mapping):
             return arrays  # for the core to judge
-        like = next(iter(self.params.values()))
+        like = next(iter(self._params.values()))
         return {
             name: None
             if array is None
             else solid(shared(f"{what}[{name!r}]", array, like, self._xp))
             for name, array in arrays.items()
         }
+
+    def __reduce__(self) -> Any:
+        """Copy and pickle by what the optimizer consists of: kernels hold addresses."""
+        params = list(self._params.values()) if self._by_position else self._params
+        return _restored, (type(self), params, self.config, self._fused, self.state)
 
     def step_sizes(self) -> dict[str, Any]:
         """Return the learned step sizes by block, as `metaopt.MetaOptimize.step_sizes`."""
@@ -241,9 +250,15 @@ class MetaOptimizer:
         """
         _, arrays = _adopted(_named("params", params))
         config, state = mo.load(path, arrays, config)
-        self = cls.__new__(cls)
-        self._prepare(params, config, fused, state)
-        return self
+        return _restored(cls, params, config, fused, state)
+
+
+def _restored(
+    cls: type[Any], params: Any, config: mo.MetaOptimize, fused: bool | None, state: mo.State
+) -> Any:
+    self: Any = object.__new__(cls)
+    self._prepare(params, config, fused, state)
+    return self
 
 
 def _named(what: str, arrays: Any) -> Any:
@@ -252,7 +267,9 @@ def _named(what: str, arrays: Any) -> Any:
         return {str(index): array for index, array in enumerate(arrays)}
     if isinstance(arrays, Mapping):
         return arrays
-    msg = f"`{what}` must be a mapping of name to array, or a sequence; got {type(arrays).__name__}."
+    msg = (
+        f"`{what}` must be a mapping of name to array, or a sequence; got {type(arrays).__name__}."
+    )
     raise TypeError(msg)
 
 
@@ -290,24 +307,6 @@ def _cupy(device: str) -> Any:
     except ImportError as error:
         msg = f"parameters on {device} need CuPy, which is not installed: {error}"
         raise ImportError(msg) from error
-
-
-def _check_memory(params: Mapping[str, Any]) -> None:
-    """Raise where parameters cannot be written to one by one."""
-    spans = []
-    for name, param in params.items():
-        if not getattr(param.flags, "writeable", True):
-            msg = f"`params[{name!r}]` is read-only, but steps write to it; pass a copy."
-            raise ValueError(msg)
-        if param.flags.c_contiguous and param.nbytes:
-            start = param.__array_interface__ if isinstance(param, np.ndarray) else None
-            address = start["data"][0] if start else param.data.ptr
-            spans.append((address, address + param.nbytes, name))
-    spans.sort()
-    for (_, stop, name), (start, _, other) in zip(spans, spans[1:], strict=False):
-        if start < stop:
-            msg = f"`params` must lie apart; {name!r} and {other!r} share memory."
-            raise ValueError(msg)
 
 
 def _needs_more(config: mo.MetaOptimize, plan: Any) -> str:

@@ -13,11 +13,12 @@ import numpy as np
 
 import metaopt as mo
 from metaopt.arrays import Leaves, map_leaves, namespace, per_leaf, solid
-from metaopt.passes import Leaf, one_pass
+from metaopt.passes import Leaf, LeafStep, one_pass
 from metaopt.plan import Plan
 from metaopt.step import awake_leaves
 from metaopt.tracer import UntraceableError
 from metaopt_cupy.chunks import cut, lies_per_weight
+from metaopt_cupy.memory import Occupied, address, contiguous
 from metaopt_cupy.programs import Spec, trace
 
 __all__ = ["Group", "Pool"]
@@ -39,8 +40,8 @@ class Group:
         Row, start, stop and first block of every chunk.
     ends : integers (leaves,)
         How many chunks there are up to each row, on the host.
-    blocks : integers (chunks,)
-        Which meta-gradient the chunk is part of, on the host.
+    blocks : object
+        Which meta-gradient each chunk is part of, as the engine wants to have it.
     sums : float64 (chunks,)
         Sums of products; kernels write them.
     own, sizes, starts, products : integers (leaves,)
@@ -111,10 +112,12 @@ class Pool:
             members.setdefault(key, (spec, []))[1].append(name)
         counts: dict[str, Any] = {}
         self._groups = [self._group(*member, state, counts) for member in members.values()]
+        for group in self._groups:
+            self._kernel(group, group.spec.param)
         self.state = replace(
             state, count=per_leaf((name, counts.get(name, state.count[name])) for name in params)
         )
-        self._memory = _Memory(params, engine.address)
+        self._occupied = Occupied(params)
 
     def _spec(self, name: str, rule: Any) -> Spec | None:
         """Return what the kernel of a leaf depends on; None where there can be none."""
@@ -149,10 +152,10 @@ class Pool:
         for row, name in enumerate(names):
             counts[name] = xp.reshape(vector[row : row + 1], ())
             param = self._params[name]
-            if not _contiguous(param):
+            if not contiguous(param):
                 param = self._buffers[name] = xp.empty_like(param, order="C")
             slots = state.slots[name].values()
-            fixed.append([engine.address(array) for array in (param, *slots, state.trace[name])])
+            fixed.append([address(array) for array in (param, *slots, state.trace[name])])
             family = plan.blocks.families[plan.blocks.family_of[name]]
             view = plan.blocks.views[name]
             pieces = cut(plan.shapes[name], view, engine.chunk, per_weight=spec.per_weight)
@@ -163,7 +166,7 @@ class Pool:
             products.append(0)
             if spec.per_weight:
                 self._products[name] = xp.zeros_like(state.trace[name])
-                products[row] = engine.address(self._products[name])
+                products[row] = address(self._products[name])
         table, addresses = np.concatenate(chunks), np.asarray(fixed, dtype=np.int64).T
         return Group(
             names=names,
@@ -172,7 +175,7 @@ class Pool:
             counts=vector,
             chunks=engine.table(table),
             ends=np.cumsum(ends),
-            blocks=np.concatenate(blocks),
+            blocks=engine.blocks(np.concatenate(blocks), plan.blocks.size),
             sums=xp.zeros(len(table), dtype=xp.float64),
             own=addresses[0].copy(),
             sizes=np.array([self._params[name].nbytes for name in names]),
@@ -195,10 +198,11 @@ class Pool:
         value, rate = (map_leaves(solid, part) for part in self._config.slopes(state.beta))
         of_blocks = {"value": value, "rate": rate, "meta_grad": state.meta_grad}
         work = [self._work(group, grads, lrs, of_blocks) for group in self._groups]
-        loose = {name: grads[name] for name in self.unfused if grads[name] is not None}
-        for name, grad in loose.items():
-            if self._memory.shared(*_span(grad, self._engine.address)):
-                loose[name] = xp.array(grad, copy=True)
+        loose = {
+            name: self._by_core(name, grads[name], lrs[name], of_blocks)
+            for name in self.unfused
+            if grads[name] is not None
+        }  # before anything is written
         for group, (kernel, given, multipliers, _) in zip(self._groups, work, strict=True):
             buffered = [name for name in group.names if name in self._buffers]
             for name in buffered:
@@ -206,9 +210,7 @@ class Pool:
             self._engine.run(kernel, group, given, multipliers, self._config.discount)
             for name in buffered:
                 self._params[name][...] = self._buffers[name]
-        partials = {
-            name: self._by_core(name, grad, lrs[name], of_blocks) for name, grad in loose.items()
-        } | {
+        partials = {name: self._written(name, *found) for name, found in loose.items()} | {
             name: plan.blocks.partial(product, name, plan.beta_dtype)
             for name, product in self._products.items()
             if grads[name] is not None
@@ -229,19 +231,21 @@ class Pool:
         """Return the kernel, addresses by row, multipliers, and what has to live until it ran."""
         engine, spec = self._engine, group.spec
         given = np.zeros((6, len(group.names)), dtype=np.int64)
-        arrays = self._readable(group, [grads[name] for name in group.names])
+        grad, arrays = self._readable(group, [grads[name] for name in group.names])
         for row, array in enumerate(arrays):
             if array is not None:
-                given[0, row] = engine.address(array)
-        present = given[0] != 0
-        for row in self._memory.entered(given[0], group.sizes, group.own, present):
+                given[0, row] = address(array) or 1  # an empty array may lie nowhere
+        begin, end = given[0], given[0] + group.sizes
+        # one that lies in its own parameter, entry by entry, is read before that is written
+        inside = (begin != 0) & (begin != group.own) & self._occupied.holds(begin, end)
+        for row in np.nonzero(inside)[0].tolist():
             arrays[row] = self._xp.array(arrays[row], copy=True)
-            given[0, row] = engine.address(arrays[row])
+            given[0, row] = address(arrays[row])
         for column, values in enumerate(of_blocks.values(), start=1):
             if isinstance(values, Mapping):
-                given[column] = [engine.address(values[name]) for name in group.names]
+                given[column] = [address(values[name]) for name in group.names]
             else:
-                given[column] = engine.address(values) + group.starts * values.dtype.itemsize
+                given[column] = address(values) + group.starts * values.dtype.itemsize
         given[4] = group.products
         multipliers, compute = [], getattr(self._xp, spec.compute)
         for row, name in enumerate(group.names):
@@ -250,45 +254,46 @@ class Pool:
                 lr, array = engine.multiplier(lr, compute)
                 if array is not None:
                     arrays.append(array)
-                    given[5, row] = engine.address(array)
+                    given[5, row] = address(array)
             multipliers.append(lr)
-        dtype = next((array.dtype for array in arrays if array is not None), None)
-        return self._kernel(group, dtype), given, multipliers, arrays
+        return self._kernel(group, grad), given, multipliers, arrays
 
-    def _readable(self, group: Group, grads: list[Any]) -> list[Any]:
-        """Return gradients as a kernel can read them: contiguous, all of one dtype."""
-        own, compute = (getattr(self._xp, kind) for kind in (group.spec.param, group.spec.compute))
-        narrow = all(grad is None or grad.dtype == own for grad in grads)
-        dtype = own if narrow else compute
-        return [
+    def _readable(self, group: Group, grads: list[Any]) -> tuple[str, list[Any]]:
+        """Return gradients as one kernel can read them: their dtype, and contiguous arrays."""
+        spec = group.spec
+        own = getattr(self._xp, spec.param)
+        kind = spec.param
+        if any(grad is not None and grad.dtype != own for grad in grads):
+            kind = spec.compute
+        dtype = getattr(self._xp, kind)
+        return kind, [
             grad
-            if grad is None or (narrow and _contiguous(grad))
-            else self._xp.array(grad, dtype=dtype, order="C", copy=None)
+            if grad is None or (grad.dtype == dtype and contiguous(grad))
+            else self._xp.asarray(grad, dtype=dtype, order="C")
             for grad in grads
         ]
 
-    def _kernel(self, group: Group, dtype: Any) -> Any:
+    def _kernel(self, group: Group, grad: str) -> Any:
         """Return the kernel of a group for gradients of a dtype, compiled."""
-        spec = group.spec
-        grad = spec.compute if dtype == getattr(self._xp, spec.compute) else spec.param
         if grad not in group.kernels:
-            traced = trace(replace(spec, grad=grad))
+            spec = replace(group.spec, grad=grad)
             group.kernels[grad] = self._engine.kernel(
-                traced, spec.compute, per_weight=spec.per_weight
+                trace(spec), spec.compute, per_weight=spec.per_weight
             )
         return group.kernels[grad]
 
-    def _by_core(self, name: str, grad: Any, lr: Any, of_blocks: dict[str, Any]) -> Any:
-        """Step a leaf by the core's function on arrays; return its part of the meta-gradient."""
+    def _by_core(
+        self, name: str, grad: Any, lr: Any, of_blocks: dict[str, Any]
+    ) -> tuple[Any, Any, LeafStep]:
+        """Return what the core's function on arrays returns for a leaf."""
         plan, state, xp = self._plan, self.state, self._xp
         dtype, param = plan.dtypes[name], self._params[name]
-        leaf = Leaf(param, grad, state.slots[name], state.count[name], state.trace[name])
         value, rate, meta_grad = (
             plan.blocks.expand_leaf(values, name, param.ndim) for values in of_blocks.values()
         )
-        new, product, step = one_pass(
+        return one_pass(
             plan.rules[name],
-            leaf,
+            Leaf(param, grad, state.slots[name], state.count[name], state.trace[name]),
             value,
             rate,
             lr=xp.asarray(lr, dtype=dtype),
@@ -296,44 +301,13 @@ class Pool:
             discount=xp.asarray(self._config.discount, dtype=dtype),
             inject=self._config.trace,
         )
-        param[...] = new
+
+    def _written(self, name: str, param: Any, product: Any, step: LeafStep) -> Any:
+        """Write the step of a leaf; return its part of the meta-gradient."""
+        state = self.state
+        self._params[name][...] = param
         state.trace[name][...] = step.trace
         for slot, array in state.slots[name].items():
             array[...] = step.slots[slot]
         state.count[name][...] += 1
-        return plan.blocks.partial(product, name, plan.beta_dtype)
-
-
-class _Memory:
-    """Where the parameters lie: gradients must not be written to while they are read."""
-
-    def __init__(self, params: Mapping[str, Any], address: Any) -> None:
-        spans = sorted(_span(param, address) for param in params.values())
-        self._starts, self._stops = np.array(spans, dtype=np.int64).T
-
-    def shared(self, start: Any, stop: Any) -> Any:
-        """Say whether parameters lie between addresses, elementwise."""
-        before = np.searchsorted(self._starts, stop) - 1
-        return (before >= 0) & (self._stops[before] > start)
-
-    def entered(self, starts: Any, sizes: Any, own: Any, present: Any) -> Any:
-        """Return the rows of gradients that lie in parameters but, exactly, their own."""
-        return np.nonzero(present & (starts != own) & self.shared(starts, starts + sizes))[0]
-
-
-def _span(array: Any, address: Any) -> tuple[int, int]:
-    """Return the first address of an array and the one behind its last."""
-    start = stop = address(array)
-    if array.size == 0:
-        return start, start
-    for length, stride in zip(array.shape, array.strides, strict=True):
-        if stride < 0:
-            start += (length - 1) * stride
-        else:
-            stop += (length - 1) * stride
-    return start, stop + array.dtype.itemsize
-
-
-def _contiguous(array: Any) -> bool:
-    """Say whether an array's entries follow each other in memory, in the order of its axes."""
-    return bool(array.flags.c_contiguous)
+        return self._plan.blocks.partial(product, name, self._plan.beta_dtype)
