@@ -10,7 +10,7 @@ double by Python itself, and rounded once, to the dtype of the scalar they meet.
 import math
 import numbers
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -190,6 +190,16 @@ class Program:
             lines.append(Line(name, dtype, operation, arguments))
             self._known[key] = Scalar(self, dtype, name, varies)
         return self._known[key]
+
+    def prune(self, results: Iterable[Scalar]) -> set[str]:
+        """Drop the lines that no result depends on; return the variables that are left in use."""
+        used = {result.name for result in results}
+        for line in reversed(self.once + self.each):
+            if line.name in used:
+                used |= {argument.name for argument in line.arguments}
+        self.once = [line for line in self.once if line.name in used]
+        self.each = [line for line in self.each if line.name in used]
+        return {name for name in used if isinstance(name, str)}
 
 
 class _Functions:

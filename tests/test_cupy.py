@@ -207,7 +207,7 @@ def test_what_takes_more_than_one_pass_is_the_cores_step(name: str) -> None:
     core = mo.MetaOptimize(**options)
     state = core.init(params)
     for t in range(STEPS):
-        more = {
+        more: dict[str, Any] = {
             "hvp": lambda tangents: tangents,
             "hessian_diagonal": {name: np.ones(shape) for name, shape in SHAPES.items()},
         }
@@ -251,7 +251,7 @@ def test_a_rule_that_cannot_be_traced_says_so_and_equals_the_core(blocks: str) -
         opt = MetaOptimizer(start(), **options)
     assert list(opt.unfused) == ["dense"]
     assert_close(run_fused(opt), run_core(mo.MetaOptimize(**options), start()), "float64")
-    with pytest.raises(ValueError, match="no kernel for 'dense': .*branches on a value"):
+    with pytest.raises(ValueError, match=r"no kernel for 'dense': .*branches on a value"):
         MetaOptimizer(start(), fused=True, **options)
 
 
@@ -266,14 +266,14 @@ def test_what_is_not_finite_never_reaches_the_step_sizes(blocks: str) -> None:
             grads = gradient(t, opt.params)
             if t == 3:
                 grads["dense"][1, 2] = np.inf
-            if t == 4:  # what the infinity has spoiled is repaired by hand
+            opt.step(grads)
+            if t == 3:  # what the infinity has spoiled is repaired by hand, but for the trace
                 for array in (opt.params["dense"], *opt.state.slots["dense"].values()):
                     array[~np.isfinite(array)] = 0.0
-            opt.step(grads)
         return opt
 
     opt = run(BASES["SGDm"], fused=True)
-    assert sum(int(count) for count in np.ravel(opt.state.restarts)) == 2  # at inf, and at NaN
+    assert np.sum(opt.state.restarts) == 1
     for array in (opt.state.trace, opt.step_sizes(), opt.params):
         map_leaves(lambda a: np.testing.assert_array_equal(np.isfinite(a), True), array)
     with pytest.warns(UserWarning, match="cannot be traced"):
@@ -292,9 +292,9 @@ def laid_out(kind: str, array: Any) -> Any:
         return wide[..., 1]
     if kind == "reversed":
         return np.array(array[..., ::-1])[..., ::-1] if array.ndim else array
-    return {"fortran": np.asfortranarray, "swapped": lambda a: a.astype(a.dtype.newbyteorder())}[
-        kind
-    ](array)
+    if kind == "fortran":
+        return np.array(array, order="F")
+    return array.astype(array.dtype.newbyteorder())
 
 
 @needs_numba
@@ -320,7 +320,7 @@ def test_gradients_of_other_dtypes_are_cast() -> None:
     core = mo.MetaOptimize(**options)
     state = core.init(params)
     for dtype in ("float64", "float16", "float32"):
-        grads = map_leaves(lambda a, d=dtype: np.asarray(a, d), gradient(1, params))  # type: ignore[misc]
+        grads = {name: np.asarray(grad, dtype) for name, grad in gradient(1, params).items()}
         opt.step(grads)
         params, state = core.step(params, grads, state)
     assert_close((opt.params, opt.state), (params, state), "float32", steps=3)
@@ -367,7 +367,9 @@ def test_multipliers_may_be_arrays() -> None:
 def test_many_leaves_and_many_chunks() -> None:
     """More leaves, weights and rows than a kernel takes at a time."""
     rng = np.random.default_rng(0)
-    shapes = {f"leaf{i}": (int(rng.integers(1, 9)), int(rng.integers(1, 9))) for i in range(150)}
+    shapes: dict[str, Any] = {
+        f"leaf{i}": (int(rng.integers(1, 9)), int(rng.integers(1, 9))) for i in range(150)
+    }
     shapes |= {"long": (3 * cpu.Cpu.chunk + 1,), "rows": (3, cpu.Cpu.chunk + 7)}
     for blocks in ("scalar", "node", "weight"):
         options = configured(base=BASES["AdamW"], blocks=blocks, meta=mo.SGD())
@@ -554,7 +556,9 @@ def test_options_are_those_of_the_core() -> None:
         MetaOptimizer({"w": np.ones(3)}, mo.SGD(), mo.SGD(), speed=3)
     with pytest.raises(ValueError, match="`discount` must be"):
         MetaOptimizer({"w": np.ones(3)}, mo.SGD(), mo.SGD(), discount=2.0)
-    with pytest.raises(ValueError, match="`fused` is True, but .*`meta_first` takes more than one"):
+    with pytest.raises(
+        ValueError, match=r"`fused` is True, but .*`meta_first` takes more than one"
+    ):
         MetaOptimizer({"w": np.ones(3)}, mo.SGD(), mo.SGD(), meta_first=True, fused=True)
 
 
@@ -605,7 +609,8 @@ def test_gradients_are_shared_without_a_copy(library: str) -> None:
     like = np.ones((2, 3), "float32")
     for array, pointer in zip(arrays, where, strict=True):
         assert address(shared("grad", array, like, np)) == pointer
-    opt = MetaOptimizer({"w": like.copy()}, mo.SGD(), mo.SGD(), step_size=0.5, fused=False)
+    fixed = {"step_size": 0.5, "meta_lr": 0.0}
+    opt = MetaOptimizer({"w": like.copy()}, mo.SGD(), mo.SGD(), fused=False, **fixed)
     for array in arrays:
         opt.step({"w": array})
     want = 1.0 - 0.5 * sum(np.asarray(a.detach() if library == "torch" else a) for a in arrays)
@@ -645,10 +650,22 @@ def test_arrays_of_jax_cannot_be_written_to() -> None:
 # --- what is not installed
 
 
+HIDDEN = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "{}":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+
 def alone(program: str, missing: str) -> str:
     """Run a program in a process in which a package cannot be imported; return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.modules[{missing!r}] = None\n{program}"],
+        [sys.executable, "-c", HIDDEN.format(missing) + program],
         cwd=ROOT,
         env={"PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}", "PATH": "/usr/bin:/bin"},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Traced formulas: what is written down is what the formula computes, and nothing else is traced."""
+"""Traced formulas: what is written is what the formula computes, and all else is refused."""
 
 import math
 from collections.abc import Callable

@@ -19,9 +19,6 @@ def block(fixed, given, lrs, counts, discount_, row, start, stop, first):
     if given[0, row] == 0:
         return 0.0
     n = stop - start
-    lr = np.{compute}(lrs[row])
-    count = counts[row]
-    discount = np.{compute}(discount_)
     {inputs}
     {once}
     total = np.{compute}(0.0)
@@ -42,9 +39,15 @@ def source(traced: Traced, compute: str, *, per_weight: bool) -> str:
     """
     given = ("grad", "value", "rate", "meta_grad")
     fixed = [name for name in traced.arrays if name not in given]
+    numbers = {
+        "lr": f"np.{compute}(lrs[row])",
+        "count": "counts[row]",
+        "discount": f"np.{compute}(discount_)",
+    }
     inputs = []
     for name, dtype in (traced.arrays | traced.shared).items():
-        if name in ("lr", "count", "discount"):
+        if name in numbers:
+            inputs.append(f"{name} = {numbers[name]}")
             continue
         table = f"given[{given.index(name)}" if name in given else f"fixed[{fixed.index(name)}"
         offset = "first" if name in given[1:] else "start"

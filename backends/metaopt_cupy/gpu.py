@@ -51,9 +51,6 @@ extern "C" __global__ void step(
     const Row row = rows.at[leaf - row_0];
     {compute} total = 0;
     if (row.grad) {{
-        const {compute} lr = row.lr_at ? *(const {compute}*)row.lr_at : ({compute})row.lr;
-        const int count = counts[leaf];
-        const {compute} discount = ({compute})discount_;
         {inputs}
         {once}
         for (long long i = threadIdx.x; i < n; i += {threads}) {{
@@ -92,11 +89,18 @@ extern "C" __global__ void gather(
 def source(traced: Traced, compute: str, *, per_weight: bool) -> str:
     """Return the source of the kernels `step`, for a chunk of a leaf a block, and `advance`."""
     fixed = [name for name in traced.arrays if name not in GIVEN]
+    wide = C.dtypes[compute]
+    numbers = {
+        "lr": f"row.lr_at ? *(const {wide}*)row.lr_at : ({wide})row.lr",
+        "count": "counts[leaf]",
+        "discount": f"({wide})discount_",
+    }
     inputs = []
     for name, dtype in (traced.arrays | traced.shared).items():
-        if name in ("lr", "count", "discount"):
-            continue
         kind = C.dtypes[dtype]
+        if name in numbers:
+            inputs.append(f"const {kind} {name} = {numbers[name]};")
+            continue
         at = f"row.{name}" if name in GIVEN else f"fixed[{fixed.index(name)} * leaves + leaf]"
         offset = "first" if name in GIVEN[1:] else "start"
         constant = "const " if name in GIVEN else ""
@@ -108,7 +112,7 @@ def source(traced: Traced, compute: str, *, per_weight: bool) -> str:
     stores = [f"{name}_[i] = {C.written(value)};" for name, value in traced.written.items()]
     product = C.written(traced.product)
     if per_weight:
-        inputs.append(f"{C.dtypes[compute]}* product_ = ({C.dtypes[compute]}*)row.product + start;")
+        inputs.append(f"{wide}* product_ = ({wide}*)row.product + start;")
         stores.append(f"product_[i] = {product};")
     else:
         stores.append(f"total += {product};")

@@ -103,4 +103,6 @@ def trace(spec: Spec) -> Traced:
         raise
     except Exception as error:  # whatever a rule does that scalars cannot
         raise UntraceableError(str(error)) from error
+    used = program.prune([*written.values(), product])
+    shared = {name: dtype for name, dtype in shared.items() if name in used}
     return Traced(program, arrays, shared, written, product)
