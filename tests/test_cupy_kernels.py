@@ -129,7 +129,7 @@ def _argument(value: Any) -> Any:
     """Return an argument as CuPy passes it: arrays by address, but the host's of one entry."""
     if isinstance(value, np.ndarray) and value.dtype.kind == "V":
         numbers = value.view(np.int64)
-        kind = type(
+        kind: Any = type(
             "Rows", (ctypes.Structure,), {"_fields_": [("at", ctypes.c_int64 * numbers.size)]}
         )
         return kind.from_buffer_copy(numbers.tobytes())
