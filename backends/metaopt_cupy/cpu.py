@@ -100,7 +100,7 @@ class Cpu:
         if text not in _compiled:
             block, none = self._tools.compiled(text), np.zeros((0, 0), dtype=np.int64)
             self._tools.run(  # compiles
-                *(block, none, none, np.zeros(0), np.zeros(0, dtype=np.int32), 1.0),
+                *(block, 0, none, none, np.zeros(0), np.zeros(0, dtype=np.int32), 1.0),
                 *(np.zeros((0, 4), dtype=np.int64), np.zeros(0)),
             )
             _compiled[text] = block
@@ -123,6 +123,7 @@ class Cpu:
         with _lock:
             self._tools.run(
                 kernel,
+                group.weights,
                 *(group.fixed, given, np.array(lrs), group.counts, discount),
                 *(group.chunks, group.sums),
             )

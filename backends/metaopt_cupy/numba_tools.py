@@ -10,6 +10,9 @@ from numba.extending import intrinsic
 
 __all__ = ["compiled", "run"]
 
+#: Weights that are stepped in the time in which a thread wakes up.
+WORTH_A_THREAD = 16384
+
 
 @intrinsic  # type: ignore[untyped-decorator]
 def pointer(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
@@ -33,8 +36,18 @@ def compiled(source: str) -> Any:
     )
 
 
+def run(block: Any, weights: int, *arguments: Any) -> None:
+    """Call a block function on all chunks, by as many threads as the weights are worth."""
+    own = numba.get_num_threads()
+    numba.set_num_threads(max(1, min(own, weights // WORTH_A_THREAD)))
+    try:
+        _run(block, *arguments)
+    finally:
+        numba.set_num_threads(own)
+
+
 @numba.njit(parallel=True, nogil=True)  # type: ignore[untyped-decorator]
-def run(
+def _run(
     block: Any,
     fixed: Any,
     given: Any,

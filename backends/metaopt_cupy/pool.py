@@ -31,6 +31,8 @@ class Group:
     Parameters
     ----------
     names : list of str
+    weights : int
+        Of all its leaves.
     spec : Spec
     fixed : integers (arrays, leaves)
         Addresses of the leaves' parameters, traces and slots.
@@ -52,6 +54,7 @@ class Group:
     """
 
     names: list[str]
+    weights: int
     spec: Spec
     fixed: Any
     counts: Any
@@ -170,6 +173,7 @@ class Pool:
         table, addresses = np.concatenate(chunks), np.asarray(fixed, dtype=np.int64).T
         return Group(
             names=names,
+            weights=sum(self._params[name].size for name in names),
             spec=spec,
             fixed=engine.table(np.ascontiguousarray(addresses)),
             counts=vector,
