@@ -1,5 +1,11 @@
-"""NumPy: the core's step, over the very rule with a fixed step size."""
+"""NumPy: the core's step, and the one of `metaopt_cupy` in one pass through numba.
 
+The core is compared with the very rule at a fixed step size, in NumPy. The step in one pass is
+compared with that of an AdamW whose kernel is made the same way, and with torch's fused AdamW.
+"""
+
+import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,10 +13,16 @@ import numpy as np
 
 import metaopt as mo
 from contenders import Contender, Shapes
+from contenders.plain import PlainSteps
 from metaopt.rules.move import move
 
-NOTE = "the same rule's direction and step at a fixed step size, in NumPy"
-PACKAGES = ("numpy",)
+NOTE = (
+    "the same rule at a fixed step size, in NumPy; for rows through numba, torch's fused AdamW where "
+    "it is installed, then a plain AdamW whose kernel is made the same way"
+)
+PACKAGES = tuple(
+    name for name in ("numpy", "numba", "torch") if importlib.util.find_spec(name) is not None
+)
 
 PAIRS: dict[str, tuple[Any, Any]] = {
     "AdamW + Lion": (mo.AdamW(weight_decay=0.1), mo.Lion()),
@@ -29,6 +41,16 @@ def steps(shapes: Shapes) -> Iterator[Contender]:
         for blocks in ("scalar", "tensor") if pair == "AdamW + Lion" else ("scalar",):
             opt = mo.MetaOptimize(base=base, meta=meta, blocks=blocks)
             yield Contender(f"{pair}, {blocks}", meta_step(opt, grads))
+    if "numba" not in PACKAGES:
+        return
+    references = [("AdamW, plain, numba", PlainSteps(mo.AdamW(weight_decay=0.1), grads).step)]
+    if "torch" in PACKAGES:
+        references.insert(0, ("AdamW, torch, fused", torch_step(grads)))
+    for name, reference in references:
+        yield Contender(name, reference, reference=True)
+        for pair, (base, meta) in PAIRS.items():
+            for blocks in ("scalar", "tensor", "node") if pair == "AdamW + Lion" else ("scalar",):
+                yield Contender(f"{pair}, {blocks}, numba", fused_step(base, meta, blocks, grads))
 
 
 def plain_step(rule: Any, grads: dict[str, Any]) -> Callable[[], None]:
@@ -46,6 +68,8 @@ def plain_step(rule: Any, grads: dict[str, Any]) -> Callable[[], None]:
         for name, grad in grads.items():
             direction, slots[name] = rule.direction(grad, slots[name], np.asarray(count, "float32"))
             params[name] = params[name] - move(params[name], direction, lr, rule.weight_decay).delta
+
+    return step
 
     return step
 

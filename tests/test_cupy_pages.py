@@ -1,0 +1,87 @@
+"""The page and the example of metaopt_cupy run as they are printed."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "cupy.md").read_text(encoding="utf-8")
+EXAMPLE = (ROOT / "examples" / "logistic_regression.py").read_text(encoding="utf-8")
+NUMPY, CUPY = "import numpy as xp  # or: import cupy as xp", "import cupy as xp"
+
+
+def gpu() -> bool:
+    if importlib.util.find_spec("cupy") is None:
+        return False
+    import cupy
+
+    try:
+        return bool(cupy.cuda.runtime.getDeviceCount())
+    except cupy.cuda.runtime.CUDARuntimeError:
+        return False
+
+
+needs_gpu = pytest.mark.skipif(not gpu(), reason="CuPy or a GPU is missing")
+needs_numba = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="numba is not installed"
+)
+
+
+def run(program: str, folder: Path) -> str:
+    assert len(re.findall(r"^import (?:numpy|cupy) as xp", program, re.MULTILINE)) == 1
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=folder,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+@needs_numba
+def test_the_page_runs_on_numpy(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    found = blocks(PAGE)
+    assert len(found) == 4
+    check = 'assert abs(params["weight"] - target).max() < 1e-2, params'
+    run("\n".join([found[0], check, *found[1:]]), tmp_path)
+    assert (tmp_path / "run.safetensors").exists()
+
+
+@needs_gpu
+def test_the_page_runs_on_cupy(tmp_path: Path) -> None:
+    check = 'assert abs(params["weight"] - target).max() < 1e-2, params'
+    first, second, *_ = blocks(PAGE)
+    run("\n".join([first.replace(NUMPY, CUPY), check, second]), tmp_path)
+
+
+def learns(program: str, folder: Path) -> None:
+    printed = run(program, folder)
+    right = [float(share) for share in re.findall(r"right on test ([\d.]+)%", printed)]
+    assert len(right) == 6
+    assert right[-1] > 97.0
+    sizes = [float(size) for size in re.findall(r"'weight': '([^']+)'", printed)]
+    assert sizes[-1] > 1e4 * 1e-6  # from where it started
+
+
+@needs_numba
+def test_the_example_learns_on_numpy(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    learns(EXAMPLE, tmp_path)
+
+
+@needs_gpu
+def test_the_example_learns_on_cupy(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    learns(EXAMPLE.replace(NUMPY, CUPY), tmp_path)
