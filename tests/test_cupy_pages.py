@@ -85,3 +85,17 @@ def test_the_example_learns_on_numpy(tmp_path: Path) -> None:
 def test_the_example_learns_on_cupy(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     learns(EXAMPLE.replace(NUMPY, CUPY), tmp_path)
+
+
+@pytest.mark.skipif(gpu(), reason="there is a GPU to measure")
+def test_the_benchmark_says_that_there_is_nothing_to_measure() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/step_cost.py", "cupy"],
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Nothing to measure: ")
