@@ -16,9 +16,11 @@ try:
 
     cupy.cuda.runtime.getDeviceCount()
 except ImportError:
-    raise SystemExit("Nothing to measure: cupy is not installed.") from None
+    msg = "Nothing to measure: cupy is not installed."
+    raise SystemExit(msg) from None
 except cupy.cuda.runtime.CUDARuntimeError as error:
-    raise SystemExit(f"Nothing to measure: CuPy finds no GPU ({error}).") from None
+    msg = f"Nothing to measure: CuPy finds no GPU ({error})."
+    raise SystemExit(msg) from None
 
 NOTE = (
     "a copy on the device that reads and writes as many bytes, 36 a weight, so that 1 / ratio is "

@@ -19,7 +19,9 @@ def traced(rule: Any) -> Traced:
     program = Program()
     slots = {slot: f"slot{index}" for index, slot in enumerate(rule.slots)}
     names = ("param", "grad", *slots.values())
-    arrays = {name: program.variable(name, "float32", varies=True) for name in names}
+    arrays: dict[str, Any] = {
+        name: program.variable(name, "float32", varies=True) for name in names
+    }
     lr, count = (program.variable(name, "float32", varies=False) for name in ("lr", "discount"))
     inner = {slot: arrays[name] for slot, name in slots.items()}
     direction, after = rule.direction(arrays["grad"], inner, count)
@@ -28,7 +30,7 @@ def traced(rule: Any) -> Traced:
     written |= {name: after[slot] for slot, name in slots.items()}
     nothing = program.constant(0.0, "float32")
     used = program.prune(written.values())
-    shared = {name: "float32" for name in ("lr", "discount") if name in used}
+    shared: dict[str, str] = {name: "float32" for name in ("lr", "discount") if name in used}
     return Traced(program, dict.fromkeys(names, "float32"), shared, written, nothing)
 
 

@@ -53,4 +53,4 @@ PROBLEMS: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 #: For devices with the memory, and the need, of more.
-LARGE: dict[str, dict[str, tuple[int, ...]]] = {"large": {"weights": (100_000_000,)}} | PROBLEMS
+LARGE: dict[str, dict[str, tuple[int, ...]]] = {"large": {"weights": (100_000_000,)}, **PROBLEMS}
