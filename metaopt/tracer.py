@@ -210,6 +210,8 @@ class _Functions:
     int32, bool = "int32", "bool"
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python's own questions
+            raise AttributeError(name)
         msg = f"it calls {name}, which is no elementwise function that the tracer knows"
         raise UntraceableError(msg)
 

@@ -1,6 +1,8 @@
 """metaopt_cupy on NumPy: a step in one pass equals the core's, and what is handed in is checked."""
 
 import copy
+import doctest
+import importlib
 import importlib.util
 import pickle
 import subprocess
@@ -474,6 +476,12 @@ def test_the_state_is_the_cores() -> None:
     assert contents(opt.step_sizes()) == contents(core.step_sizes(state))
     assert contents(opt.diagnostics()) == contents(core.diagnostics(state))
     core.step(params, gradient(0, params), state)  # takes it as one of its own
+
+
+def test_examples_in_docstrings_run() -> None:
+    found = doctest.testmod(importlib.import_module("metaopt_cupy.optimizer"))
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
 BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
