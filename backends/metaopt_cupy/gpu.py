@@ -155,15 +155,16 @@ class Gpu:
         self.xp = cupy
         self._compiled: dict[str, Any] = {}
 
-    def _functions(self, text: str) -> Any:
+    def _functions(self, text: str, *names: str) -> Any:
         if text not in self._compiled:
-            self._compiled[text] = self.xp.RawModule(code=text, options=("--std=c++17",))
-        return self._compiled[text].get_function
+            module = self.xp.RawModule(code=text, options=("--std=c++17",))
+            self._compiled[text] = [module.get_function(name) for name in names]
+        return self._compiled[text]
 
     def kernel(self, traced: Traced, compute: str, *, per_weight: bool) -> Any:
         """Return the kernels of a traced step, compiled."""
-        function = self._functions(source(traced, compute, per_weight=per_weight))
-        return function("step"), function("advance")
+        text = source(traced, compute, per_weight=per_weight)
+        return self._functions(text, "step", "advance")
 
     def table(self, array: Any) -> Any:
         """Return a table of integers where kernels read it."""
@@ -215,9 +216,10 @@ class Gpu:
         xp = self.xp
         total = xp.zeros(size, dtype=dtype)
         beta = C.dtypes["float64" if dtype == xp.float64 else "float32"]
-        function = self._functions(_header() + GATHER.format(beta=beta, threads=THREADS))
-        for group in groups:
+        text = _header() + GATHER.format(beta=beta, threads=THREADS)
+        (gather,) = self._functions(text, "gather")
+        for group in groups if size else ():
             part = total if group is groups[0] else xp.zeros(size, dtype=dtype)
-            function("gather")((size,), (THREADS,), (group.sums, *group.blocks, part))
+            gather((size,), (THREADS,), (group.sums, *group.blocks, part))
             total = total if part is total else total + part
         return total
