@@ -23,9 +23,10 @@ except cupy.cuda.runtime.CUDARuntimeError as error:
     raise SystemExit(msg) from None
 
 NOTE = (
-    "a copy on the device that reads and writes as many bytes, 36 a weight, so that 1 / ratio is "
-    "the share of a copy's bandwidth; or the rule at a fixed step size by a kernel made the same "
-    f"way. {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}"
+    "(here each time is of ten steps, launched without waiting as in training) a copy on the "
+    "device that reads and writes as many bytes, 36 a weight, so that 1 / ratio is the share of a "
+    "copy's bandwidth; or the rule at a fixed step size by a kernel made the same way. "
+    f"{cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}"
 )
 PACKAGES = ("numpy",)
 PROBLEMS = LARGE
@@ -57,10 +58,11 @@ def fused(base: Any, meta: Any, blocks: str, grads: dict[str, Any]) -> Callable[
 
 
 def waiting(step: Callable[[], object]) -> Callable[[], object]:
-    """Return a step that ends when the device has."""
+    """Return ten steps, launched one after the other, that end when the device has."""
 
     def run() -> None:
-        step()
+        for _ in range(10):
+            step()
         cupy.cuda.get_current_stream().synchronize()
 
     return run
