@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from metaopt_conformance import tolerances
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "cupy.md").read_text(encoding="utf-8")
@@ -107,3 +108,32 @@ def test_the_benchmark_says_that_there_is_nothing_to_measure() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith("Nothing to measure: ")
+
+
+PLAIN = """
+import sys
+import numpy as np
+import metaopt as mo
+from contenders.plain import PlainSteps
+from metaopt_cupy.cpu import Cpu
+
+grads = {"a": np.linspace(-1.0, 2.0, 40000, dtype="float32"), "b": np.ones((3, 5), "float32")}
+for rule in (mo.AdamW(weight_decay=0.1), mo.Lion(), mo.SGD(momentum=0.9)):
+    plain = PlainSteps(Cpu(), rule, grads)
+    opt = mo.MetaOptimize(base=rule, meta=mo.SGD(), step_size=1e-4, meta_lr=0.0)
+    params = {name: np.zeros_like(grad) for name, grad in grads.items()}
+    state = opt.init(params)
+    for _ in range(3):
+        plain.step()
+        params, state = opt.step(params, grads, state)
+    for got, want in zip(plain.params(), params.values(), strict=True):
+        print(np.max(np.abs(got - want)) / np.max(np.abs(want)))
+"""
+
+
+@needs_numba
+def test_the_plain_kernel_of_the_benchmark_is_the_rule(tmp_path: Path) -> None:
+    printed = run(f"import sys; sys.path.append('{ROOT / 'benchmarks'}')\n{PLAIN}", tmp_path)
+    errors = [float(error) for error in printed.split()]
+    assert len(errors) == 6
+    assert max(errors) <= tolerances.rounding("float32", operations=30, steps=3)

@@ -47,7 +47,7 @@ extern "C" __global__ void step(
 {{
     const long long* chunk = chunks + 4 * (long long)blockIdx.x;
     const int leaf = (int)chunk[0];
-    const long long start = chunk[1], n = chunk[2] - chunk[1], first = chunk[3];
+    const long long start = chunk[1], n = chunk[2] - chunk[1];
     const Row row = rows.at[leaf - row_0];
     {compute} total = 0;
     if (row.grad) {{
@@ -102,7 +102,7 @@ def source(traced: Traced, compute: str, *, per_weight: bool) -> str:
             inputs.append(f"const {kind} {name} = {numbers[name]};")
             continue
         at = f"row.{name}" if name in GIVEN else f"fixed[{fixed.index(name)} * leaves + leaf]"
-        offset = "first" if name in GIVEN[1:] else "start"
+        offset = "chunk[3]" if name in GIVEN[1:] else "start"
         constant = "const " if name in GIVEN else ""
         pointer = f"({constant}{kind}*){at} + {offset}"
         if name in traced.shared:

@@ -78,3 +78,7 @@ class PlainSteps:
         given[0] = [address(grad) for grad in self._grads.values()]
         lrs = [1e-4] * len(self._grads)
         self._engine.run(self._kernel, self._group, given, lrs, float(self._count))
+
+    def params(self) -> list[Any]:
+        """Return the parameters, in the order of the gradients."""
+        return [row[0] for row in self._arrays]
