@@ -98,12 +98,7 @@ class Cpu:
         """Return the compiled kernel of a traced step."""
         text = source(traced, compute, per_weight=per_weight)
         if text not in _compiled:
-            block, none = self._tools.compiled(text), np.zeros((0, 0), dtype=np.int64)
-            self._tools.run(  # compiles
-                *(block, 0, none, none, np.zeros(0), np.zeros(0, dtype=np.int32), 1.0),
-                *(np.zeros((0, 4), dtype=np.int64), np.zeros(0)),
-            )
-            _compiled[text] = block
+            _compiled[text] = self._tools.compiled(text)
         return _compiled[text]
 
     def table(self, array: Any) -> Any:

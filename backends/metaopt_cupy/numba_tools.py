@@ -24,6 +24,13 @@ def pointer(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
     return types.voidptr(address), generate
 
 
+TABLE = types.int64[:, ::1]
+BLOCK = types.float64(
+    *(TABLE, TABLE, types.float64[::1], types.int32[::1], types.float64),
+    *(types.int64, types.int64, types.int64, types.int64),
+)
+
+
 def compiled(source: str) -> Any:
     """Compile a block function.
 
@@ -31,9 +38,8 @@ def compiled(source: str) -> Any:
     """
     names = {"np": np, "math": math, "carray": numba.carray, "pointer": pointer}
     exec(source, names)
-    return numba.njit(fastmath={"reassoc", "contract"}, error_model="numpy", nogil=True)(
-        names["block"]
-    )
+    compiler = numba.njit(BLOCK, fastmath={"reassoc", "contract"}, error_model="numpy", nogil=True)
+    return compiler(names["block"])
 
 
 def run(block: Any, weights: int, *arguments: Any) -> None:
@@ -46,7 +52,11 @@ def run(block: Any, weights: int, *arguments: Any) -> None:
         numba.set_num_threads(own)
 
 
-@numba.njit(parallel=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(  # type: ignore[untyped-decorator]
+    types.void(types.FunctionType(BLOCK), *BLOCK.args[:5], TABLE, types.float64[::1]),
+    parallel=True,
+    nogil=True,
+)
 def _run(
     block: Any,
     fixed: Any,
@@ -57,7 +67,6 @@ def _run(
     chunks: Any,
     sums: Any,
 ) -> None:
-    """Call a block function on all chunks, in parallel."""
     for index in numba.prange(len(chunks)):
         sums[index] = block(
             fixed,
