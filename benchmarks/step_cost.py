@@ -18,11 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from contenders import Contender
-from contenders.shapes import PROBLEMS
+from contenders.shapes import LARGE, PROBLEMS
 
 import metaopt as mo
 
-LIBRARIES = ("numpy", "torch")
+LIBRARIES = ("numpy", "torch", "cupy")
 #: Rounds that are not counted: compilation, page faults.
 WARM_UP = 2
 
@@ -61,7 +61,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("library", choices=LIBRARIES)
-    parser.add_argument("--problem", action="append", choices=tuple(PROBLEMS))
+    parser.add_argument("--problem", action="append", choices=tuple(LARGE))
     parser.add_argument("--rounds", type=int, default=20, help="steps timed of each (default 20)")
     parser.add_argument("--output", type=Path, help="folder for step_cost_LIBRARY.md")
     options = parser.parse_args()
@@ -76,8 +76,8 @@ def main() -> None:
         f"{module.NOTE}. {platform.machine()}, {platform.system()}, Python "
         f"{platform.python_version()}, {packages}, metaopt {mo.__version__}.",
     ]
-    for problem in options.problem or PROBLEMS:
-        shapes = PROBLEMS[problem]
+    for problem in options.problem or getattr(module, "PROBLEMS", PROBLEMS):
+        shapes = LARGE[problem]
         weights = sum(math.prod(shape) for shape in shapes.values())
         contenders = list(module.steps(shapes))
         lines += [

@@ -19,7 +19,7 @@ from metaopt.arrays import (
 from metaopt.plan import Plan
 from metaopt.state import State
 
-__all__: list[str] = []
+__all__ = ["check_grads", "multipliers"]
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

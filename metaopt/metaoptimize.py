@@ -4,7 +4,7 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from metaopt.arrays import (
 )
 from metaopt.blocks import Blocks, Partition, partition
 from metaopt.curvature import Curvature, Diagonal, curvature
-from metaopt.passes import Leaf, leaf_pass, meta_pass, usable
+from metaopt.passes import Leaf, MetaStep, leaf_pass, meta_pass, usable
 from metaopt.plan import Following, Plan, following, make_plan, rules_by_leaf
 from metaopt.rules.rule import Rule
 from metaopt.rules.sgd import SGD
@@ -460,18 +460,12 @@ class MetaOptimize:
             z_trace, lost_products = parts.reduced(reduce, plan, z_trace, lost_products)
         beta_trace, held_trace = parts.hatted_beta_trace(plan, state, finite, self.discount)
 
-        meta = meta_pass(
-            self.meta,
-            plan.blocks,
+        meta = self._meta(
+            plan,
+            state,
             z,
             finite,
-            state.beta,
-            state.meta_slots,
-            state.meta_count,
-            state.restarts,
-            meta_lr=self.meta_lr,
-            awake=parts.awake_families(plan, awake, state.step),
-            bounds=self.limits(plan.blocks, state.beta),
+            awake,
             beta_trace=beta_trace,
             held_trace=held_trace,
             z_trace=z_trace,
@@ -565,6 +559,44 @@ class MetaOptimize:
         if lost_products is not None:
             lost = lost + lost_products
         return new_params, new_state, None if lost is None else lost == 0.0
+
+    def _meta(
+        self, plan: Plan, state: State, z: Any, finite: Any, awake: Leaves[Any], **more: Any
+    ) -> MetaStep:
+        return meta_pass(
+            self.meta,
+            plan.blocks,
+            z,
+            finite,
+            state.beta,
+            state.meta_slots,
+            state.meta_count,
+            state.restarts,
+            meta_lr=self.meta_lr,
+            awake=parts.awake_families(plan, awake, state.step),
+            bounds=self.limits(plan.blocks, state.beta),
+            **more,
+        )
+
+    def meta_step(self, plan: Plan, state: State, z: Any, awake: Leaves[Any]) -> State:
+        """Return `state` after the meta update of a step without curvature.
+
+        For adapters that step the leaves themselves, by `metaopt.passes.one_pass`: all but the
+        leaves' own state (`count`, `slots` and `trace`) is that of the next step.
+
+        Parameters
+        ----------
+        plan : Plan
+        state : State
+        z : blocks
+            Meta-gradient: the sums of the leaves' products.
+        awake : mapping of leaf to bool or boolean array
+            As `metaopt.step.awake_leaves` returns it.
+        """
+        finite = map_leaves(usable, z)
+        meta = self._meta(plan, state, z, finite, awake, beta_trace={}, held_trace={})
+        changed = {"step": state.step + 1, "meta_grad": z, **meta._asdict()}
+        return replace(state, **{name: map_leaves(solid, part) for name, part in changed.items()})
 
     @property
     def _rectified(self) -> bool:

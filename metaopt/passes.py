@@ -4,7 +4,8 @@ A step is `leaf_product` per leaf, summed to the meta-gradient by `Blocks.partia
 `Blocks.gather` (`Blocks.reduce` is both in one call); `leaf_pass` per leaf; and `meta_pass`. The
 meta-gradient is known before a trace is written, as a restart, the Hessian-vector products and
 `meta_first` all need it. Where it is needed for restarts alone, `fused_pass` does both passes over
-a leaf in one, and a trace restarts one step later.
+a leaf in one, and a trace restarts one step later; `one_pass` is that with all that it needs of
+the state.
 """
 
 from collections import OrderedDict
@@ -25,6 +26,7 @@ __all__ = [
     "leaf_pass",
     "leaf_product",
     "meta_pass",
+    "one_pass",
     "usable",
 ]
 
@@ -138,6 +140,58 @@ def fused_pass(
     leaf = leaf._replace(trace=hat(leaf.trace, 1.0, keep))
     product = leaf_product(leaf.trace, cast(leaf.grad, leaf.trace.dtype))
     return product, leaf_pass(rule, leaf, lr, lr_trace, discount=discount, inject=inject)
+
+
+def one_pass(
+    rule: Rule,
+    leaf: Leaf,
+    value: Any,
+    rate: Any,
+    *,
+    lr: Any,
+    meta_grad: Any,
+    discount: Any,
+    inject: str = "update",
+) -> tuple[Any, Any, LeafStep]:
+    """Return a leaf's next parameter, its product and its next state from the present state alone.
+
+    The whole of a leaf's step without curvature, sections 7, 10 and 11, for a kernel that is
+    generated from it (`metaopt.tracer`) or compiled. With `meta_pass` it makes a step.
+
+    Parameters
+    ----------
+    rule, leaf
+        As in `leaf_pass`.
+    value, rate : arrays broadcastable to the leaf, floating
+        The leaf's learned step sizes and their derivatives, before the multiplier.
+    lr : array, shape (), compute dtype
+        The multiplier; where it is 0 the leaf rests, and its product is 0.
+    meta_grad : array broadcastable to the leaf
+        The meta-gradient of the step before.
+    discount : array, shape (), compute dtype
+        Discount of the trace.
+    inject
+        As in `leaf_pass`.
+
+    Returns
+    -------
+    param : array of the leaf's dtype
+    product : array, compute dtype
+    step : LeafStep
+    """
+    dtype, xp = leaf.trace.dtype, namespace(lr)
+    awake = lr != 0.0
+    product, step = fused_pass(
+        rule,
+        leaf,
+        lr * cast(value, dtype),
+        lr * cast(rate, dtype),
+        keep=usable(meta_grad),
+        discount=xp.where(awake, discount, xp.ones_like(discount)),
+        inject=inject,
+    )
+    param = cast(cast(leaf.param, dtype) - step.delta, leaf.param.dtype)
+    return param, namespace(product).where(awake, product, 0.0), step
 
 
 def leaf_pass(

@@ -12,7 +12,7 @@ from metaopt.rules.move import hat
 from metaopt.state import State
 from metaopt.step_sizes import StepSizeMap
 
-__all__ = ["Reduce", "awake_families"]
+__all__ = ["Reduce", "awake_families", "awake_leaves"]
 
 #: From sums over the parts of the leaves that a device holds to those over all devices.
 Reduce: TypeAlias = Callable[[list[Any]], Sequence[Any]]

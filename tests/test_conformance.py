@@ -33,7 +33,8 @@ def test_the_quick_part_passes(name: str, tmp_path: Path, capsys: Any) -> None:
     status = main(["--backend", name, "--quick", "--output", str(tmp_path), *chosen])
     assert status == 0, capsys.readouterr().out
     found = json.loads((tmp_path / f"conformance_{name}.json").read_text())["outcomes"]
-    assert {entry["family"] for entry in found} == set(families)
+    # an adapter, where the library has one, is checked beside the core
+    assert {entry["family"] for entry in found} - {"adapter"} == set(families)
     passed = [entry for entry in found if entry["status"] == "passed"]
     assert len(passed) > 150
     assert {entry["pair"] for entry in passed if entry["family"] == "traces"} == {
@@ -183,8 +184,8 @@ class Adapter:
         self.opt, self.current = opt, params
         self.kept = opt.init(params)
 
-    def step(self, grads: Any, lr: Any, hvp: Any) -> None:
-        self.current, self.kept = self.opt.step(self.current, grads, self.kept, lr=lr, hvp=hvp)
+    def step(self, **inputs: Any) -> None:
+        self.current, self.kept = self.opt.step(self.current, state=self.kept, **inputs)
 
     def params(self) -> Any:
         return self.current
@@ -196,8 +197,8 @@ class Adapter:
 class Forgetful(Adapter):
     """One that drops the multiplier."""
 
-    def step(self, grads: Any, lr: Any, hvp: Any) -> None:  # noqa: ARG002
-        super().step(grads, 1.0, hvp)
+    def step(self, **inputs: Any) -> None:
+        super().step(**(inputs | {"lr": 1.0}))
 
 
 @pytest.mark.parametrize(("kind", "status"), [(Adapter, "passed"), (Forgetful, "failed")])

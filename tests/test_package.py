@@ -93,6 +93,19 @@ def test_the_package_never_imports_what_it_is_checked_against() -> None:
         assert "metaopt_conformance" not in set(imported(path)), relative(path)
 
 
+ADAPTERS = sorted((ROOT / "backends").glob("metaopt_*/*.py"))
+
+
+@pytest.mark.parametrize("path", ADAPTERS, ids=relative)
+def test_adapters_import_public_names_of_the_core(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "metaopt":
+            exported = importlib.import_module(str(node.module)).__all__
+            names = {alias.name for alias in node.names}
+            modules = {name for name in names if f"{node.module}.{name}" in MODULES}
+            assert names - modules <= set(exported), node.module
+
+
 # --- documentation
 
 

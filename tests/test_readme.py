@@ -53,7 +53,11 @@ def test_jax() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/mathematics.md", "docs/conformance.md", "backends/README.md"]
+    "page",
+    [
+        *("README.md", "docs/mathematics.md", "docs/conformance.md", "docs/cupy.md"),
+        "backends/README.md",
+    ],
 )
 def test_links_and_pictures_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")

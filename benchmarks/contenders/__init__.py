@@ -1,7 +1,8 @@
 """What competes in `step_cost.py`, a module for each library.
 
 Each has `NOTE`, what its rows are compared with; `PACKAGES`, whose versions are reported; and
-`steps(shapes)`, which yields contenders. All of a problem are made first, then timed in turns.
+`steps(shapes)`, which yields contenders. All of a problem are made first, then timed in turns. Its
+`PROBLEMS`, if it has any, are measured in place of the usual ones.
 """
 
 from collections.abc import Callable, Mapping

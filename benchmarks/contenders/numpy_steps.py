@@ -1,16 +1,29 @@
-"""NumPy: the core's step, over the very rule with a fixed step size."""
+"""NumPy: the core's step, and the one of `metaopt_cupy` in one pass through numba.
 
+The core is compared with the very rule at a fixed step size, in NumPy; the step in one pass with
+torch's fused AdamW, where that is installed, and with the rule as a kernel that is made alike.
+"""
+
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from metaopt_cupy import MetaOptimizer
 
 import metaopt as mo
 from contenders import Contender, Shapes
+from contenders.plain import PlainSteps
 from metaopt.rules.move import move
 
-NOTE = "the same rule's direction and step at a fixed step size, in NumPy"
-PACKAGES = ("numpy",)
+NOTE = (
+    "the same rule at a fixed step size, in NumPy; for rows through numba torch's fused AdamW, or "
+    "the same rule at a fixed step size by a kernel made the same way"
+)
+PACKAGES = tuple(
+    name for name in ("numpy", "numba", "torch") if importlib.util.find_spec(name) is not None
+)
 
 PAIRS: dict[str, tuple[Any, Any]] = {
     "AdamW + Lion": (mo.AdamW(weight_decay=0.1), mo.Lion()),
@@ -29,6 +42,18 @@ def steps(shapes: Shapes) -> Iterator[Contender]:
         for blocks in ("scalar", "tensor") if pair == "AdamW + Lion" else ("scalar",):
             opt = mo.MetaOptimize(base=base, meta=meta, blocks=blocks)
             yield Contender(f"{pair}, {blocks}", meta_step(opt, grads))
+    if "numba" not in PACKAGES:
+        return
+    if "torch" in PACKAGES:
+        yield Contender("AdamW, torch, fused", torch_step(grads), reference=True)
+        for blocks in ("scalar", "tensor", "node"):
+            step = fused_step(*PAIRS["AdamW + Lion"], blocks, grads)
+            yield Contender(f"AdamW + Lion, {blocks}, numba", step)
+    engine = importlib.import_module("metaopt_cupy.cpu").Cpu()
+    for pair, (base, meta) in PAIRS.items():
+        plain = PlainSteps(engine, base, grads)
+        yield Contender(f"{pair.split(' + ')[0]}, fixed, numba", plain.step, reference=True)
+        yield Contender(f"{pair}, scalar, numba", fused_step(base, meta, "scalar", grads))
 
 
 def plain_step(rule: Any, grads: dict[str, Any]) -> Callable[[], None]:
@@ -60,3 +85,20 @@ def meta_step(opt: mo.MetaOptimize, grads: dict[str, Any]) -> Callable[[], None]
         params, state = opt.step(params, grads, state)
 
     return step
+
+
+def torch_step(grads: dict[str, Any]) -> Callable[[], object]:
+    """Return a function that makes one step of torch's fused AdamW."""
+    torch = importlib.import_module("torch")
+    params = [torch.zeros(grad.shape) for grad in grads.values()]
+    for param, grad in zip(params, grads.values(), strict=True):
+        param.grad = torch.from_numpy(grad.copy())
+    step: Callable[[], object] = torch.optim.AdamW(params, weight_decay=0.1, fused=True).step
+    return step
+
+
+def fused_step(base: Any, meta: Any, blocks: str, grads: dict[str, Any]) -> Callable[[], object]:
+    """Return a function that makes one step of MetaOptimize in one pass."""
+    params = {name: np.zeros_like(grad) for name, grad in grads.items()}
+    opt = MetaOptimizer(params, base, meta, blocks=blocks, fused=True)
+    return lambda: opt.step(grads)

@@ -1,6 +1,6 @@
 """The parameters of the models whose steps are timed."""
 
-__all__ = ["PROBLEMS"]
+__all__ = ["LARGE", "PROBLEMS"]
 
 
 def resnet18(classes: int = 10) -> dict[str, tuple[int, ...]]:
@@ -51,3 +51,6 @@ PROBLEMS: dict[str, dict[str, tuple[int, ...]]] = {
     "resnet18": resnet18(),
     "llama15m": llama15m(),
 }
+
+#: For devices with the memory, and the need, of more.
+LARGE: dict[str, dict[str, tuple[int, ...]]] = {"large": {"weights": (100_000_000,)}, **PROBLEMS}

@@ -6,11 +6,12 @@ name, as `module:attribute`, or under the entry point group "metaopt_conformance
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -52,8 +53,9 @@ class Backend:
     settle : callable, default identity
         Computes what is lazy; the suite calls it after every step.
     optimizer : callable or None, default None
-        From a `metaopt.MetaOptimize` and params to an object with `step(grads, lr, hvp)`,
-        `params()` and `state()`, the latter a `metaopt.State`: an adapter to check as well.
+        From a `metaopt.MetaOptimize` and params to an object with `params()`, `state()`, a
+        `metaopt.State`, and `step(grads, lr, hvp, third, hessian_diagonal)`, the arguments those of
+        the core's by name: an adapter to check as well.
     plain : callable or None, default None
         From a `metaopt` rule and params to a function from gradients and a step size to the params
         after a step of the library's own optimizer, or None where it has no such rule.
@@ -116,7 +118,30 @@ def _numpy() -> Backend:
         asarray=lambda array, _: np.array(array),
         to_numpy=np.array,
         dtypes=("float64", "float32", "float16"),
+        optimizer=_InPlace if _is_installed("metaopt_cupy", "numba") else None,
     )
+
+
+class _InPlace:
+    """The optimizer of `metaopt_cupy`, on copies of the parameters."""
+
+    def __init__(self, opt: Any, params: Mapping[str, Any]) -> None:
+        options = {option.name: getattr(opt, option.name) for option in fields(opt) if option.init}
+        own = {name: param.copy() for name, param in params.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # float16 of NumPy has no kernels
+            self._opt = importlib.import_module("metaopt_cupy").MetaOptimizer(own, **options)
+        self.step = self._opt.step
+
+    def params(self) -> Any:
+        return self._opt.params
+
+    def state(self) -> Any:
+        return self._opt.state
+
+
+def _is_installed(*modules: str) -> bool:
+    return all(importlib.util.find_spec(module) is not None for module in modules)
 
 
 def _strict() -> Backend:
@@ -257,6 +282,7 @@ def _cupy() -> Backend:
         asarray=lambda array, _: cupy.asarray(array),
         to_numpy=lambda array: np.array(array.get() if hasattr(array, "get") else array),
         dtypes=("float64", "float32", "float16"),
+        optimizer=_InPlace if _is_installed("metaopt_cupy") else None,
     )
 
 

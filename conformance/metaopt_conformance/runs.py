@@ -190,7 +190,7 @@ class Under:
             if adapter is None:
                 params, state = self.backend.settle(opt.step(params, state=state, **inputs))
             else:
-                adapter.step(inputs["grads"], inputs["lr"], inputs["hvp"])
+                adapter.step(**inputs)
                 params, state = adapter.params(), adapter.state()
             yield params, state
 

@@ -1,0 +1,329 @@
+"""The optimizer object: parameters, state and configuration in one, updated in place."""
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import numpy as np
+
+import metaopt as mo
+from metaopt.arrays import map_leaves, solid
+from metaopt.inputs import check_grads, multipliers
+from metaopt_cupy.memory import check_writable
+from metaopt_cupy.pool import Pool
+from metaopt_cupy.sharing import device_of, shared
+
+__all__ = ["MetaOptimizer"]
+
+
+class MetaOptimizer:
+    """MetaOptimize in place, on arrays of CuPy or NumPy; docs/mathematics.md sections 2 to 11.
+
+    A step passes over memory once: kernels that are generated from the core's own formulas, for
+    CuPy in CUDA, for NumPy by numba, compute all of it for each weight. They are exactly as exact;
+    a trace whose meta-gradient was not finite restarts one step later (section 11). Where there
+    can be no such kernel the core makes the step, and `unfused` says why.
+
+    Parameters
+    ----------
+    params : mapping of name to array, or sequence of arrays
+        Real and floating, all on one device; those of a sequence are called "0", "1", and so on.
+        Steps write to these very arrays. Tensors of other libraries are taken as well, by DLPack,
+        where their memory can be written to.
+    base, meta : Rule
+        As in `metaopt.MetaOptimize`.
+    fused : bool, optional
+        True raises ValueError where a leaf cannot have a kernel, False has the core make every
+        step. By default there are kernels where there can be; a warning says where a rule or a
+        missing package stands against it.
+    **options
+        `step_size`, `meta_lr`, `discount`, `blocks` and all others of `metaopt.MetaOptimize`, of
+        which `meta_first`, `skip_nonfinite` and curvature other than "none" take more than one
+        pass, and so the core.
+
+    Attributes
+    ----------
+    config : metaopt.MetaOptimize
+    unfused : dict of str to str
+        Why leaves have no kernel.
+
+    Raises
+    ------
+    TypeError
+        If parameters are not as described.
+    ValueError
+        If they are on several devices, share memory or cannot be written to, or options do not go
+        together.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import metaopt as mo
+    >>> params = {"w": np.array([3.0, -2.0])}
+    >>> opt = MetaOptimizer(params, mo.SGD(), mo.SGD(), step_size=0.1, meta_lr=0.01, fused=False)
+    >>> for _ in range(100):
+    ...     opt.step({"w": params["w"]})  # the gradient of half the squared norm
+    >>> bool(abs(params["w"]).max() < 1e-3)
+    True
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Any] | Sequence[Any],
+        base: mo.rules.Rule | Mapping[str, mo.rules.Rule],
+        meta: mo.rules.Rule,
+        *,
+        fused: bool | None = None,
+        **options: Any,
+    ) -> None:
+        self._prepare(params, mo.MetaOptimize(base=base, meta=meta, **options), fused)
+
+    def _prepare(
+        self,
+        params: Mapping[str, Any] | Sequence[Any],
+        config: mo.MetaOptimize,
+        fused: bool | None,
+        state: mo.State | None = None,
+    ) -> None:
+        self._xp, self._params = _adopted(_named("params", params))
+        self._by_position = not isinstance(params, Mapping)
+        self._fused, self.config = fused, config
+        self._pool: Pool | None = None
+        with self._device():
+            state = config.init(self._params) if state is None else state
+            self._plan = config.plan(self._params)
+            check_writable(self._params)
+            chosen = "`fused` is False" if fused is False else _needs_more(config, self._plan)
+            missing = "" if chosen else _missing(self._xp)
+            self._state, self.unfused = state, dict.fromkeys(self._params, chosen or missing)
+            if not chosen and not missing:
+                self._pool = self._pooled(state)
+                self.unfused = self._pool.unfused
+        if fused and self.unfused:
+            name, reason = next(iter(self.unfused.items()))
+            msg = f"`fused` is True, but there is no kernel for {name!r}: {reason}."
+            raise ValueError(msg)
+        if not chosen:
+            for reason in dict.fromkeys(self.unfused.values()):
+                warnings.warn(f"the core makes steps in place of a kernel: {reason}", stacklevel=3)
+
+    def _pooled(self, state: mo.State) -> Pool:
+        own = {
+            part: map_leaves(lambda array: self._xp.array(array, order="C"), getattr(state, part))
+            for part in ("slots", "trace")
+        }
+        engine: Any
+        if self._xp is np:
+            engine = importlib.import_module("metaopt_cupy.cpu").Cpu()
+        else:
+            engine = importlib.import_module("metaopt_cupy.gpu").Gpu(self._xp)
+        return Pool(self.config, self._plan, self._params, replace(state, **own), engine)
+
+    def _device(self) -> Any:
+        """Return what makes the parameters' device the current one."""
+        if self._xp is np:
+            return contextlib.nullcontext()
+        return next(iter(self._params.values())).device
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The arrays that steps write to, by name."""
+        return dict(self._params)
+
+    @property
+    def state(self) -> mo.State:
+        """The state in the core's form: the optimizer's own arrays, which the next step changes."""
+        return self._state if self._pool is None else self._pool.state
+
+    def step(
+        self,
+        grads: Mapping[str, Any] | Sequence[Any],
+        *,
+        lr: Any = 1.0,
+        hvp: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+        third: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] | None = None,
+        hessian_diagonal: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make a step: parameters and state change in place, on the current stream.
+
+        Parameters
+        ----------
+        grads : mapping of name to array or None, or a sequence where `params` was one
+            Of the shapes of `params`, any floating dtype. Arrays of other libraries on the same
+            device are read in place, by DLPack. A leaf with None rests.
+        lr, hvp, third, hessian_diagonal
+            As in `metaopt.MetaOptimize.step`.
+
+        Raises
+        ------
+        ValueError
+            If names, shapes or devices do not fit, `lr` is negative, or what `curvature` needs is
+            not given. Nothing is changed then.
+        TypeError
+            If a gradient is no dense, real floating array, or cannot be read.
+        """
+        with self._device():
+            found = self._read("grads", grads)
+            if self._pool is None:
+                if hessian_diagonal is not None:
+                    hessian_diagonal = self._read("hessian_diagonal", hessian_diagonal)
+                params, self._state = self.config.step(
+                    self._params,
+                    found,
+                    self._state,
+                    lr=lr,
+                    hvp=hvp,
+                    third=third,
+                    hessian_diagonal=hessian_diagonal,
+                )
+                for name, param in self._params.items():
+                    param[...] = params[name]
+            else:
+                check_grads(found, self._params, self._plan.shapes)
+                self._pool.step(found, multipliers(lr, self._plan.shapes))
+
+    def _read(self, what: str, arrays: Any) -> Any:
+        """Return a mapping of arrays as this library's."""
+        if self._by_position:
+            arrays = _named(what, arrays)
+        if not isinstance(arrays, Mapping):
+            return arrays  # for the core to judge
+        like = next(iter(self._params.values()))
+        return {
+            name: None
+            if array is None
+            else solid(shared(f"{what}[{name!r}]", array, like, self._xp))
+            for name, array in arrays.items()
+        }
+
+    def __reduce__(self) -> Any:
+        """Copy and pickle by what the optimizer consists of: kernels hold addresses."""
+        params = list(self._params.values()) if self._by_position else self._params
+        return _restored, (type(self), params, self.config, self._fused, self.state)
+
+    def step_sizes(self) -> dict[str, Any]:
+        """Return the learned step sizes by block, as `metaopt.MetaOptimize.step_sizes`."""
+        with self._device():
+            return self.config.step_sizes(self.state)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return how the adaptation is doing, as `metaopt.MetaOptimize.diagnostics`."""
+        with self._device():
+            return self.config.diagnostics(self.state)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write configuration and state, not the parameters, to a file; see `metaopt.save`.
+
+        Any library on any device can read it, by `load` or `metaopt.load`.
+        """
+        mo.save(path, self.config, self.state)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        params: Mapping[str, Any] | Sequence[Any],
+        config: mo.MetaOptimize | None = None,
+        *,
+        fused: bool | None = None,
+    ) -> Self:
+        """Return the optimizer whose run `save`, or `metaopt.save`, wrote.
+
+        Parameters
+        ----------
+        path : path
+        params : mapping of name to array, or sequence of arrays
+            As they were when the file was written; on any device.
+        config : metaopt.MetaOptimize, optional
+            As `opt` of `metaopt.load`.
+        fused
+            As in the class.
+
+        Raises
+        ------
+        OSError, ValueError
+            As `metaopt.load` does.
+        """
+        _, arrays = _adopted(_named("params", params))
+        config, state = mo.load(path, arrays, config)
+        return _restored(cls, params, config, fused, state)
+
+
+def _restored(
+    cls: type[Any], params: Any, config: mo.MetaOptimize, fused: bool | None, state: mo.State
+) -> Any:
+    self: Any = object.__new__(cls)
+    self._prepare(params, config, fused, state)
+    return self
+
+
+def _named(what: str, arrays: Any) -> Any:
+    """Return a sequence of arrays as a mapping, anything else as it is."""
+    if isinstance(arrays, Sequence) and not isinstance(arrays, str):
+        return {str(index): array for index, array in enumerate(arrays)}
+    if isinstance(arrays, Mapping):
+        return arrays
+    msg = (
+        f"`{what}` must be a mapping of name to array, or a sequence; got {type(arrays).__name__}."
+    )
+    raise TypeError(msg)
+
+
+def _adopted(params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the library of the parameters' device, and the parameters as arrays of it."""
+    if not params:
+        msg = "`params` must hold at least one array; got none."
+        raise ValueError(msg)
+    devices = {name: _device_name(name, param) for name, param in params.items()}
+    (first, here), *others = devices.items()
+    for name, there in others:
+        if there != here:
+            msg = (
+                "`params` must all be on one device; "
+                f"{first!r} is on {here}, but {name!r} on {there}."
+            )
+            raise ValueError(msg)
+    xp = np if here == "cpu" else _cupy(here)
+    some = next(iter(params.values()))
+    return xp, {
+        name: shared(f"params[{name!r}]", param, some, xp) for name, param in params.items()
+    }
+
+
+def _device_name(name: str, param: Any) -> str:
+    if not hasattr(param, "__dlpack_device__"):
+        msg = f"`params[{name!r}]` must be an array of CuPy or NumPy; got {type(param).__name__}."
+        raise TypeError(msg)
+    return device_of(param)
+
+
+def _cupy(device: str) -> Any:
+    try:
+        return importlib.import_module("cupy")
+    except ImportError as error:
+        msg = f"parameters on {device} need CuPy, which is not installed: {error}"
+        raise ImportError(msg) from error
+
+
+def _needs_more(config: mo.MetaOptimize, plan: Any) -> str:
+    """Return what of the options takes more than one pass, if anything."""
+    if plan.curvature != "none":
+        return f"`curvature` {plan.curvature!r} takes more than one pass"
+    for option in ("meta_first", "skip_nonfinite"):
+        if getattr(config, option):
+            return f"`{option}` takes more than one pass"
+    return ""
+
+
+def _missing(xp: Any) -> str:
+    """Return which package kernels lack, if any."""
+    if xp is np:
+        try:
+            importlib.import_module("numba")
+        except ImportError:
+            return "numba is not installed"
+    return ""

@@ -1,0 +1,317 @@
+"""A step in one pass: which leaves a kernel steps together, and what it is told.
+
+Leaves of one rule and dtype share a kernel, called once for all of them. What belongs to the
+optimizer lies where it lay in the step before, and its addresses are handed over once; gradients,
+and arrays of the blocks, come anew with every step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+import metaopt as mo
+from metaopt.arrays import Leaves, map_leaves, namespace, per_leaf, solid
+from metaopt.passes import Leaf, LeafStep, one_pass
+from metaopt.plan import Plan
+from metaopt.step import awake_leaves
+from metaopt.tracer import UntraceableError
+from metaopt_cupy.chunks import cut, lies_per_weight
+from metaopt_cupy.memory import Occupied, address, contiguous
+from metaopt_cupy.programs import Spec, trace
+
+__all__ = ["Group", "Pool"]
+
+
+@dataclass
+class Group:
+    """Leaves that one kernel steps, a row of its tables each.
+
+    Parameters
+    ----------
+    names : list of str
+    weights : int
+        Of all its leaves.
+    spec : Spec
+    fixed : integers (arrays, leaves)
+        Addresses of the leaves' parameters, traces and slots.
+    counts : int32 (leaves,)
+        `State.count` is views of it.
+    chunks : integers (chunks, 4)
+        Row, start, stop and first block of every chunk.
+    ends : integers (leaves,)
+        How many chunks there are up to each row, on the host.
+    blocks : object
+        Which meta-gradient each chunk is part of, as the engine wants to have it.
+    sums : float64 (chunks,)
+        Sums of products; kernels write them.
+    own, sizes, starts, products : integers (leaves,)
+        On the host: the address of the parameter, its bytes, its first block, and the address its
+        products go to where step sizes differ from weight to weight.
+    kernels : dict of str to kernel
+        By the gradient's dtype.
+    """
+
+    names: list[str]
+    weights: int
+    spec: Spec
+    fixed: Any
+    counts: Any
+    chunks: Any
+    ends: Any
+    blocks: Any
+    sums: Any
+    own: Any
+    sizes: Any
+    starts: Any
+    products: Any
+    kernels: dict[str, Any] = field(default_factory=dict)
+
+
+class Pool:
+    """All leaves of an optimizer, and how each is stepped.
+
+    Parameters
+    ----------
+    config : MetaOptimize
+    plan : Plan
+    params : mapping of leaf to array
+    state : State
+        Of contiguous arrays; they change in place, and `count` is replaced by views.
+    engine : Cpu or Gpu
+
+    Attributes
+    ----------
+    unfused : dict of leaf to str
+        Why leaves are stepped by the core instead.
+    """
+
+    def __init__(
+        self,
+        config: mo.MetaOptimize,
+        plan: Plan,
+        params: Mapping[str, Any],
+        state: mo.State,
+        engine: Any,
+    ) -> None:
+        self._config, self._plan, self._params, self._engine = config, plan, params, engine
+        self._xp = namespace(state.step)
+        self.unfused: dict[str, str] = {}
+        self._buffers: dict[str, Any] = {}  # of parameters that are not contiguous
+        self._products: dict[str, Any] = {}
+        members: dict[Any, tuple[Spec, list[str]]] = {}
+        for name, rule in plan.rules.items():
+            spec = self._spec(name, rule)
+            if spec is None:
+                continue
+            try:
+                trace(spec)
+            except UntraceableError as error:
+                self.unfused[name] = f"{rule!r} cannot be traced: {error}"
+                continue
+            # by identity: a rule of a user's own need not be hashable, nor its equality a bool
+            key = (id(rule), spec.param, spec.compute, spec.per_weight)
+            members.setdefault(key, (spec, []))[1].append(name)
+        counts: dict[str, Any] = {}
+        self._groups = [self._group(*member, state, counts) for member in members.values()]
+        for group in self._groups:
+            self._kernel(group, group.spec.param)
+        self.state = replace(
+            state, count=per_leaf((name, counts.get(name, state.count[name])) for name in params)
+        )
+        self._occupied = Occupied(params)
+
+    def _spec(self, name: str, rule: Any) -> Spec | None:
+        """Return what the kernel of a leaf depends on; None where there can be none."""
+        param, plan = self._params[name], self._plan
+        kinds = {getattr(self._xp, kind): kind for kind in self._engine.dtypes}
+        kind = next((kind for dtype, kind in kinds.items() if param.dtype == dtype), None)
+        if kind is None or not getattr(param.dtype, "isnative", True):
+            self.unfused[name] = f"no kernels for {param.dtype}"
+            return None
+        wide = {self._xp.float32: "float32", self._xp.float64: "float64"}
+        return Spec(
+            rule=rule,
+            param=kind,
+            grad=kind,
+            compute=wide[plan.dtypes[name]],
+            beta=wide[plan.beta_dtype],
+            per_weight=plan.blocks.partition.per_leaf
+            or lies_per_weight(plan.shapes[name], plan.blocks.views[name]),
+            inject=self._config.trace,
+        )
+
+    def _group(
+        self,
+        spec: Spec,
+        names: list[str],
+        state: mo.State,
+        counts: dict[str, Any],
+    ) -> Group:
+        plan, engine, xp = self._plan, self._engine, self._xp
+        vector = xp.stack([state.count[name] for name in names])
+        fixed, chunks, ends, blocks, starts, products = [], [], [], [], [], []
+        for row, name in enumerate(names):
+            counts[name] = xp.reshape(vector[row : row + 1], ())
+            param = self._params[name]
+            if not contiguous(param):
+                param = self._buffers[name] = xp.empty_like(param, order="C")
+            slots = state.slots[name].values()
+            fixed.append([address(array) for array in (param, *slots, state.trace[name])])
+            family = plan.blocks.families[plan.blocks.family_of[name]]
+            view = plan.blocks.views[name]
+            pieces = cut(plan.shapes[name], view, engine.chunk, per_weight=spec.per_weight)
+            chunks.append(np.insert(pieces, 0, row, axis=1))
+            ends.append(len(pieces))
+            blocks.append(pieces[:, 2] + family.start)
+            starts.append(family.start)
+            products.append(0)
+            if spec.per_weight:
+                self._products[name] = xp.zeros_like(state.trace[name])
+                products[row] = address(self._products[name])
+        table, addresses = np.concatenate(chunks), np.asarray(fixed, dtype=np.int64).T
+        return Group(
+            names=names,
+            weights=sum(self._params[name].size for name in names),
+            spec=spec,
+            fixed=engine.table(np.ascontiguousarray(addresses)),
+            counts=vector,
+            chunks=engine.table(table),
+            ends=np.cumsum(ends),
+            blocks=engine.blocks(np.concatenate(blocks), plan.blocks.size),
+            sums=xp.zeros(len(table), dtype=xp.float64),
+            own=addresses[0].copy(),
+            sizes=np.array([self._params[name].nbytes for name in names]),
+            starts=np.array(starts),
+            products=np.array(products),
+        )
+
+    def step(self, grads: Mapping[str, Any], lrs: Leaves[Any]) -> None:
+        """Step all leaves and the meta-parameters, in place.
+
+        Parameters
+        ----------
+        grads : mapping of leaf to array or None
+            Of the library and shapes of the parameters.
+        lrs : mapping of leaf to multiplier
+            As `metaopt.inputs.multipliers` returns them.
+        """
+        plan, state, xp = self._plan, self.state, self._xp
+        awake = awake_leaves(grads, lrs)
+        value, rate = (map_leaves(solid, part) for part in self._config.slopes(state.beta))
+        of_blocks = {"value": value, "rate": rate, "meta_grad": state.meta_grad}
+        work = [self._work(group, grads, lrs, of_blocks) for group in self._groups]
+        loose = {
+            name: self._by_core(name, grads[name], lrs[name], of_blocks)
+            for name in self.unfused
+            if grads[name] is not None
+        }  # before anything is written
+        for group, (kernel, given, multipliers, _) in zip(self._groups, work, strict=True):
+            buffered = [name for name in group.names if name in self._buffers]
+            for name in buffered:
+                self._buffers[name][...] = self._params[name]
+            self._engine.run(kernel, group, given, multipliers, self._config.discount)
+            for name in buffered:
+                self._params[name][...] = self._buffers[name]
+        partials = {name: self._written(name, *found) for name, found in loose.items()} | {
+            name: plan.blocks.partial(product, name, plan.beta_dtype)
+            for name, product in self._products.items()
+            if grads[name] is not None
+        }
+        z = None
+        if not plan.blocks.partition.per_leaf:
+            z = self._engine.gathered(self._groups, plan.blocks.size, plan.beta_dtype)
+        if partials:
+            rest = plan.blocks.gather(partials)
+            z = rest if z is None else z + rest
+        if z is None:
+            z = map_leaves(xp.zeros_like, state.beta)
+        self.state = self._config.meta_step(plan, state, z, awake)
+
+    def _work(
+        self, group: Group, grads: Mapping[str, Any], lrs: Leaves[Any], of_blocks: dict[str, Any]
+    ) -> tuple[Any, Any, list[Any], list[Any]]:
+        """Return the kernel, addresses by row, multipliers, and what has to live until it ran."""
+        engine, spec = self._engine, group.spec
+        given = np.zeros((6, len(group.names)), dtype=np.int64)
+        grad, arrays = self._readable(group, [grads[name] for name in group.names])
+        for row, array in enumerate(arrays):
+            if array is not None:
+                given[0, row] = address(array) or 1  # an empty array may lie nowhere
+        begin, end = given[0], given[0] + group.sizes
+        # one that lies in its own parameter, entry by entry, is read before that is written
+        inside = (begin != 0) & (begin != group.own) & self._occupied.holds(begin, end)
+        for row in np.nonzero(inside)[0].tolist():
+            arrays[row] = self._xp.array(arrays[row], copy=True)
+            given[0, row] = address(arrays[row])
+        for column, values in enumerate(of_blocks.values(), start=1):
+            if isinstance(values, Mapping):
+                given[column] = [address(values[name]) for name in group.names]
+            else:
+                given[column] = address(values) + group.starts * values.dtype.itemsize
+        given[4] = group.products
+        multipliers, compute = [], getattr(self._xp, spec.compute)
+        for row, name in enumerate(group.names):
+            lr = lrs[name]
+            if not isinstance(lr, float):
+                lr, array = engine.multiplier(lr, compute)
+                if array is not None:
+                    arrays.append(array)
+                    given[5, row] = address(array)
+            multipliers.append(lr)
+        return self._kernel(group, grad), given, multipliers, arrays
+
+    def _readable(self, group: Group, grads: list[Any]) -> tuple[str, list[Any]]:
+        """Return gradients as one kernel can read them: their dtype, and contiguous arrays."""
+        spec = group.spec
+        own = getattr(self._xp, spec.param)
+        kind = spec.param
+        if any(grad is not None and grad.dtype != own for grad in grads):
+            kind = spec.compute
+        dtype = getattr(self._xp, kind)
+        return kind, [
+            grad
+            if grad is None or (grad.dtype == dtype and contiguous(grad))
+            else self._xp.asarray(grad, dtype=dtype, order="C")
+            for grad in grads
+        ]
+
+    def _kernel(self, group: Group, grad: str) -> Any:
+        """Return the kernel of a group for gradients of a dtype, compiled."""
+        if grad not in group.kernels:
+            spec = replace(group.spec, grad=grad)
+            group.kernels[grad] = self._engine.kernel(
+                trace(spec), spec.compute, per_weight=spec.per_weight
+            )
+        return group.kernels[grad]
+
+    def _by_core(
+        self, name: str, grad: Any, lr: Any, of_blocks: dict[str, Any]
+    ) -> tuple[Any, Any, LeafStep]:
+        """Return what the core's function on arrays returns for a leaf."""
+        plan, state, xp = self._plan, self.state, self._xp
+        dtype, param = plan.dtypes[name], self._params[name]
+        value, rate, meta_grad = (
+            plan.blocks.expand_leaf(values, name, param.ndim) for values in of_blocks.values()
+        )
+        return one_pass(
+            plan.rules[name],
+            Leaf(param, grad, state.slots[name], state.count[name], state.trace[name]),
+            value,
+            rate,
+            lr=xp.asarray(lr, dtype=dtype),
+            meta_grad=meta_grad,
+            discount=xp.asarray(self._config.discount, dtype=dtype),
+            inject=self._config.trace,
+        )
+
+    def _written(self, name: str, param: Any, product: Any, step: LeafStep) -> Any:
+        """Write the step of a leaf; return its part of the meta-gradient."""
+        state = self.state
+        self._params[name][...] = param
+        state.trace[name][...] = step.trace
+        for slot, array in state.slots[name].items():
+            array[...] = step.slots[slot]
+        state.count[name][...] += 1
+        return self._plan.blocks.partial(product, name, self._plan.beta_dtype)

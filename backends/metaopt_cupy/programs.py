@@ -1,0 +1,108 @@
+"""What a kernel computes for each weight: the core's own function of a leaf's step, traced."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from metaopt.passes import Leaf, one_pass
+from metaopt.tracer import Program, Scalar, UntraceableError
+
+__all__ = ["Spec", "Traced", "trace"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a kernel depends on.
+
+    Parameters
+    ----------
+    rule : Rule
+        Base update.
+    param, grad, compute, beta : {"float16", "float32", "float64"}
+        Dtypes of the parameter, its gradient, its state, and of what belongs to blocks.
+    per_weight : bool
+        Whether step sizes differ from weight to weight.
+    inject : {"update", "gradient"}
+        As in `metaopt.passes.one_pass`.
+    """
+
+    rule: Any
+    param: str
+    grad: str
+    compute: str
+    beta: str
+    per_weight: bool
+    inject: str
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced step: its program, inputs for each weight, shared inputs, and what it writes.
+
+    Parameters
+    ----------
+    program : Program
+    arrays : mapping of variable to dtype
+        An array each, with an entry per weight.
+    shared : mapping of variable to dtype
+        A value for all weights of a block.
+    written : mapping of variable to Scalar
+        What the entry of an array is after the step.
+    product : Scalar
+    """
+
+    program: Program
+    arrays: dict[str, str]
+    shared: dict[str, str]
+    written: dict[str, Scalar]
+    product: Scalar
+
+
+def trace(spec: Spec) -> Traced:
+    """Return the step of `spec` as a program.
+
+    Raises
+    ------
+    UntraceableError
+        If the rule is no formula of scalars; the message says why.
+    """
+    program, arrays, shared = Program(), dict[str, str](), dict[str, str]()
+
+    def of_weight(name: str, dtype: str) -> Scalar:
+        arrays[name] = dtype
+        return program.variable(name, dtype, varies=True)
+
+    def of_block(name: str, dtype: str) -> Scalar:
+        shared[name] = dtype
+        return program.variable(name, dtype, varies=False)
+
+    of_blocks = of_weight if spec.per_weight else of_block
+    slots = {slot: f"slot{index}" for index, slot in enumerate(spec.rule.slots)}
+    leaf = Leaf(
+        param=of_weight("param", spec.param),
+        grad=of_weight("grad", spec.grad),
+        slots={slot: of_weight(name, spec.compute) for slot, name in slots.items()},
+        count=of_block("count", "int32"),
+        trace=of_weight("trace", spec.compute),
+    )
+    inputs = {name: of_blocks(name, spec.beta) for name in ("value", "rate", "meta_grad")}
+    more = {name: of_block(name, spec.compute) for name in ("lr", "discount")}
+    try:
+        param, product, step = one_pass(spec.rule, leaf, **inputs, **more, inject=spec.inject)
+        written = {"param": param, "trace": step.trace} | {
+            name: step.slots[slot] for slot, name in slots.items()
+        }
+        for name, result in (written | {"product": product}).items():
+            if not isinstance(result, Scalar):
+                msg = f"its {name} is {type(result).__module__}.{type(result).__name__}"
+                raise UntraceableError(msg)
+            dtype = arrays.get(name, spec.compute)
+            if result.dtype != dtype:
+                msg = f"its {name} is {result.dtype} in place of {dtype}"
+                raise UntraceableError(msg)
+    except UntraceableError:
+        raise
+    except Exception as error:  # whatever a rule does that scalars cannot
+        raise UntraceableError(str(error)) from error
+    used = program.prune([*written.values(), product])
+    shared = {name: dtype for name, dtype in shared.items() if name in used}
+    return Traced(program, arrays, shared, written, product)

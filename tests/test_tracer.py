@@ -1,0 +1,167 @@
+"""Traced formulas: what is written is what the formula computes, and all else is refused."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import metaopt as mo
+from metaopt import numerics
+from metaopt.arrays import namespace
+from metaopt.passes import Leaf, one_pass
+from metaopt.tracer import PYTHON, C, Program, Scalar, UntraceableError
+
+VALUES = (-2.5, -1.0, -0.0, 0.0, 1e-30, 0.3, 1.0, 2.5, math.inf, -math.inf, math.nan)
+
+
+def traced(function: Callable[..., Any], *dtypes: str) -> tuple[Program, Any]:
+    program = Program()
+    names = "xyz"[: len(dtypes)]
+    arguments = [
+        program.variable(name, dtype, varies=True)
+        for name, dtype in zip(names, dtypes, strict=True)
+    ]
+    return program, function(*arguments)
+
+
+def evaluated(function: Callable[..., Any], *values: float) -> Any:
+    """Trace a function in float64 and run the Python that is written."""
+    program, result = traced(function, *["float64"] * len(values))
+    names: dict[str, Any] = {"np": np, "math": math}
+    names |= dict(zip("xyz", map(np.float64, values), strict=False))
+    for line in PYTHON.lines(program.once + program.each):
+        exec(line, names)
+    return eval(PYTHON.written(result), names)
+
+
+FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+    "sign": numerics.sign,
+    "reciprocal": numerics.reciprocal,
+    "root": lambda x: numerics.sqrt(abs(x)),
+    "quotient": lambda x: numerics.divide(x, abs(x), 1e-8),
+    "guarded quotient": lambda x: numerics.divide(x, abs(x)),
+    "where positive": lambda x: numerics.only_where_positive(x, x + 1.0),
+    "operators": lambda x: (2.0 - x) / (3.0 + 2.0 * x) - 1.0 / (x * x + 0.5) + -x / 7.0,
+    "comparisons": lambda x: namespace(x).where((x < 0.5) & ~(x <= -1.0) | (x >= 2.0), x, 1.0 - x),
+    "clip": lambda x: namespace(x).clip(x, min=-1.5, max=0.7),
+    "maximum": lambda x: namespace(x).maximum(x, 0.4 * x - 0.1),
+    "minimum": lambda x: namespace(x).minimum(x, 0.4 * x - 0.1),
+    "finite": lambda x: namespace(x).where(namespace(x).isfinite(x), x, 3.0),
+    "nan": lambda x: namespace(x).where(namespace(x).isnan(x), 3.0, x),
+    "power": lambda x: abs(x) ** 1.5,
+    "zeros and ones": lambda x: namespace(x).zeros_like(x) + namespace(x).ones_like(x) * 2.0 * x,
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_written_is_what_is_computed(name: str, value: float) -> None:
+    with np.errstate(all="ignore"):
+        want = FUNCTIONS[name](np.asarray(value))
+        got = evaluated(FUNCTIONS[name], value)
+    np.testing.assert_array_equal(np.float64(got), np.float64(want))
+
+
+@pytest.mark.parametrize("count", [1.0, 2.0, 1000.0])
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999])
+def test_bias_corrections(beta: float, count: float) -> None:
+    want = numerics.one_minus_power(beta, np.asarray(count))
+    got = evaluated(lambda x: numerics.one_minus_power(beta, x), count)
+    assert got == pytest.approx(float(want), rel=1e-15)
+
+
+def lines(program: Program, language: Any) -> tuple[list[str], list[str]]:
+    return language.lines(program.once), language.lines(program.each)
+
+
+def test_what_entries_share_is_computed_once() -> None:
+    program = Program()
+    x = program.variable("x", "float32", varies=True)
+    a = program.variable("a", "float32", varies=False)
+    result = (1.0 - 0.9) * a * x + (1.0 - 0.9) * a
+    once, each = lines(program, C)
+    assert once == ["const float t0 = 0.10000000149011612f * a;"]
+    assert each == ["const float t1 = t0 * x;", "const float t2 = t1 + t0;"]
+    assert result.name == "t2"
+    assert lines(program, PYTHON)[0] == ["t0 = np.float32(0.09999999999999998) * a"]
+
+
+def test_numbers_are_rounded_once() -> None:
+    """As the standard has it for a Python number that meets a float32 array."""
+    program, _ = traced(lambda x: (1.0 - 0.999) * x + 1e60, "float32")
+    first, second = C.lines(program.each)
+    literal = first.split("= ")[1].split("f *")[0]
+    assert float(literal) == float(np.float32(1.0 - 0.999))
+    assert "1.0f / 0.0f" in second
+
+
+def test_integers_stay_integers_until_they_are_cast() -> None:
+    program, result = traced(lambda x: namespace(x).astype(x + 1, "float32") - 1.0, "int32")
+    assert C.lines(program.each) == [
+        "const int t0 = x + 1;",
+        "const float t1 = (float)(t0);",
+        "const float t2 = t1 - 1.0f;",
+    ]
+    assert result.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda x: x if x > 0.0 else -x, "branches on a value"),
+        (lambda x: max(x, 0.0), "branches on a value"),
+        (lambda x: namespace(x).sum(x), "calls sum"),
+        (lambda x: namespace(x).linalg.norm(x), "calls linalg"),
+        (lambda x: x + np.ones(3), "combines entries with numpy.ndarray"),
+        (lambda x: x * "a", "combines entries with builtins.str"),
+        (lambda x: x + namespace(x).astype(x, "float32"), "combines dtypes: float32, float64"),
+        (lambda x: namespace(x).where(x > 0.0, 1.0, 0.0), "combines dtypes: numbers alone"),
+        (lambda x: namespace(x).astype(x, "int32") * 0.5, "combines integers with 0.5"),
+    ],
+)
+def test_what_is_no_formula_is_refused(function: Callable[[Any], Any], why: str) -> None:
+    with pytest.raises(UntraceableError, match=why):
+        traced(function, "float64")
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    program, result = traced(lambda x: np.float64(2.0) * x + np.float32(1.0), "float64")
+    assert isinstance(result, Scalar)
+    assert C.lines(program.each) == ["const double t0 = 2.0 * x;", "const double t1 = t0 + 1.0;"]
+
+
+def test_the_step_of_a_rule_reads_like_the_formula() -> None:
+    """The Hessian-free algorithm of section 10 for SGD, as it comes out of the core's own code."""
+    program = Program()
+
+    def array(name: str) -> Scalar:
+        return program.variable(name, "float32", varies=True)
+
+    def number(name: str, dtype: str = "float32") -> Scalar:
+        return program.variable(name, dtype, varies=False)
+
+    leaf = Leaf(array("w"), array("g"), {}, number("count", "int32"), array("h"))
+    param, product, step = one_pass(
+        mo.SGD(weight_decay=0.5),
+        leaf,
+        number("value"),
+        number("rate"),
+        lr=number("lr"),
+        meta_grad=number("z"),
+        discount=number("gamma"),
+    )
+    assert C.lines(program.each) == [
+        "const float t6 = t4 ? h : 0.0f;",
+        "const float t7 = t6 * g;",
+        "const float t10 = 0.5f * w;",
+        "const float t11 = g + t10;",
+        "const float t12 = t1 * t11;",
+        "const float t15 = t2 * t11;",
+        "const float t17 = t6 * t16;",
+        "const float t18 = t17 - t15;",
+        "const float t19 = w - t12;",
+        "const float t20 = t0 ? t7 : 0.0f;",
+    ]
+    assert [result.name for result in (param, product, step.trace)] == ["t19", "t20", "t18"]
