@@ -10,7 +10,6 @@ torch = pytest.importorskip("torch")
 
 from metaopt_conformance.tolerances import relative_error, rounding  # noqa: E402
 from metaopt_torch import MetaOptimizer, compiler, passes, runs  # noqa: E402
-from torch._dynamo.utils import counters  # noqa: E402
 from torch._inductor.utils import run_and_get_code  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
@@ -92,21 +91,17 @@ def _close(got: Any, want: Any, allowed: float) -> None:
     assert relative_error(got, want, 1e-6) < allowed
 
 
-def arguments(rule: Any, size: int) -> list[Any]:
+def arrays(rule: Any, size: int) -> dict[str, Any]:
     """Return what a flat pass is called with."""
     generator = torch.Generator().manual_seed(0)
-    vectors = [torch.randn(size, generator=generator) for _ in range(3)]
-    slots = {slot: torch.ones(size) for slot in rule.slots}
-    numbers = [torch.tensor(1e-3), None, torch.tensor(True), torch.tensor(1.0)]
-    return [
-        rule,
-        *vectors[:2],
-        slots,
-        vectors[2],
-        None,
-        torch.tensor(3, dtype=torch.int32),
-        *numbers,
-    ]
+    found = {name: torch.randn(size, generator=generator) for name in ("param", "grad", "trace")}
+    found |= {slot: torch.ones(size) for slot in rule.slots}
+    return found | {
+        "count": torch.tensor(3, dtype=torch.int32),
+        "lr": torch.tensor(1e-3),
+        "keep": torch.tensor(True),
+        "discount": torch.tensor(1.0),
+    }
 
 
 KIND = passes.Kind("update", maximize=False, rounding="nearest", rows=False)
@@ -115,9 +110,9 @@ KIND = passes.Kind("update", maximize=False, rounding="nearest", rows=False)
 @pytest.mark.parametrize("name", RULES)
 def test_a_pass_is_one_loop_over_memory(name: str) -> None:
     """With the sum in it; and the bias corrections out of it."""
-    run = compiler.compiled(passes.fused(KIND))
+    run = compiler.Compiled(passes.fused(KIND))
     with torch.no_grad():
-        _, (code,) = run_and_get_code(run, *arguments(RULES[name], 10**6))
+        _, (code,) = run_and_get_code(run, RULES[name], arrays(RULES[name], 10**6))
     assert len(re.findall(r"#pragma omp for", code)) == 1
     loop = code.partition("#pragma omp for")[2].partition("'''")[0]  # to the end of the kernel
     assert "loadu" in loop
@@ -140,24 +135,90 @@ def test_plain_compilation_makes_two_loops() -> None:
     assert len(re.findall(r"#pragma omp for", code)) == 2
 
 
-def test_steps_and_sizes_and_numbers_do_not_recompile() -> None:
+def made(monkeypatch: Any) -> list[Any]:
+    """Return a list that graphs are noted in from now on, as they are compiled."""
+    plain, found = compiler.Compiled._made, []
+
+    def noting(self: Any, rule: Any, given: Any) -> Any:
+        found.append(given)
+        return plain(self, rule, given)
+
+    monkeypatch.setattr(compiler.Compiled, "_made", noting)
+    return found
+
+
+def test_steps_and_sizes_and_schedules_do_not_recompile(monkeypatch: Any) -> None:
     net = network()
-    opt = MetaOptimizer(net.named_parameters(), compile=True, **options_of("tensor"))
+    options = options_of("tensor") | {"weight_decay": 0.1}
+    opt = MetaOptimizer(net.named_parameters(), compile=True, **options)
     trained(opt, net, 2)
-    graphs = counters["stats"]["unique_graphs"]
+    graphs = made(monkeypatch)
     opt.param_groups[0]["weight_decay"] = 0.05
     trained(opt, net, 2)
+    assert not graphs
     wider = torch.nn.Sequential(torch.nn.Linear(20, 301), torch.nn.Linear(301, 3))
-    other = MetaOptimizer(
-        wider.named_parameters(),
-        **(options_of("tensor") | {"base": mo.AdamW(weight_decay=0.2, eps=1e-6)}),
-    )
-    x = torch.randn(4, 20)
-    wider(x).square().mean().backward()
+    other = MetaOptimizer(wider.named_parameters(), compile=True, **options)
+    wider(torch.randn(4, 20)).square().mean().backward()
     other._engine._passes = opt._engine._passes
     other.step()
     meta_update_of_another_size = 1
-    assert counters["stats"]["unique_graphs"] - graphs <= meta_update_of_another_size
+    assert len(graphs) <= meta_update_of_another_size
+
+
+def test_graphs_of_one_size_are_not_taken_for_another(monkeypatch: Any) -> None:
+    """Sizes that are equal, or 1, might be taken for always equal, or always 1."""
+    graphs = made(monkeypatch)
+    monkeypatch.setitem(runs.SMALL, "cpu", 0)
+    options: dict[str, Any] = {"base": RULES["AdamW"], "meta": mo.Lion(), "blocks": "node"}
+    shapes = [(40, 40), (40, 30), (1, 30), (30, 1), (1, 1), (30, 40)]
+    allowed = rounding("float32", operations=60, steps=1)
+    passed = None
+    for shape in shapes:
+        params = [torch.ones(shape, requires_grad=True) for _ in range(2)]
+        for param, flag in zip(params, (True, False), strict=True):
+            opt = MetaOptimizer([param], compile=flag, step_size=1e-2, **options)
+            if flag:
+                opt._engine._passes = passed = passed or opt._engine._passes
+            for step in range(2):
+                generator = torch.Generator().manual_seed(step)
+                param.grad = torch.randn(shape, generator=generator)
+                opt.step()
+        assert relative_error(params[0].detach().numpy(), params[1].detach().numpy()) < allowed
+    passes_made = [given for given in graphs if "param" in given]
+    assert len(passes_made) < len(shapes)
+
+
+def test_gradients_know_of_the_step() -> None:
+    """What a graph of gradients has kept of a parameter is no longer true after a step."""
+    param = torch.ones(10, requires_grad=True)
+    opt = MetaOptimizer([param], base=RULES["AdamW"], meta=mo.Lion(), compile=True)
+    loss = param.square().sum()
+    param.grad = torch.ones(10)
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_where_compilation_fails_steps_are_eager_with_a_warning(monkeypatch: Any) -> None:
+    def failing(*_: Any) -> Any:
+        msg = "no such toolchain"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(compiler.Compiled, "_made", failing)
+    nets = [network() for _ in range(2)]
+    opt = MetaOptimizer(nets[0].named_parameters(), **options_of("tensor"))
+    with pytest.warns(UserWarning, match="torch.compile failed .*no such toolchain.*eagerly"):
+        trained(opt, nets[0], 3)
+    trained(
+        MetaOptimizer(nets[1].named_parameters(), compile=False, **options_of("tensor")), nets[1], 3
+    )
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    opt = MetaOptimizer(nets[0].named_parameters(), compile=True, **options_of("tensor"))
+    before = [param.detach().clone() for param in nets[0].parameters()]
+    with pytest.raises(RuntimeError, match="no such toolchain"):
+        trained(opt, nets[0], 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, nets[0].parameters(), strict=True))
 
 
 def test_without_a_compiler_steps_are_eager_with_one_warning(monkeypatch: Any) -> None:

@@ -45,12 +45,12 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def example(name: str, *needs: str) -> Any:
     """Return an example as a module, or skip where it needs what is not installed."""
-    for module in needs:
-        pytest.importorskip(module)
+    for package in needs:
+        pytest.importorskip(package)
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

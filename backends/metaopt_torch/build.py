@@ -11,7 +11,7 @@ from torch import Tensor
 
 import metaopt as mo
 from metaopt.plan import Plan, Spec
-from metaopt_torch.groups import Rules, configured, named
+from metaopt_torch.groups import configured, named
 from metaopt_torch.places import paths, place
 from metaopt_torch.runs import Leaf, order_of
 from metaopt_torch.shards import Part, local, part_of, window
@@ -78,7 +78,8 @@ class Built:
     leaves : mapping of name to Leaf
     vectors : Vectors
     counts : Counts
-    rules : Rules
+    decays : mapping of group id to float or None
+        Weight decay of the groups in `config`.
     """
 
     config: mo.MetaOptimize
@@ -86,19 +87,14 @@ class Built:
     leaves: dict[str, Leaf]
     vectors: Vectors
     counts: Counts
-    rules: Rules
     decays: dict[int, float | None]
 
-    def follow(self) -> bool:
-        """Give leaves the weight decay that their groups have now; say whether any has changed."""
-        changed = [
-            leaf
+    def outdated(self) -> bool:
+        """Say whether groups have another weight decay than in `config`."""
+        return any(
+            leaf.group["weight_decay"] != self.decays[id(leaf.group)]
             for leaf in self.leaves.values()
-            if leaf.group["weight_decay"] != self.decays[id(leaf.group)]
-        ]
-        for leaf in changed:
-            leaf.rule = self.rules.decayed(self.plan.rules[leaf.name], leaf.group["weight_decay"])
-        return bool(changed)
+        )
 
 
 def build(
@@ -124,8 +120,7 @@ def build(
     known : mapping of name to Leaf
         Those whose number of steps is known.
     """
-    rules = Rules()
-    config, members = configured(given, groups, rules), named(groups)
+    config, members = configured(given, groups), named(groups)
     params = {name: param for name, param, _ in members}
     plan = config.plan(params)
     beta = config.initial_beta(params)
@@ -171,7 +166,7 @@ def build(
         leaves[name] = leaf
     counts = Counts([leaf for leaf in leaves.values() if leaf.state])
     decays = {id(group): group["weight_decay"] for group in groups}
-    return Built(config, plan, leaves, vectors, counts, rules, decays)
+    return Built(config, plan, leaves, vectors, counts, decays)
 
 
 def _blocks(plan: Plan, name: str, view: tuple[int, ...], part: Part) -> Any:

@@ -3,24 +3,22 @@
 import importlib
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Hashable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metaopt.arrays import namespace
 from metaopt.rules import Rule
-from metaopt_torch.passes import Pass
+from metaopt_torch.passes import Arrays, Pass
 
-__all__ = ["compiled", "in_chunks", "missing"]
+__all__ = ["Compiled", "in_chunks", "missing"]
 
 #: Numbers that an eager pass takes at a time: on a CPU what its cache holds, elsewhere what makes
 #: a launch worth its while.
 CHUNK, LARGE_CHUNK = 2**17, 2**24
-#: Rules, dtypes, and sizes of 0 and 1, for which the compiler specializes.
-LIMIT = 64
 
 
 def missing(device: torch.device) -> str | None:
@@ -35,71 +33,141 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-def compiled(function: Pass) -> Pass:
-    """Return the pass compiled once for all sizes and steps."""
-    namespace(torch.empty(0))  # the compiler warns of the caches inside the first look-up
-    return torch.compile(
-        function,
-        fullgraph=True,
-        dynamic=True,
-        backend=_backend,
-        isolate_recompiles=True,
-        recompile_limit=LIMIT,
-    )
+class Kernel(NamedTuple):
+    """A compiled graph, and what says for which sizes it holds."""
+
+    run: Callable[..., Any]
+    inputs: list[Tensor]
+
+    def takes(self, arrays: Arrays) -> bool:
+        """Say whether it holds for arrays of these sizes."""
+        env = self.inputs[0].fake_mode.shape_env
+        return bool(env.evaluate_guards_for_args(self.inputs, list(arrays.values())))
 
 
-def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    """Compile with Inductor, with all that depends on numbers alone computed before the loop.
+class Compiled:
+    """A pass compiled by Inductor, once for each rule and for all sizes and steps.
+
+    Dynamo is passed over. A step calls a pass for every large tensor, and what Dynamo looks at in
+    each call takes longer than a small pass itself; here what is looked at are the rule, dtypes
+    and sizes.
+
+    Parameters
+    ----------
+    function : Pass
+    otherwise : Pass, optional
+        What runs where compilation fails, with a warning; without it the error is raised.
+    """
+
+    def __init__(self, function: Pass, otherwise: Pass | None = None) -> None:
+        self._function, self._otherwise = function, otherwise
+        self._ready: dict[Any, tuple[Callable[..., Any], Rule]] = {}
+        self._kernels: dict[Any, list[Kernel]] = {}
+
+    def __call__(self, rule: Rule, arrays: Arrays) -> Any:
+        """Run the pass on arrays, which may be written to."""
+        values = arrays.values()
+        kinds = tuple([(array.dtype, array.shape) for array in values])
+        key = (id(rule), tuple(arrays), kinds, next(iter(values)).device)
+        ready = self._ready.get(key)
+        if ready is None:
+            ready = self._ready[key] = self._found(rule, arrays), rule  # which keeps its id
+        return ready[0](*values)
+
+    def _found(self, rule: Rule, arrays: Arrays) -> Callable[..., Any]:
+        same = rule if isinstance(rule, Hashable) else id(rule)
+        dtypes = tuple([(array.dtype, array.device, array.dim()) for array in arrays.values()])
+        kernels = self._kernels.setdefault((same, tuple(arrays), dtypes), [])
+        for kernel in kernels:
+            if kernel.takes(arrays):
+                return kernel.run
+        try:
+            kernels.append(self._made(rule, arrays))
+        except Exception as error:  # whatever it is that a toolchain does not manage
+            if self._otherwise is None:
+                raise
+            warnings.warn(
+                f"torch.compile failed ({type(error).__name__}: {error}): steps are run eagerly, "
+                "several times slower. Pass `compile=False` for that without this warning, "
+                "`compile=True` for the error.",
+                stacklevel=2,
+            )
+            return self._eagerly(rule, arrays)
+        return kernels[-1].run
+
+    def _eagerly(self, rule: Rule, arrays: Arrays) -> Callable[..., Any]:
+        names, otherwise = tuple(arrays), self._otherwise
+        assert otherwise is not None
+
+        def run(*values: Tensor) -> Any:
+            return otherwise(rule, dict(zip(names, values, strict=True)))
+
+        return run
+
+    def _made(self, rule: Rule, arrays: Arrays) -> Kernel:
+        # imported here, for they take a second
+        tracer = importlib.import_module("torch.fx.experimental.proxy_tensor")
+        inductor = importlib.import_module("torch._inductor.compile_fx")
+        names = tuple(arrays)
+
+        def function(*values: Tensor) -> Any:
+            return self._function(rule, dict(zip(names, values, strict=True)))
+
+        values = [array.detach() for array in arrays.values()]
+        graph = tracer.make_fx(function, tracing_mode="symbolic")(*values)
+        inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        _hoist(graph)
+        return Kernel(inductor.compile_fx(graph, inputs), inputs)
+
+
+def _hoist(graph: torch.fx.GraphModule) -> None:
+    """Have all that depends on numbers alone computed before the loop.
 
     Inductor would compute a bias correction anew for every few weights. A number is kept out of the
     loop by what keeps the product in memory of its own: see `metaopt_torch.passes.fused`.
     """
     for node in list(graph.graph.nodes):
         loops = [user for user in node.users if _axes(user)]
-        if node.op in ("call_function", "call_method") and _axes(node) == 0 and loops:
+        if node.op == "call_function" and _axes(node) == 0 and loops:
             with graph.graph.inserting_after(node):
-                kept = graph.graph.call_function(torch.as_strided, (node, (), ()))
+                kept = graph.graph.call_function(torch.ops.aten.as_strided.default, (node, [], []))
             kept.meta = dict(node.meta)
             for user in loops:
                 user.replace_input_with(node, kept)
     graph.recompile()
-    # imported here, for it takes a second
-    return importlib.import_module("torch._inductor.compile_fx").compile_fx(graph, inputs)
 
 
 def _axes(node: torch.fx.Node) -> int | None:
-    value = node.meta.get("example_value")
+    value = node.meta.get("val")
     return value.dim() if isinstance(value, Tensor) else None
 
 
 def in_chunks(function: Pass) -> Pass:
     """Return the pass run on a chunk of the buffers after the other, its results added up.
 
-    Temporaries are of the size of a chunk, and stay in the cache of a CPU. Arguments that are
-    cut are those with as many entries along the first axis as the first of them.
+    Temporaries are of the size of a chunk, and stay in the cache of a CPU. Arrays that are cut are
+    those with as many entries along the first axis as the first of them.
     """
 
-    def run(rule: Rule, *arguments: Any) -> Any:
-        first = arguments[0]
+    def run(rule: Rule, arrays: Arrays) -> Any:
+        first = next(iter(arrays.values()))
         rows, row = first.shape[0], max(1, first[:1].numel())
         step = max(1, (CHUNK if first.device.type == "cpu" else LARGE_CHUNK) // row)
         if rows <= step:
-            return function(rule, *arguments)
+            return function(rule, arrays)
         results = [
-            function(rule, *(_cut(argument, rows, slice(at, at + step)) for argument in arguments))
+            function(
+                rule,
+                {
+                    name: array[at : at + step] if array.shape[:1] == (rows,) else array
+                    for name, array in arrays.items()
+                },
+            )
             for at in range(0, rows, step)
         ]
         return _joined(results)
 
     return run
-
-
-def _cut(argument: Any, rows: int, part: slice) -> Any:
-    if isinstance(argument, Mapping):
-        return {key: _cut(value, rows, part) for key, value in argument.items()}
-    if isinstance(argument, Tensor) and argument.dim() and argument.shape[0] == rows:
-        return argument[part]
-    return argument
 
 
 def _joined(results: list[Any]) -> Any:

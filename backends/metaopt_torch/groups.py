@@ -15,7 +15,7 @@ from metaopt.blocks import Blocks, Partition
 from metaopt.plan import rules_by_leaf
 from metaopt.rules import Rule
 
-__all__ = ["ByGroup", "Rules", "check_groups", "check_lr", "configured", "named"]
+__all__ = ["ByGroup", "check_groups", "check_numbers", "configured", "named"]
 
 Group = dict[str, Any]
 
@@ -46,24 +46,6 @@ class ByGroup(Partition):
         return super().bind(shapes)
 
 
-class Rules:
-    """The rules of `base` with the weight decay of a group; equal ones are one object."""
-
-    def __init__(self) -> None:
-        self._made: dict[Any, Rule] = {}
-
-    def decayed(self, rule: Rule, weight_decay: float | None) -> Rule:
-        """Return the rule with a group's weight decay; None is the rule's own."""
-        if weight_decay is None or weight_decay == rule.weight_decay:
-            return rule
-        key = (id(rule), weight_decay)
-        if key not in self._made:
-            if len(self._made) > 100:  # a schedule of weight decay leaves one behind every step
-                self._made.clear()
-            self._made[key] = replace(rule, weight_decay=weight_decay)  # type: ignore[type-var]
-        return self._made[key]
-
-
 def named(groups: Sequence[Group]) -> list[tuple[str, Tensor, Group]]:
     """Return all parameters with their names and groups; without a name they are numbered."""
     found: list[tuple[str, Tensor, Group]] = []
@@ -87,20 +69,16 @@ def check_groups(groups: Sequence[Group]) -> None:
             msg = f"`params[{name!r}]` must be dense, real and floating; got {got}."
             raise TypeError(msg)
     for group in groups:
-        check_lr(group["lr"])
-        decay, block = group["weight_decay"], group["block"]
-        if decay is not None and not (
-            isinstance(decay, int | float) and 0.0 <= decay < float("inf")
-        ):
-            msg = f"`weight_decay` must be a finite number, not negative; got {decay!r}."
-            raise ValueError(msg)
+        check_numbers(group)
+        block = group["block"]
         if block is not None and not isinstance(block, str):
             msg = f"`block` must be the name of a block, or None; got {block!r}."
             raise TypeError(msg)
 
 
-def check_lr(lr: Any) -> None:
-    """Raise unless a group's `lr` is a number that is not negative, or a tensor of one number."""
+def check_numbers(group: Group) -> None:
+    """Raise unless `lr` and `weight_decay`, which schedules change, are what they may be."""
+    lr, decay = group["lr"], group["weight_decay"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             msg = f"`lr` must be a number or a tensor of one; got shape {tuple(lr.shape)}."
@@ -108,9 +86,22 @@ def check_lr(lr: Any) -> None:
     elif not isinstance(lr, int | float) or not 0.0 <= lr < float("inf"):
         msg = f"`lr` must be a finite number, not negative; got {lr!r}."
         raise ValueError(msg)
+    if decay is not None and not (isinstance(decay, int | float) and 0.0 <= decay < float("inf")):
+        msg = f"`weight_decay` must be a finite number, not negative; got {decay!r}."
+        raise ValueError(msg)
 
 
-def configured(config: mo.MetaOptimize, groups: Sequence[Group], rules: Rules) -> mo.MetaOptimize:
+def decayed(rule: Rule, weight_decay: float | None, made: dict[Any, Rule]) -> Rule:
+    """Return a rule with a group's weight decay; equal ones are one object, which `made` keeps."""
+    if weight_decay is None or weight_decay == rule.weight_decay:
+        return rule
+    key = (id(rule), weight_decay)
+    if key not in made:
+        made[key] = replace(rule, weight_decay=weight_decay)  # type: ignore[type-var]
+    return made[key]
+
+
+def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> mo.MetaOptimize:
     """Return what the groups make of the configuration given to the optimizer.
 
     Raises
@@ -119,9 +110,10 @@ def configured(config: mo.MetaOptimize, groups: Sequence[Group], rules: Rules) -
         If groups that share a block disagree on its step size or bounds.
     """
     leaves = named(groups)
+    made: dict[Any, Rule] = {}
     of_base = rules_by_leaf(config.base, per_leaf((name, param) for name, param, _ in leaves))
     of_leaf = {
-        name: rules.decayed(of_base[name], group["weight_decay"]) for name, _, group in leaves
+        name: decayed(of_base[name], group["weight_decay"], made) for name, _, group in leaves
     }
     base: Any = config.base
     if any(of_leaf[name] is not of_base[name] for name in of_leaf):

@@ -1,30 +1,51 @@
 """The Hessian-free step: runs of leaves, one pass over memory, one sum for each mesh of devices."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaopt.arrays import per_leaf
 from metaopt.passes import meta_pass, usable
+from metaopt.rules import Rule
 from metaopt.step import awake_families
 from metaopt_torch.build import Built
-from metaopt_torch.compiler import compiled, in_chunks
-from metaopt_torch.passes import Kind, fused, moved, products
+from metaopt_torch.compiler import Compiled, in_chunks
+from metaopt_torch.passes import Arrays, Kind, Pass, fused, moved, products
 from metaopt_torch.runs import Run, grouped
 from metaopt_torch.shards import summed
 
 __all__ = ["HessianFree"]
 
 
-class Rates(NamedTuple):
-    """What a group's `lr` makes of the step sizes, and whether its leaves move."""
+@dataclass
+class Rates:
+    """What the runs of a parameter group are stepped with, beside their buffers.
 
-    lr: Tensor
-    lr_trace: Tensor | None
+    Parameters
+    ----------
+    by_block : dict of str to tensor
+        What the group's `lr` makes of the step sizes, and where z can be used.
+    single : dict of str to tensor, shape ()
+    awake : bool or tensor
+        Whether the group's leaves move.
+    """
+
+    by_block: dict[str, Tensor]
+    single: dict[str, Tensor]
     awake: Any
-    discount: Tensor
+    _picked: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def of(self, run: Run) -> dict[str, Tensor]:
+        """Return what a run of the group is stepped with."""
+        if run.flat and run.index in self._picked:
+            return self._picked[run.index]
+        found = {name: run.pick(values) for name, values in self.by_block.items()} | self.single
+        if run.flat:
+            self._picked[run.index] = found
+        return found
 
 
 class HessianFree:
@@ -34,11 +55,11 @@ class HessianFree:
     ----------
     built : Built
     rounding : {"nearest", "stochastic", "kahan"}
-    compile : bool
-        Compile passes, or run them in chunks.
+    compile : bool or None
+        Compile passes, run them in chunks, or try the former first.
     """
 
-    def __init__(self, built: Built, rounding: str, compile: bool) -> None:
+    def __init__(self, built: Built, rounding: str, compile: bool | None) -> None:
         self._built, self._rounding, self._compile = built, rounding, compile
         self._config, self._plan = built.config, built.plan
         self._leaves, self._vectors = built.leaves, built.vectors
@@ -49,7 +70,7 @@ class HessianFree:
         self._indices: dict[Any, Tensor] = {}
         #: Whether the meta-gradient has to be known before a parameter is written.
         self.two_passes = built.config.meta_first or built.config.skip_nonfinite
-        self._move = compiled(self._meta) if compile else self._meta
+        self._move = self._run_as(self._meta, self._meta)
 
     def step(self, grads: Mapping[str, Tensor]) -> None:
         """Make a step of the leaves that have a gradient.
@@ -82,19 +103,21 @@ class HessianFree:
         rates: dict[Any, Rates] = {}
         for run in self._runs.values():
             param, grad = run.buffers([grads[leaf.name] for leaf in run.leaves])
-            arguments, awake = self._arguments(run, param, grad, sizes, keep, rates)
-            sums.append((run, self._pass(fused, run)(*arguments), awake))
+            of_group, leaf = self._rates(run, sizes, keep, rates), run.leaves[0]
+            arrays = {"param": param, "grad": grad, "count": leaf.state["step"], **run.state}
+            total = self._pass(fused, run)(leaf.rule, arrays | of_group.of(run))
+            sums.append((run, total, of_group.awake))
             run.written(param)
         z, _ = self._total(sums, ())
         self._move_beta(z, self._awake(grads), None)
 
     def _in_two_passes(self, grads: Mapping[str, Tensor]) -> Tensor | None:
         vectors, sums, lost = self._vectors, [], []
-        rates: dict[Any, Rates] = {}
         for run in self._runs.values():
             _, grad = run.buffers([grads[leaf.name] for leaf in run.leaves])
-            total, flag = self._pass(products, run)(run.leaves[0].rule, grad, run.state["trace"])
-            sums.append((run, total, self._rates(run, None, rates).awake))
+            arrays = {"grad": grad, "trace": run.state["trace"]}
+            total, flag = self._pass(products, run)(run.leaves[0].rule, arrays)
+            sums.append((run, total, _awake(run.leaves[0].group)))
             lost.append((run, flag))
         z, count = self._total(sums, lost if self._config.skip_nonfinite else ())
         accepted = None if count is None else count == 0.0
@@ -103,80 +126,71 @@ class HessianFree:
         self._move_beta(z, self._awake(grads), accepted)
         if self._config.meta_first:
             sizes = self._config.slopes(vectors["beta"])
-        rates = {}
+        rates: dict[Any, Rates] = {}
         for run in self._runs.values():
             param, grad = run.buffers([grads[leaf.name] for leaf in run.leaves])
-            arguments, _ = self._arguments(run, param, grad, sizes, keep, rates)
-            self._pass(moved, run)(*arguments, accepted)
+            of_group, leaf = self._rates(run, sizes, keep, rates), run.leaves[0]
+            arrays = {"param": param, "grad": grad, "count": leaf.state["step"], **run.state}
+            if accepted is not None:
+                arrays["accepted"] = accepted.to(run.device)
+            self._pass(moved, run)(leaf.rule, arrays | of_group.of(run))
             run.written(param)
         return accepted
 
-    def _arguments(
-        self,
-        run: Run,
-        param: Tensor,
-        grad: Tensor,
-        sizes: tuple[Tensor, Tensor],
-        keep: Tensor,
-        rates: dict[Any, Rates],
-    ) -> tuple[tuple[Any, ...], Any]:
-        """Return what a pass is called with, and whether the run moves."""
-        of_group = self._rates(run, sizes, rates)
+    def _rates(
+        self, run: Run, sizes: tuple[Tensor, Tensor], keep: Tensor, known: dict[Any, Rates]
+    ) -> Rates:
+        """Return what the run's group makes of the step sizes and their slopes."""
         leaf = run.leaves[0]
-        return (
-            leaf.rule,
-            param,
-            grad,
-            {slot: run.state[slot] for slot in leaf.rule.slots},
-            run.state["trace"],
-            run.state.get("compensation"),
-            leaf.state["step"],
-            run.pick(of_group.lr),
-            None if of_group.lr_trace is None else run.pick(of_group.lr_trace),
-            run.pick(keep.to(run.device)),
-            of_group.discount,
-        ), of_group.awake
-
-    def _rates(self, run: Run, sizes: Any, known: dict[Any, Rates]) -> Rates:
-        """Return the step sizes that the group's `lr` makes of `sizes`, for each block."""
-        leaf = run.leaves[0]
-        lr, key = leaf.group["lr"], (id(leaf.group), leaf.dtype, run.device)
+        key = (id(leaf.group), leaf.dtype, run.device)
         if key in known:
             return known[key]
+        lr, decay = leaf.group["lr"], leaf.group["weight_decay"]
         discount, one = (
             self._constant(value, leaf.dtype, run.device) for value in (self._config.discount, 1.0)
         )
-        awake: Any = lr != 0.0
         if isinstance(lr, Tensor):
             lr = lr.to(run.device, leaf.dtype).reshape(())
-            awake = lr != 0.0
-            discount = torch.where(awake, discount, one)
-        elif not awake:
+            discount = torch.where(lr != 0.0, discount, one)
+        elif lr == 0.0:
             discount = one
-        value = slope = one
-        if sizes is not None:
-            value, slope = (size.to(run.device, leaf.dtype) for size in sizes)
-            slope = value if sizes[1] is sizes[0] else slope
-        shared = slope is value
+        value, slope = (size.to(run.device, leaf.dtype) for size in sizes)
+        shared = sizes[1] is sizes[0]
         if isinstance(lr, Tensor) or lr != 1.0:
             value, slope = value * lr, slope if shared else slope * lr
-        known[key] = Rates(value, None if shared else slope, awake, discount)
+        by_block = {"lr": value} if shared else {"lr": value, "lr_trace": slope}
+        single = {"discount": discount}
+        if decay is not None:  # an argument of the pass, for it may have a schedule
+            single["weight_decay"] = self._constant(float(decay), leaf.dtype, run.device)
+        by_block["keep"] = keep.to(run.device)
+        known[key] = Rates(by_block, single, _awake(leaf.group))
         return known[key]
 
     def _constant(self, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
         key = (value, dtype, device)
         if key not in self._constants:
+            if len(self._constants) > 100:  # a schedule leaves one behind every step
+                self._constants.clear()
             self._constants[key] = torch.full((), value, dtype=dtype, device=device)
         return self._constants[key]
 
-    def _pass(self, make: Callable[[Kind], Any], run: Run) -> Any:
-        group, narrow = run.leaves[0].group, run.leaves[0].param.dtype != run.leaves[0].dtype
-        rounding = self._rounding if narrow else "nearest"
-        kind = Kind(self._config.trace, bool(group["maximize"]), rounding, not run.flat)
-        if (make, kind) not in self._passes:
-            run_as = compiled if self._compile else in_chunks
-            self._passes[make, kind] = run_as(make(kind))
-        return self._passes[make, kind]
+    def _pass(self, make: Callable[[Kind], Pass], run: Run) -> Pass:
+        leaf = run.leaves[0]
+        maximize = bool(leaf.group["maximize"])
+        known = run.passes.get((make, maximize))
+        if known is None:
+            rounding = self._rounding if leaf.param.dtype != leaf.dtype else "nearest"
+            kind = Kind(self._config.trace, maximize, rounding, not run.flat)
+            if (make, kind) not in self._passes:
+                function = make(kind)
+                self._passes[make, kind] = self._run_as(function, in_chunks(function))
+            known = run.passes[make, maximize] = self._passes[make, kind]
+        return known
+
+    def _run_as(self, function: Pass, eager: Pass) -> Pass:
+        if self._compile is False:
+            return eager
+        return Compiled(function, eager if self._compile is None else None)
 
     def _total(
         self, sums: Sequence[tuple[Run, Tensor, Any]], lost: Sequence[tuple[Run, Tensor]]
@@ -228,45 +242,50 @@ class HessianFree:
         """Return which families move, None for all."""
         flags: Any = per_leaf((name, False) for name in self._leaves)
         for name in grads:
-            lr = self._leaves[name].group["lr"]
-            flags[name] = lr.reshape(()) != 0.0 if isinstance(lr, Tensor) else lr != 0.0
+            flags[name] = _awake(self._leaves[name].group)
         return awake_families(self._plan, flags, self._vectors["step"])
 
     def _move_beta(self, z: Tensor, awake: Any, accepted: Tensor | None) -> None:
-        vectors, slots = self._vectors, self._vectors.slots
-        held = (vectors["beta"], slots, vectors["meta_count"], vectors["restarts"])
-        self._move(self._config.meta, z, *held, vectors["meta_grad"], awake, accepted)
+        vectors = self._vectors
+        names = ("beta", "meta_count", "restarts", "meta_grad")
+        arrays = {"z": z} | {name: vectors[name] for name in names} | vectors.slots
+        if awake is not None:
+            arrays["awake"] = awake
+        if accepted is not None:
+            arrays["accepted"] = accepted
+        self._move(self._config.meta, arrays)
 
-    def _meta(
-        self,
-        rule: Any,
-        z: Tensor,
-        beta: Tensor,
-        slots: Mapping[str, Tensor],
-        meta_count: Tensor,
-        restarts: Tensor,
-        meta_grad: Tensor,
-        awake: Tensor | None,
-        accepted: Tensor | None,
-    ) -> None:
+    def _meta(self, rule: Rule, arrays: Arrays) -> None:
         """Write the meta update of all blocks, where the step is accepted."""
-        blocks = self._plan.blocks
+        blocks, z, beta = self._plan.blocks, arrays["z"], arrays["beta"]
         step = meta_pass(
             rule,
             blocks,
             z,
             usable(z),
             beta,
-            slots,
-            meta_count,
-            restarts,
+            {slot: arrays[slot] for slot in rule.slots},
+            arrays["meta_count"],
+            arrays["restarts"],
             meta_lr=self._config.meta_lr,
-            awake=awake,
+            awake=arrays.get("awake"),
             bounds=self._config.limits(blocks, beta),
             beta_trace={},
             held_trace={},
         )
-        pairs = [(beta, step.beta), (meta_count, step.meta_count), (restarts, step.restarts)]
-        pairs += [(meta_grad, z), *((slots[slot], step.meta_slots[slot]) for slot in slots)]
-        for old, new in pairs:
+        written = {
+            "beta": step.beta,
+            "meta_count": step.meta_count,
+            "restarts": step.restarts,
+            "meta_grad": z,
+        }
+        accepted = arrays.get("accepted")
+        for name, new in (written | step.meta_slots).items():
+            old = arrays[name]
             old.copy_(new if accepted is None else torch.where(accepted, new, old))
+
+
+def _awake(group: Mapping[str, Any]) -> Any:
+    """Say whether the leaves of a group move."""
+    lr = group["lr"]
+    return lr.reshape(()) != 0.0 if isinstance(lr, Tensor) else lr != 0.0

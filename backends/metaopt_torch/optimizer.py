@@ -23,7 +23,7 @@ from metaopt_torch.curvature import (
     by_central_difference,
     check_graph,
 )
-from metaopt_torch.groups import check_groups, check_lr
+from metaopt_torch.groups import check_groups, check_numbers
 from metaopt_torch.hessian_free import HessianFree
 from metaopt_torch.runs import Leaf
 from metaopt_torch.shards import placed
@@ -162,8 +162,8 @@ meta_first, skip_nonfinite
         self._engine = HessianFree(built, self._rounding, self._compiler())
         self._built = built
 
-    def _compiler(self) -> bool:
-        """Say whether to compile; warn where that was left open and cannot be."""
+    def _compiler(self) -> bool | None:
+        """Say whether to compile, None where that was left open; warn if it cannot be."""
         if self._compile is not None:
             return self._compile
         devices = {param.device for group in self.param_groups for param in group["params"]}
@@ -174,7 +174,7 @@ meta_first, skip_nonfinite
                 "slower. Pass `compile=False` for that without this warning.",
                 stacklevel=4,
             )
-        return not lacking
+        return False if lacking else None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, also in mid-training.
@@ -311,9 +311,9 @@ meta_first, skip_nonfinite
     def _grads(self) -> dict[str, Tensor]:
         """Return the gradients by name, after a look at what may have changed since last time."""
         for group in self.param_groups:
-            check_lr(group["lr"])
-        if self._ready.follow() and self._in_core:
-            self._build()  # the core reads rules from its configuration
+            check_numbers(group)
+        if self._in_core or any(group["weight_decay"] is None for group in self.param_groups):
+            self._refresh()  # elsewhere a group's weight decay is handed to every pass
         grads = {
             name: leaf.param.grad
             for name, leaf in self._ready.leaves.items()
@@ -458,5 +458,5 @@ meta_first, skip_nonfinite
 
     def _refresh(self) -> None:
         """See what groups say of weight decay now."""
-        if self._ready.follow():
+        if self._ready.outdated():
             self._build()

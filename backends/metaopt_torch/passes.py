@@ -5,7 +5,7 @@ computed is in `metaopt.passes`; here are the sums and the writes in place.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -15,10 +15,12 @@ from metaopt.passes import Leaf, fused_pass, leaf_pass, leaf_product
 from metaopt.rules import Rule
 from metaopt_torch.rounding import rounded
 
-__all__ = ["Kind", "Pass", "fused", "moved", "products"]
+__all__ = ["Arrays", "Kind", "Pass", "fused", "moved", "products"]
 
-#: From buffers and step sizes to sums; writes into the buffers.
-Pass: TypeAlias = Callable[..., Any]
+#: Buffers and step sizes, by name: "param", "grad", "trace", the rule's slots, and so on.
+Arrays: TypeAlias = Mapping[str, Tensor]
+#: From a rule and arrays to sums; writes into the buffers among them.
+Pass: TypeAlias = Callable[[Rule, Arrays], Any]
 
 
 @dataclass(frozen=True)
@@ -43,123 +45,82 @@ class Kind:
 
 
 def fused(kind: Kind) -> Pass:
-    """Return the pass that moves the parameters and sums h * g by row, or over all."""
+    """Return the pass that moves the parameters and sums h * g by row, or over all.
 
-    def run(
-        rule: Rule,
-        param: Tensor,
-        grad: Tensor,
-        slots: Mapping[str, Tensor],
-        trace: Tensor,
-        compensation: Tensor | None,
-        count: Tensor,
-        lr: Tensor,
-        lr_trace: Tensor | None,
-        keep: Tensor,
-        discount: Tensor,
-    ) -> Tensor:
-        leaf = _leaf(kind, param, grad, slots, trace, compensation, count)
-        product, step = fused_pass(
-            rule,
-            leaf,
-            lr,
-            lr if lr_trace is None else lr_trace,
-            keep=keep,
-            discount=discount,
-            inject=kind.inject,
-        )
+    It takes "param", "grad", the slots, "trace", "count", "lr", "keep" and "discount"; "lr_trace"
+    and "weight_decay" where they are others than `lr` and the rule's; "compensation" for Kahan's
+    rounding.
+    """
+
+    def run(rule: Rule, arrays: Arrays) -> Tensor:
+        given = _given(kind, rule, arrays)
+        product, step = fused_pass(*given, **_options(kind, arrays))
         # In memory of its own, in name: the compiler then sums it in the loop that overwrites the
         # trace, and never stores it. Without this the sum is a second loop over memory.
         product = product.as_strided(product.shape, product.stride())
-        _write(kind, leaf, step, param, slots, trace, compensation, None)
+        _write(kind, arrays, given[1], step)
         return product.sum(1) if kind.rows else product.sum()
 
     return run
 
 
 def products(kind: Kind) -> Pass:
-    """Return the pass that sums h * g and says whether a gradient is not finite."""
+    """Return the pass that sums h * g and says whether a gradient is not finite.
 
-    def run(
-        rule: Rule,  # noqa: ARG001
-        grad: Tensor,
-        trace: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        product = leaf_product(trace, _gradient(kind, grad, trace.dtype))
-        lost = torch.any(torch.logical_not(torch.isfinite(grad)))
+    It takes "grad" and "trace".
+    """
+
+    def run(rule: Rule, arrays: Arrays) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+        product = leaf_product(arrays["trace"], _gradient(kind, arrays))
+        lost = torch.any(torch.logical_not(torch.isfinite(arrays["grad"])))
         return product.sum(1) if kind.rows else product.sum(), lost
 
     return run
 
 
 def moved(kind: Kind) -> Pass:
-    """Return the pass that moves the parameters when the meta-gradient is known."""
+    """Return the pass that moves the parameters when the meta-gradient is known.
 
-    def run(
-        rule: Rule,
-        param: Tensor,
-        grad: Tensor,
-        slots: Mapping[str, Tensor],
-        trace: Tensor,
-        compensation: Tensor | None,
-        count: Tensor,
-        lr: Tensor,
-        lr_trace: Tensor | None,
-        keep: Tensor,
-        discount: Tensor,
-        accepted: Tensor | None,
-    ) -> None:
-        leaf = _leaf(kind, param, grad, slots, trace, compensation, count)
-        step = leaf_pass(
-            rule,
-            leaf,
-            lr,
-            lr if lr_trace is None else lr_trace,
-            keep=keep,
-            discount=discount,
-            inject=kind.inject,
-        )
-        _write(kind, leaf, step, param, slots, trace, compensation, accepted)
+    It takes what `fused` takes, and "accepted" where steps can be refused.
+    """
+
+    def run(rule: Rule, arrays: Arrays) -> None:
+        given = _given(kind, rule, arrays)
+        _write(kind, arrays, given[1], leaf_pass(*given, **_options(kind, arrays)))
 
     return run
 
 
-def _gradient(kind: Kind, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    grad = grad.to(dtype)
+def _gradient(kind: Kind, arrays: Arrays) -> Tensor:
+    grad = arrays["grad"].to(arrays["trace"].dtype)
     return -grad if kind.maximize else grad
 
 
-def _leaf(
-    kind: Kind,
-    param: Tensor,
-    grad: Tensor,
-    slots: Mapping[str, Tensor],
-    trace: Tensor,
-    compensation: Tensor | None,
-    count: Tensor,
-) -> Leaf:
-    wide = param.to(trace.dtype)
-    if compensation is not None:
-        wide = wide + compensation
-    return Leaf(wide, _gradient(kind, grad, trace.dtype), slots, count, trace)
+def _given(kind: Kind, rule: Rule, arrays: Arrays) -> tuple[Any, ...]:
+    """Return the positional arguments of the core's passes."""
+    wide = arrays["param"].to(arrays["trace"].dtype)
+    if "compensation" in arrays:
+        wide = wide + arrays["compensation"]
+    if "weight_decay" in arrays:
+        changed: Any = rule
+        rule = replace(changed, weight_decay=arrays["weight_decay"])
+    slots = {slot: arrays[slot] for slot in rule.slots}
+    leaf = Leaf(wide, _gradient(kind, arrays), slots, arrays["count"], arrays["trace"])
+    return rule, leaf, arrays["lr"], arrays.get("lr_trace", arrays["lr"])
 
 
-def _write(
-    kind: Kind,
-    leaf: Leaf,
-    step: Any,
-    param: Tensor,
-    slots: Mapping[str, Tensor],
-    trace: Tensor,
-    compensation: Tensor | None,
-    accepted: Tensor | None,
-) -> None:
-    """Write a step into the buffers; where it is not `accepted` they keep what they hold."""
+def _options(kind: Kind, arrays: Arrays) -> dict[str, Any]:
+    return {"keep": arrays["keep"], "discount": arrays["discount"], "inject": kind.inject}
+
+
+def _write(kind: Kind, arrays: Arrays, leaf: Leaf, step: Any) -> None:
+    """Write a step into the buffers; where it is not accepted they keep what they hold."""
+    param, accepted = arrays["param"], arrays.get("accepted")
     new = leaf.param - step.delta
     narrow = rounded(new, param.dtype, kind.rounding)
-    pairs = [(param, narrow), (trace, step.trace)]
-    pairs += [(old, step.slots[slot]) for slot, old in slots.items()]
-    if compensation is not None:
-        pairs.append((compensation, new - narrow.to(new.dtype)))
+    pairs = [(param, narrow), (arrays["trace"], step.trace)]
+    pairs += [(arrays[slot], value) for slot, value in step.slots.items()]
+    if "compensation" in arrays:
+        pairs.append((arrays["compensation"], new - narrow.to(new.dtype)))
     for old, value in pairs:
         old.copy_(value if accepted is None else torch.where(accepted, value, old))

@@ -130,6 +130,8 @@ class Run:
         The one block, where buffers are flat; the block of each row.
     state : mapping of key to tensor
         The leaves' state as buffers, of which `Leaf.state` has views.
+    passes : dict
+        For whoever makes passes, to find them again.
     """
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
@@ -156,8 +158,10 @@ class Run:
             self.index = torch.tensor(self.blocks, device=self.device)
         self._lengths = lengths
         self._packed = len(leaves) > 1 or self.padded
+        self._straight = first.order.axes == (*range(len(first.order.axes)),)
         self._scratch: list[tuple[Tensor, list[Tensor]]] = []
         self.state = {key: self._adopted(key) for key in first.buffered}
+        self.passes: dict[Any, Any] = {}
 
     @property
     def mesh(self) -> Any:
@@ -178,12 +182,11 @@ class Run:
     def buffers(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the parameters and gradients as buffers."""
         if not self._packed:
-            (leaf,) = self.leaves
-            order = leaf.order
-            return (
-                order.flat(local(leaf.param)).view(self.shape),
-                order.flat(local(grads[0])).reshape(self.shape),
-            )
+            param, grad = local(self.leaves[0].param), local(grads[0])
+            if not self._straight:
+                flat = self.leaves[0].order.flat
+                param, grad = flat(param), flat(grad)
+            return param.view(self.shape), grad.reshape(self.shape).contiguous()
         params = [local(leaf.param) for leaf in self.leaves]
         for (buffer, views), tensors in zip(
             self._scratch, (params, [local(grad) for grad in grads]), strict=True
