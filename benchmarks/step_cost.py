@@ -10,6 +10,7 @@ round by round. Gradients are given, all is float32.
 import argparse
 import importlib
 import math
+import os
 import platform
 import statistics
 import time
@@ -73,7 +74,7 @@ def main() -> None:
         f"Made by `python benchmarks/step_cost.py {options.library}`: times of one step in "
         f"{options.rounds} rounds in turns in one process, their median, and the ratio of medians "
         "(in brackets the quartiles of the ratios round by round) to the row marked 1 above: "
-        f"{module.NOTE}. {platform.machine()}, {platform.system()}, Python "
+        f"{module.NOTE}. {platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python "
         f"{platform.python_version()}, {packages}, metaopt {mo.__version__}.",
     ]
     for problem in options.problem or getattr(module, "PROBLEMS", PROBLEMS):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -206,6 +207,23 @@ def test_curvature_learns(hvp: str, capsys: Any) -> None:
     lines = capsys.readouterr().out.splitlines()
     losses = [float(line.split()[2]) for line in lines]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_page_runs_as_it_is_printed(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "torch.md").read_text(encoding="utf-8")
+    found = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(found) == 4
+    check = "assert loss.item() < 0.5 and max(opt.step_sizes().values()) > 1e-4"
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join([found[0], check, *found[1:]])],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "backends")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run.safetensors").exists()
 
 
 def test_every_example_is_run_here() -> None:

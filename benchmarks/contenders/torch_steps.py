@@ -1,6 +1,6 @@
 """PyTorch: the adapter over `torch.optim.AdamW(fused=True)`, and what else there is.
 
-What is not installed is left out; `pip install --requirement benchmarks/peers.txt` installs all.
+What is not installed is left out; `pip install ".[peers]"` installs all.
 """
 
 import importlib
@@ -32,6 +32,7 @@ PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "schedule-free AdamW": ("schedulefree", "AdamWScheduleFree", {}),
     "D-Adaptation Adam": ("dadaptation", "DAdaptAdam", {}),
     "DoG": ("dog", "DoG", {}),
+    "mechanic AdamW": ("mechanic_pytorch", "mechanize", {"lr": 1.0}),
 }
 
 
@@ -83,6 +84,8 @@ def steps(shapes: Shapes) -> Iterator[Contender]:
             peer: Any = getattr(importlib.import_module(module), kind)
         except ModuleNotFoundError:
             continue
+        if name == "mechanic AdamW":
+            peer = peer(torch.optim.AdamW)
         opt = peer(list(parameters(shapes).values()), **options)
         if hasattr(opt, "train"):
             opt.train()
