@@ -122,7 +122,11 @@ def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> mo.MetaOptim
     by_group = tuple(
         (name, group["block"]) for name, _, group in leaves if group["block"] is not None
     )
-    if by_group:
+    if len(by_group) == len(leaves):  # by names alone, which files of the core can hold
+        blocks = {}
+        for name, block in by_group:
+            blocks.setdefault(block, []).append(glob.escape(name))
+    elif by_group:
         blocks = ByGroup(by_group, mo.blocks.partition(config.blocks))
     plain = replace(config, base=base, blocks=blocks, bounds=None)
     family_of = plain.plan({name: param for name, param, _ in leaves}).blocks.family_of
