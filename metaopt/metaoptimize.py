@@ -378,6 +378,54 @@ class MetaOptimize:
             If names, shapes or dtypes do not fit, `lr` is negative, or what `curvature` needs is
             not given. Nothing is changed then, nor ever.
         """
+        deltas, new_state = self.update(
+            params,
+            grads,
+            state,
+            lr=lr,
+            hvp=hvp,
+            third=third,
+            hessian_diagonal=hessian_diagonal,
+            reduce=reduce,
+        )
+        return kind_of(params)(
+            (name, solid(_less(param, deltas[name]))) for name, param in params.items()
+        ), new_state
+
+    def update(
+        self,
+        params: Mapping[str, Array],
+        grads: Mapping[str, Any],
+        state: State,
+        *,
+        lr: Any = 1.0,
+        hvp: Callable[[Mapping[str, Array]], Mapping[str, Any]] | None = None,
+        third: Callable[[Mapping[str, Array], Mapping[str, Array]], Mapping[str, Any]]
+        | None = None,
+        hessian_diagonal: Mapping[str, Any] | None = None,
+        reduce: parts.Reduce | None = None,
+    ) -> tuple[Leaves[Any], State]:
+        r"""Return what a step takes from the parameters, and the state after it; sections 2 to 11.
+
+        For adapters of frameworks that apply updates themselves: `step` is this and the
+        subtraction, so that what it takes is not rounded to the parameters' precision first.
+
+        Parameters
+        ----------
+        params, grads, state, lr, hvp, third, hessian_diagonal, reduce
+            As `step` takes them.
+
+        Returns
+        -------
+        deltas : mapping of leaf name to array or None
+            :math:`w_t - w_{t+1}`, in the leaf's compute dtype; None where there is no gradient.
+        state : State
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `step` does.
+        """
         inputs.check_is_state(state)
         inputs.check_names("params", params, state.trace)
         params_in_order = per_leaf((name, params[name]) for name in state.trace)
@@ -389,7 +437,7 @@ class MetaOptimize:
         inputs.check_state(state, plan)
         inputs.check_grads(grads, params, plan.shapes)
         inputs.check_curvature(hvp, third, hessian_diagonal, grads, params, plan)
-        new_params, new_state, finite = self._step(
+        deltas, new_state, finite = self._step(
             plan, params, grads, state, lr, hvp, third, hessian_diagonal, reduce
         )
         if finite is not None:
@@ -399,7 +447,10 @@ class MetaOptimize:
                 return xp.where(finite, new, old)
 
             skipped = state.skipped + cast(xp.logical_not(finite), state.skipped.dtype)
-            new_params = {name: select(new_params[name], params[name]) for name in params}
+            deltas = per_leaf(
+                (name, None if delta is None else select(delta, 0.0))
+                for name, delta in deltas.items()
+            )
             selected = {
                 name: map_leaves(select, value, getattr(state, name))
                 for name, value in vars(new_state).items()
@@ -408,7 +459,7 @@ class MetaOptimize:
         solid_state = State(
             **{name: map_leaves(solid, value) for name, value in vars(new_state).items()}
         )
-        return kind_of(params)((name, solid(new_params[name])) for name in params), solid_state
+        return per_leaf((name, solid(delta)) for name, delta in deltas.items()), solid_state
 
     def _step(
         self,
@@ -421,8 +472,8 @@ class MetaOptimize:
         third: Any,
         hessian_diagonal: Any,
         reduce: parts.Reduce | None,
-    ) -> tuple[dict[str, Any], State, Any]:
-        """Return params, state, and whether all that came in was finite (None: not asked)."""
+    ) -> tuple[Leaves[Any], State, Any]:
+        """Return deltas, state, and whether all that came in was finite (None: not asked)."""
         xp = namespace(state.step)
         lrs = per_leaf(
             (name, lr if isinstance(lr, float) else xp.asarray(lr, dtype=plan.dtypes[name]))
@@ -477,7 +528,7 @@ class MetaOptimize:
             else parts.rates(plan, self._sigma, state.beta, beta_trace)
         )
 
-        new_params: dict[str, Any] = {}
+        deltas: Leaves[Any] = OrderedDict()
         count: Leaves[Any] = OrderedDict()
         slots: Leaves[Any] = OrderedDict()
         trace: Leaves[Any] = OrderedDict()
@@ -485,7 +536,7 @@ class MetaOptimize:
         third_trace: Leaves[Any] = OrderedDict()
         for name, rule in plan.rules.items():
             if grads[name] is None:
-                new_params[name] = params[name]
+                deltas[name] = None
                 count[name], slots[name], trace[name] = (
                     state.count[name],
                     state.slots[name],
@@ -531,7 +582,7 @@ class MetaOptimize:
                 if plan.third
                 else None,
             )
-            new_params[name] = cast(cast(params[name], dtype) - result.delta, params[name].dtype)
+            deltas[name] = result.delta
             count[name] = state.count[name] + 1
             slots[name] = per_leaf((slot, result.slots[slot]) for slot in state.slots[name])
             trace[name] = result.trace
@@ -558,7 +609,7 @@ class MetaOptimize:
         )
         if lost_products is not None:
             lost = lost + lost_products
-        return new_params, new_state, None if lost is None else lost == 0.0
+        return deltas, new_state, None if lost is None else lost == 0.0
 
     def _meta(
         self, plan: Plan, state: State, z: Any, finite: Any, awake: Leaves[Any], **more: Any
@@ -669,6 +720,13 @@ def _zeros(spec: Any, like: Any, params: Mapping[str, Any]) -> Any:
     if spec.shape == tuple(like.shape) and spec.dtype != xp.int32:  # keeps order and sharding
         return xp.zeros_like(like, dtype=spec.dtype)
     return filled(like, spec.shape, 0, spec.dtype)
+
+
+def _less(param: Any, delta: Any) -> Any:
+    """Return `param` minus `delta`, rounded once, to the dtype of `param`."""
+    if delta is None:
+        return param
+    return cast(cast(param, delta.dtype) - delta, param.dtype)
 
 
 def _times(multiplier: Any, array: Any) -> Any:

@@ -179,3 +179,25 @@ def test_what_is_usable_has_a_square(dtype: str) -> None:
     flags = usable(z)
     assert flags.tolist() == [True, True, True, False, False, False, False]
     assert np.all(np.isfinite(z[flags] ** 2))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_update_is_what_a_step_takes(broken: bool) -> None:
+    opt = mo.MetaOptimize(base=mo.AdamW(weight_decay=0.1), meta=mo.Lion(), skip_nonfinite=True)
+    params = {
+        name: array.astype("float16") for name, array in tree(PROBLEM.start(), SHAPES).items()
+    }
+    state = opt.init(params)
+    grads: dict[str, Any] = dict(tree(PROBLEM.grad(0, PROBLEM.start()), SHAPES))
+    grads["bias"] = None
+    if broken:
+        grads["weight"][0] = np.nan
+    deltas, updated = opt.update(params, grads, state)
+    stepped, after = opt.step(params, grads, state)
+    assert contents(updated) == contents(after)
+    assert deltas["bias"] is None
+    assert stepped["bias"] is params["bias"]
+    weight, delta = params["weight"], deltas["weight"]
+    assert delta.dtype == np.float32
+    assert np.any(delta) == (not broken)
+    assert contents(stepped["weight"]) == contents((weight - delta).astype("float16"))
