@@ -14,9 +14,10 @@ from metaopt import step as parts
 from metaopt.arrays import (
     Array,
     Leaves,
+    at_hand,
     cast,
-    device,
     filled,
+    home,
     kind_of,
     map_leaves,
     namespace,
@@ -55,7 +56,8 @@ class MetaOptimize:
     meta_lr : float, default 1e-3
         Step size :math:`\eta` of the meta update. With 0 this is `base` at a fixed step size.
     discount : float, default 1.0
-        Discount :math:`\gamma` of future losses, in [0, 1].
+        Discount :math:`\gamma` of future losses, in [0, 1]. This, `meta_lr` and `step_size` may be
+        arrays of shape (), and where JAX traces them their values are not looked at.
     blocks : {"scalar", "tensor", "node", "weight"}, mapping or Partition, default "scalar"
         Which weights share a step size; a mapping gives named groups by pattern. See
         `metaopt.blocks`.
@@ -116,8 +118,8 @@ class MetaOptimize:
 
     def __post_init__(self) -> None:
         inputs.check_rules(self.base, self.meta)
-        inputs.check_number("meta_lr", self.meta_lr, 0.0)
-        inputs.check_number("discount", self.discount, 0.0, 1.0)
+        meta_lr = inputs.hyperparameter("meta_lr", self.meta_lr, 0.0)
+        discount = inputs.hyperparameter("discount", self.discount, 0.0, 1.0)
         inputs.check_choice("approximation", self.approximation, ("l", "2x2", "full"))
         inputs.check_choice("trace", self.trace, ("update", "gradient"))
         inputs.check_flag("meta_first", self.meta_first)
@@ -165,8 +167,8 @@ class MetaOptimize:
             }
             if isinstance(self.blocks, Mapping)
             else self.blocks,
-            "meta_lr": float(self.meta_lr),
-            "discount": float(self.discount),
+            "meta_lr": meta_lr,
+            "discount": discount,
             "_partition": partition(self.blocks),
             "_sigma": sigma,
             "_curvature": kind,
@@ -310,18 +312,25 @@ class MetaOptimize:
             inputs.check_names("step_size", sizes, keys, "block")
         values = {}
         for key, family in keys.items():
-            size = to_numpy(sizes[key] if isinstance(sizes, Mapping) else sizes)
+            size = sizes[key] if isinstance(sizes, Mapping) else sizes
+            known = at_hand(size)
+            size = to_numpy(size).astype(np.float64) if known else cast(size, plan.beta_dtype)
             shape = plan.shapes[key] if blocks.partition.per_leaf else (family.size,)
             if size.shape not in ((), shape):
                 msg = f"`step_size[{key!r}]` has shape {size.shape}; expected () or {shape}."
                 raise ValueError(msg)
             like = params[key] if blocks.partition.per_leaf else next(iter(params.values()))
-            beta: Any = self._sigma.inverse(np.asarray(size, dtype=np.float64))
-            values[key] = (
-                filled(like, shape, float(beta), plan.beta_dtype)
-                if beta.ndim == 0
-                else xp.asarray(beta, dtype=plan.beta_dtype, device=device(like))
+            zeros = (
+                xp.zeros_like(like, dtype=plan.beta_dtype)
+                if blocks.partition.per_leaf
+                else filled(like, shape, 0.0, plan.beta_dtype)
             )
+            beta: Any = self._sigma.inverse(size)
+            if known:  # a number is sent nowhere, an array to the device
+                beta = float(beta) if beta.ndim == 0 else beta
+            if not isinstance(beta, float):
+                beta = xp.asarray(beta, dtype=plan.beta_dtype, device=home(like))
+            values[key] = solid(zeros + beta)
         return blocks.from_names(values)
 
     def step(
@@ -336,6 +345,7 @@ class MetaOptimize:
         | None = None,
         hessian_diagonal: Mapping[str, Any] | None = None,
         reduce: parts.Reduce | None = None,
+        copies: Mapping[str, int] | None = None,
     ) -> tuple[dict[str, Any], State]:
         r"""Return the parameters and the state after one step; sections 2 to 11.
 
@@ -366,6 +376,9 @@ class MetaOptimize:
             It is called once a step, once more for `approximation` "2x2" and "full" with curvature,
             and at weight level once more with `skip_nonfinite`. No block but at weight level may
             be a part of a leaf.
+        copies : mapping of leaf name to int, optional
+            Of how many devices that `reduce` sums over each has the same part of the leaf, so that
+            it counts once; 1 for leaves left out.
 
         Returns
         -------
@@ -387,6 +400,7 @@ class MetaOptimize:
             third=third,
             hessian_diagonal=hessian_diagonal,
             reduce=reduce,
+            copies=copies,
         )
         return kind_of(params)(
             (name, solid(_less(param, deltas[name]))) for name, param in params.items()
@@ -404,6 +418,7 @@ class MetaOptimize:
         | None = None,
         hessian_diagonal: Mapping[str, Any] | None = None,
         reduce: parts.Reduce | None = None,
+        copies: Mapping[str, int] | None = None,
     ) -> tuple[Leaves[Any], State]:
         r"""Return what a step takes from the parameters, and the state after it; sections 2 to 11.
 
@@ -412,7 +427,7 @@ class MetaOptimize:
 
         Parameters
         ----------
-        params, grads, state, lr, hvp, third, hessian_diagonal, reduce
+        params, grads, state, lr, hvp, third, hessian_diagonal, reduce, copies
             As `step` takes them.
 
         Returns
@@ -437,8 +452,9 @@ class MetaOptimize:
         inputs.check_state(state, plan)
         inputs.check_grads(grads, params, plan.shapes)
         inputs.check_curvature(hvp, third, hessian_diagonal, grads, params, plan)
+        inputs.check_copies(copies or {}, plan.shapes)
         deltas, new_state, finite = self._step(
-            plan, params, grads, state, lr, hvp, third, hessian_diagonal, reduce
+            plan, params, grads, state, lr, hvp, third, hessian_diagonal, reduce, copies or {}
         )
         if finite is not None:
             xp = namespace(finite)
@@ -472,6 +488,7 @@ class MetaOptimize:
         third: Any,
         hessian_diagonal: Any,
         reduce: parts.Reduce | None,
+        copies: Mapping[str, int],
     ) -> tuple[Leaves[Any], State, Any]:
         """Return deltas, state, and whether all that came in was finite (None: not asked)."""
         xp = namespace(state.step)
@@ -480,7 +497,7 @@ class MetaOptimize:
             for name, lr in inputs.multipliers(lr, plan.shapes).items()
         )
         awake = parts.awake_leaves(grads, lrs)
-        z = parts.product_with_trace(plan, state.trace, awake, grads)
+        z = parts.product_with_trace(plan, state.trace, awake, grads, copies)
         if z is None:
             z = map_leaves(xp.zeros_like, state.beta)
         lost = lost_products = None
@@ -498,13 +515,13 @@ class MetaOptimize:
             hats = parts.hatted(plan, state, awake, finite, self.discount)
             products = parts.grad_traces(plan, hats, grads, hvp, hessian_diagonal)
             if plan.beta_feeding:
-                z_trace = parts.product_with_trace(plan, state.trace, awake, products)
+                z_trace = parts.product_with_trace(plan, state.trace, awake, products, copies)
             if plan.third:
                 seconds, grad_seconds = parts.grad_seconds(
                     plan, awake, hats, grads, hvp, third, self.discount
                 )
                 thirds = per_leaf((name, hats[name].third) for name in hats)
-                term_b = parts.product_with_trace(plan, thirds, awake, grads)
+                term_b = parts.product_with_trace(plan, thirds, awake, grads, copies)
                 z_trace = term_b if z_trace is None else map_leaves(operator.add, z_trace, term_b)
             if self.skip_nonfinite:
                 lost_products = parts.not_finite(plan, products, grad_seconds)
@@ -623,7 +640,7 @@ class MetaOptimize:
             state.meta_slots,
             state.meta_count,
             state.restarts,
-            meta_lr=self.meta_lr,
+            meta_lr=parts.in_dtype(self.meta_lr, plan.beta_dtype),
             awake=parts.awake_families(plan, awake, state.step),
             bounds=self.limits(plan.blocks, state.beta),
             **more,
@@ -697,7 +714,9 @@ class MetaOptimize:
 
 
 def _size(size: Any) -> Any:
-    """Return a step size as a float, several as a NumPy array."""
+    """Return a step size as a float, several as a NumPy array; as it is without a value yet."""
+    if not at_hand(size):
+        return size
     sizes = to_numpy(size).astype(np.float64)
     return float(sizes) if sizes.ndim == 0 else sizes
 
@@ -710,16 +729,20 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _zeros(spec: Any, like: Any, params: Mapping[str, Any]) -> Any:
-    """Return zeros as specified, where a key is a leaf's name on the leaf's device."""
+def _zeros(spec: Any, like: Any, params: Mapping[str, Any], leaf: Any = None) -> Any:
+    """Return zeros as specified, beside `like`; what a key says is a leaf's lies like the leaf."""
     if isinstance(spec, Mapping):
         return per_leaf(
-            (key, _zeros(part, params.get(key, like), params)) for key, part in spec.items()
+            (key, _zeros(part, like, params, params.get(key) if leaf is None else leaf))
+            for key, part in spec.items()
         )
-    xp = namespace(like)
-    if spec.shape == tuple(like.shape) and spec.dtype != xp.int32:  # keeps order and sharding
-        return xp.zeros_like(like, dtype=spec.dtype)
-    return filled(like, spec.shape, 0, spec.dtype)
+    if leaf is None or spec.dtype == namespace(leaf).int32:
+        return filled(like if leaf is None else leaf, spec.shape, 0, spec.dtype)
+    zeros = namespace(leaf).zeros_like(leaf, dtype=spec.dtype)  # keeps order and sharding
+    columns = spec.shape[: len(spec.shape) - leaf.ndim]
+    if columns == ():
+        return zeros
+    return zeros + filled(leaf, columns + (1,) * leaf.ndim, 0, spec.dtype)
 
 
 def _less(param: Any, delta: Any) -> Any:

@@ -305,7 +305,7 @@ def meta_pass(
     meta_count: Array,
     restarts: Array,
     *,
-    meta_lr: float,
+    meta_lr: Any,
     awake: Any = None,
     bounds: tuple[Any, Any] = (None, None),
     beta_trace: Mapping[str, Any],
@@ -328,7 +328,7 @@ def meta_pass(
         Where `z` can be used; the traces of the other blocks have restarted.
     beta, meta_slots, meta_count, restarts
         As in `State`.
-    meta_lr : float
+    meta_lr : float, or array of shape () in the dtype of beta
     awake : boolean array, one entry per family, optional
         False for families whose leaves all rest: they stay as they are.
     bounds : pair of float, blocks or None
@@ -407,7 +407,7 @@ def _meta_piece(
     beta: Array,
     slots: dict[str, Any],
     count: Array,
-    meta_lr: float,
+    meta_lr: Any,
     bounds: tuple[Any, ...],
     traces: dict[str, Any],
     held: dict[str, Any],

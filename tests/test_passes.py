@@ -154,6 +154,42 @@ def test_parts_of_leaves_on_two_devices_equal_the_whole(name: str, broken: bool)
     assert devices.calls == [5 * each] * 2
 
 
+@pytest.mark.parametrize("name", ["none", "tensor", "groups", "skip"])
+def test_a_leaf_that_two_devices_hold_whole_counts_once(name: str) -> None:
+    options: dict[str, Any] = {"meta": mo.AdamW(eps=1e-3), "step_size": 0.05, "meta_lr": 0.1}
+    options |= OPTIONS[name] | {"curvature": "none", "approximation": "l"}
+    opt = mo.MetaOptimize(base=mo.AdamW(eps=1e-2, weight_decay=0.1), **options)
+    params = tree(PROBLEM.start(), SHAPES)
+
+    def both(arrays: Any) -> list[Any]:
+        return [part | {"bias": arrays["bias"]} for part in cut(arrays)]
+
+    state, parts = opt.init(params), both(params)
+    states = [opt.init(part) for part in parts]
+    devices = Devices()
+    for t in range(5):
+        grads = tree(PROBLEM.grad(t, flat(params, SHAPES)), SHAPES)
+
+        def step(device: int, parts: Any = parts, grads: Any = grads) -> Any:
+            return opt.step(
+                parts[device],
+                both(grads)[device],
+                states[device],
+                reduce=devices.reduce(device),
+                copies={"bias": 2},
+            )
+
+        (one, states[0]), (other, states[1]) = devices.run(step)
+        parts = [one, other]
+        params, state = opt.step(params, grads, state)
+    allowed = rounding("float64", operations=60 * 12, steps=5)
+    assert contents(one["bias"]) == contents(other["bias"])
+    for leaf, value in (joined(one, other) | {"bias": one["bias"]}).items():
+        assert relative_error(value, params[leaf]) < allowed
+    assert contents(states[0].beta) == contents(states[1].beta)
+    assert relative_error(states[0].beta, state.beta) < allowed
+
+
 @pytest.mark.parametrize("inject", ["update", "gradient"])
 @pytest.mark.parametrize("keep", [None, True, False])
 def test_a_fused_pass_is_product_and_step_of_the_restarted_trace(keep: Any, inject: str) -> None:
