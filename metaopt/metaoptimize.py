@@ -538,6 +538,7 @@ class MetaOptimize:
             held_trace=held_trace,
             z_trace=z_trace,
             reduce=reduce,
+            copies=copies,
         )
         value, rate, bend = (
             parts.rates(plan, self._sigma, meta.beta, meta.beta_trace)

@@ -64,7 +64,7 @@ def product_with_trace(
         part = plan.layout.partial(traces[name], array, name, plan.beta_dtype)
         if moves is not True:
             part = namespace(part).where(moves, part, 0.0)
-        if copies.get(name, 1) != 1:
+        if copies.get(name, 1) != 1 and not plan.blocks.partition.per_leaf:
             part = part / copies[name]
         partials[name] = part
     return plan.layout.gather(partials) if partials else None
