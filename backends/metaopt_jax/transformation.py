@@ -34,29 +34,34 @@ class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
 
     def step_sizes(self, state: Any) -> dict[str, Any]:
         """Return the learned step sizes by block, as `metaopt.MetaOptimize.step_sizes` does."""
-        core = self.core_state(state)
-        return self.opt.step_sizes(core) if core.trace else {}
+        own = _own(state)
+        return self.opt.step_sizes(self.core_state(own)) if jax.tree.leaves(own.trace) else {}
 
     def diagnostics(self, state: Any) -> dict[str, Any]:
         """Return how the adaptation is doing, as `metaopt.MetaOptimize.diagnostics` does."""
-        core = self.core_state(state)
-        return self.opt.diagnostics(core) if core.trace else {}
+        own = _own(state)
+        return self.opt.diagnostics(self.core_state(own)) if jax.tree.leaves(own.trace) else {}
 
     def core_state(self, state: Any) -> mo.State:
-        """Return the state as the core has it, arrays by the names of leaves."""
-
-        def ours(node: Any) -> bool:
-            return isinstance(node, MetaOptimizeState)
-
-        found = [node for node in jax.tree.leaves(state, is_leaf=ours) if ours(node)]
-        if len(found) != 1:
-            msg = (
-                f"`state` must hold one state of MetaOptimize; found {len(found)}. Of several, "
-                "pass the part that belongs to this transformation."
-            )
-            raise ValueError(msg)
-        own = unboxed(found[0])
+        """Return the state, of at least one parameter, as the core has it: by names of leaves."""
+        own = _own(state)
         return to_core(own, self.opt, Structure.of(own.trace))
+
+
+def _own(state: Any) -> MetaOptimizeState:
+    """Return the one state of MetaOptimize within `state`."""
+
+    def ours(node: Any) -> bool:
+        return isinstance(node, MetaOptimizeState)
+
+    found = [node for node in jax.tree.leaves(state, is_leaf=ours) if ours(node)]
+    if len(found) != 1:
+        msg = (
+            f"`state` must hold one state of MetaOptimize; found {len(found)}. Of several, "
+            "pass the part that belongs to this transformation."
+        )
+        raise ValueError(msg)
+    return unboxed(found[0])
 
 
 def metaoptimize(
