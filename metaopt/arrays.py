@@ -109,8 +109,12 @@ def home(array: Any) -> Any:
     """Return where an array of another shape belongs beside `array`: its device.
 
     Where several devices hold parts of it, as JAX's shardings say, all of them, each the whole.
+    None, the default device, for JAX's arrays that no one has put on a device: they go where others
+    are, and are compiled for anew once they lie beside those that somebody has.
     """
     found = device(array)
+    if found is None or not getattr(array, "committed", True):
+        return None
     spec = getattr(found, "spec", None)
     return found if spec is None else type(found)(found.mesh, type(spec)())
 

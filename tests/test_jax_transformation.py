@@ -278,7 +278,7 @@ def test_a_leaf_without_gradient_rests(name: str) -> None:
     assert float(jnp.abs(updates["head"]["kernel"]).max()) > 0.0
     assert after.leaf_counts.tolist() == [2, 2, 2, 2, 1]
     for slot, tree in after.slots.items():
-        assert tree["scale"] is None or tree["scale"] == state.slots[slot]["scale"]
+        assert tree["scale"] == state.slots[slot]["scale"]
 
 
 @pytest.mark.parametrize("name", ["scalar", "weight", "exact", "rules"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import optax
 
 from metaopt.arrays import Leaves, per_leaf
 
@@ -67,13 +68,15 @@ class Structure:
             raise ValueError(msg) from error
 
     def pytree(self, leaves: Mapping[str, Any]) -> Any:
-        """Return the pytree of values by name, None where a name is left out."""
-        return self.tree.unflatten([leaves.get(name) for name in self.names])
+        """Return the pytree of values by name."""
+        return self.tree.unflatten([leaves[name] for name in self.names])
 
     def by_key(self, leaves: Mapping[str, Mapping[str, Any]], keys: Iterable[str]) -> Any:
-        """Return by key a pytree from values by name and key."""
+        """Return by key a pytree from values by name and key, `MaskedNode()` where there is none."""
         return {
-            key: self.pytree({name: values.get(key) for name, values in leaves.items()})
+            key: self.tree.unflatten(
+                [leaves.get(name, {}).get(key, optax.MaskedNode()) for name in self.names]
+            )
             for key in keys
         }
 
@@ -81,7 +84,11 @@ class Structure:
         """Return values by name and key from pytrees by key: the inverse of `by_key`."""
         columns = {key: self.leaves(tree) for key, tree in trees.items()}
         rows = (
-            ((key, column[name]) for key, column in columns.items() if column[name] is not None)
+            (
+                (key, column[name])
+                for key, column in columns.items()
+                if not isinstance(column[name], optax.MaskedNode)
+            )
             for name in self.names
         )
         return per_leaf(zip(self.names, map(per_leaf, rows), strict=True))

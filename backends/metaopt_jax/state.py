@@ -33,7 +33,7 @@ class MetaOptimizeState(NamedTuple):
         How they depend on past meta-parameters; with curvature "exact" each with a leading axis,
         one column per block.
     slots : mapping of slot to pytree like the parameters
-        Moments of the base update; None for leaves whose rule has no such slot.
+        Moments of the base update; `optax.MaskedNode()` for leaves whose rule has no such slot.
     meta_grad : blocks
         The last meta-gradient.
     meta_slots : mapping of slot to blocks
