@@ -332,26 +332,6 @@ def test_bad_calls_are_refused() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("name", "missing", "message"),
-    [
-        ("exact", "value_fn", '`value_fn` is needed by `curvature="exact"`'),
-        ("full", "value_fn", '`value_fn` is needed by `curvature="exact"`'),
-        ("diagonal", "hessian_diagonal", '`hessian_diagonal` is needed by `curvature="diagonal"`'),
-    ],
-)
-def test_what_curvature_needs_is_asked_for(name: str, missing: str, message: str) -> None:
-    tx, params = metaopt_jax.metaoptimize(**options_of(name)), start()
-    with pytest.raises(ValueError, match=message):
-        update(tx, params, tx.init(params), **{missing: None})
-
-
-def test_full_needs_third_derivatives_beside_products() -> None:
-    tx, params = metaopt_jax.metaoptimize(**options_of("full")), start()
-    with pytest.raises(ValueError, match='`value_fn` is needed by `approximation="full"`'):
-        update(tx, params, tx.init(params), value_fn=None, hvp=lambda tangent: tangent)
-
-
 def test_the_configuration_is_the_cores() -> None:
     with pytest.raises(ValueError, match="`meta_lr` must be a finite number"):
         metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), meta_lr=-1.0)
