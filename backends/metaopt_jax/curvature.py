@@ -22,9 +22,8 @@ def derivatives(
     value_fn: Callable[[Any], Any] | None,
     hvp: Callable[[Any], Any] | None,
     third: Callable[[Any, Any], Any] | None,
-    hessian_diagonal: Any,
 ) -> dict[str, Any]:
-    """Return the core's `hvp`, `third` and `hessian_diagonal`, None where it needs none.
+    """Return the core's `hvp` and `third` where it needs them.
 
     Parameters
     ----------
@@ -36,7 +35,6 @@ def derivatives(
     hvp, third : callable or None
         In place of `value_fn`: from a tangent like `params` to the Hessian times it, from two to
         the third derivative along both.
-    hessian_diagonal : pytree like `params` or None
 
     Raises
     ------
@@ -44,8 +42,6 @@ def derivatives(
         If what the curvature needs is not given.
     """
     found: dict[str, Any] = {}
-    if plan.curvature == "diagonal" and hessian_diagonal is not None:
-        found["hessian_diagonal"] = structure.leaves(hessian_diagonal, "hessian_diagonal")
     for name, needed in (
         ('curvature="exact"', plan.curvature == "exact" and hvp is None),
         ('approximation="full"', plan.third and third is None),

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
-__all__ = ["by_compiler", "by_types", "in_types", "sums_over"]
+__all__ = ["by_compiler", "by_types", "in_types", "on_each", "sums_over"]
 
 Reduce = Callable[[list[Any]], list[Any]]
 
@@ -57,18 +57,40 @@ def in_types(params: Iterable[Any]) -> bool:
     return any(AxisType.Explicit in jax.typeof(param).sharding.mesh.axis_types for param in params)
 
 
-def by_compiler(step: Callable[..., Any], grads: Any, state: Any, params: Any) -> Any:
-    """Return `step(grads, state, params)` with shardings inside left to the compiler.
+def by_compiler(
+    step: Callable[..., Any], grads: Any, state: Any, params: Any, options: Any
+) -> Any:
+    """Return `step(grads, state, params, options)` with shardings inside left to the compiler.
 
     Where they are part of the types, JAX refuses to join or multiply arrays of different ones. What
     comes out is sharded like the parameters and the state that went in.
     """
+    leaves, tree = jax.tree.flatten(options)
+    arrays = [leaf if isinstance(leaf, jax.Array) else None for leaf in leaves]
 
     def shardings(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, tree)
 
-    run = jax.sharding.auto_axes(step, out_sharding=(shardings(params), shardings(state)))
-    return run(grads, state, params)
+    def run(grads: Any, state: Any, params: Any, arrays: list[Any]) -> Any:
+        found = [
+            leaf if array is None else array for leaf, array in zip(leaves, arrays, strict=True)
+        ]
+        return step(grads, state, params, tree.unflatten(found))
+
+    kinds = (shardings(params), shardings(state))
+    return jax.sharding.auto_axes(run, out_sharding=kinds)(grads, state, params, arrays)
+
+
+def on_each(values: Any) -> Any:
+    """Return values that each device is to have whole, where the mesh is known.
+
+    Left to itself XLA may spread a vector with an entry for each unit of a layer as it does the
+    layer.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return values
+    return jax.lax.with_sharding_constraint(values, PartitionSpec())
 
 
 def by_types(function: Callable[..., Any], params: Any) -> Callable[..., Any]:

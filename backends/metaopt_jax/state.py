@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import metaopt as mo
 from metaopt.arrays import per_leaf
 from metaopt_jax.leaves import Structure
+from metaopt_jax.sharded import on_each
 
 __all__ = ["MetaOptimizeState", "from_core", "to_core", "without_leaves"]
 
@@ -72,7 +73,7 @@ def from_core(state: mo.State, step_sizes: Any, structure: Structure) -> MetaOpt
     """Return the core's state, and the step sizes after it by block, as pytrees."""
 
     def blocks(values: Any) -> Any:
-        return structure.pytree(values) if isinstance(values, Mapping) else values
+        return structure.pytree(values) if isinstance(values, Mapping) else on_each(values)
 
     def by_slot(values: Mapping[str, Any]) -> Any:
         return structure.by_key(

@@ -1,6 +1,8 @@
 """MetaOptimize as an optax gradient transformation."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -211,15 +213,28 @@ def transformation(
         leaves = _arrays(structure, params, "params")
         plan = opt.plan(leaves)
         reduce, copies = sums_over(axis_name, leaves)
-        given = derivatives(plan, structure, params, value_fn, hvp, third, hessian_diagonal)
+        given = derivatives(plan, structure, params, value_fn, hvp, third)
+        options = {
+            "lr": lr(state.count) if callable(lr) else lr,
+            "hessian_diagonal": hessian_diagonal if plan.curvature == "diagonal" else None,
+            "traced": {
+                name: getattr(opt, name)
+                for name in ("meta_lr", "discount")
+                if not isinstance(getattr(opt, name), float)
+            },
+        }
 
-        def step(grads: Any, state: MetaOptimizeState, params: Any) -> Any:
+        def step(grads: Any, state: MetaOptimizeState, params: Any, options: Any) -> Any:
             leaves = _arrays(structure, params, "params")
-            deltas, new = opt.update(
+            diagonal, traced = options["hessian_diagonal"], options["traced"]
+            deltas, new = (replace(opt, **traced) if traced else opt).update(
                 leaves,
                 _arrays(structure, grads, "updates"),
                 to_core(state, opt, structure),
-                lr=lr(state.count) if callable(lr) else lr,
+                lr=options["lr"],
+                hessian_diagonal=None
+                if diagonal is None
+                else structure.leaves(diagonal, "hessian_diagonal"),
                 reduce=reduce,
                 copies=copies,
                 **given,
@@ -233,10 +248,10 @@ def transformation(
             return structure.pytree(steps), from_core(new, opt.slopes(new.beta)[0], structure)
 
         if plan.curvature == "none" and helps(leaves.values()):
-            return in_order(step, updates, state, params)
+            return in_order(partial(step, options=options), updates, state, params)
         if in_types(leaves.values()):
-            return by_compiler(step, updates, state, params)
-        return step(updates, state, params)
+            return by_compiler(step, updates, state, params, options)
+        return step(updates, state, params, options)
 
     found = MetaOptimizeTransformation(init, update)
     found.opt = opt
