@@ -265,7 +265,8 @@ def orbax(configuration: str, folder: Path) -> None:
 
 
 SCENARIOS: dict[str, Callable[..., None]] = {
-    function.__name__: function for function in (auto, explicit, injected, shard_map, axis_names, orbax)
+    function.__name__: function
+    for function in (auto, explicit, injected, shard_map, axis_names, orbax)
 }
 
 

@@ -53,10 +53,15 @@ def layer() -> dict[str, Any]:
 
 
 def tx_of(name: str) -> Any:
-    usual = {"base": mo.AdamW(weight_decay=0.1), "meta": mo.AdamW(), "step_size": 1e-2}
-    return metaopt_jax.metaoptimize(
-        **(usual | {"meta_lr": 1e-2, "curvature": "exact", "blocks": "tensor"} | OPTIONS[name])
-    )
+    usual: dict[str, Any] = {
+        "base": mo.AdamW(weight_decay=0.1),
+        "meta": mo.AdamW(),
+        "step_size": 1e-2,
+        "meta_lr": 1e-2,
+        "curvature": "exact",
+        "blocks": "tensor",
+    }
+    return metaopt_jax.metaoptimize(**(usual | OPTIONS[name]))
 
 
 def train(tx: Any, given: Callable[[Any], Any]) -> Any:
@@ -112,9 +117,7 @@ def test_derivatives_are_those_of_the_loss(name: str) -> None:
     leaves = {name: LAYER[name] for name in ("bias", "kernel")}
     core = tx.opt.init(leaves)
     for _ in range(STEPS):
-        leaves, core = tx.opt.step(
-            leaves, grad(leaves), core, hvp=hvp(leaves), third=third(leaves)
-        )
+        leaves, core = tx.opt.step(leaves, grad(leaves), core, hvp=hvp(leaves), third=third(leaves))
     close(by_name(params), by_name(leaves), STEPS)
     close(vars(tx.core_state(state)), vars(core), STEPS)
 
@@ -153,15 +156,15 @@ def test_columns_are_batched() -> None:
 
 def test_products_are_taken_in_the_precision_of_the_traces() -> None:
     """Wider than half-precise parameters are."""
-    seen = set()
+    seen: set[str] = set()
 
     def noted(params: Any) -> Any:
         seen.update(str(param.dtype) for param in params.values())
         return quartic(params)
 
     tx, params = tx_of("l"), jax.tree.map(lambda leaf: leaf.astype("bfloat16"), layer())
-    grads = jax.grad(quartic)(params)
-    _, state = tx.update(grads, tx.init(params), params, value_fn=noted)
+    grads, before = jax.grad(quartic)(params), tx.init(params)
+    _, state = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=noted))(grads, before, params)
     assert seen == {"float32"}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.trace)} == {jnp.dtype("float32")}
 
@@ -199,14 +202,14 @@ def test_the_nonlinear_extension_of_idbd_is_its_literature_form() -> None:
     params = {"w": jnp.zeros(2)}
     state = tx.init(params)
 
-    @jax.jit
     def step(params: Any, state: Any) -> Any:
         updates, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
         return optax.apply_updates(params, updates), state
 
+    compiled = jax.jit(step)
     w, beta, columns = np.zeros(2), np.full(2, np.log(0.05)), np.zeros((2, 2))
     for _ in range(20):
-        params, state = step(params, state)
+        params, state = compiled(params, state)
         grad = hessian @ (w - target)
         beta = beta - 0.02 * (columns.T @ grad)
         alpha = np.exp(beta)

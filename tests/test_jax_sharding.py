@@ -37,7 +37,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Any:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
     )
     if not file.exists():

@@ -126,10 +126,10 @@ def test_lr_multiplies_the_learned_step_sizes(lr: str) -> None:
     table = jnp.asarray(values)
     each = {leaf: 0.1 * (index + 1) for index, leaf in enumerate(NAMES)}
     given: dict[str, tuple[Any, Any]] = {
-        "number": (0.5, lambda t: 0.5),
-        "array": (jnp.asarray(0.5, "float16"), lambda t: 0.5),
+        "number": (0.5, lambda _: 0.5),
+        "array": (jnp.asarray(0.5, "float16"), lambda _: 0.5),
         "schedule": (lambda count: table[count], lambda t: values[t]),
-        "by name": (each, lambda t: each),
+        "by name": (each, lambda _: each),
         "schedule by name": (
             lambda count: {leaf: table[count] * factor for leaf, factor in each.items()},
             lambda t: {leaf: values[t] * factor for leaf, factor in each.items()},
@@ -310,7 +310,7 @@ def test_bad_calls_are_refused() -> None:
     tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), blocks="tensor")
     params = {"w": jnp.ones(3)}
     state = tx.init(params)
-    with pytest.raises(ValueError, match="`params` must be passed to `update`.*got None"):
+    with pytest.raises(ValueError, match=r"`params` must be passed to `update`.*got None"):
         tx.update(params, state)
     with pytest.raises(ValueError, match="`updates` must be a pytree like `params`"):
         tx.update({"v": params["w"]}, state, params)

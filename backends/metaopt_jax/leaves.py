@@ -72,7 +72,7 @@ class Structure:
         return self.tree.unflatten([leaves[name] for name in self.names])
 
     def by_key(self, leaves: Mapping[str, Mapping[str, Any]], keys: Iterable[str]) -> Any:
-        """Return by key a pytree from values by name and key, `MaskedNode()` where there is none."""
+        """Return by key a pytree from values by name and key, `MaskedNode()` for none."""
         return {
             key: self.tree.unflatten(
                 [leaves.get(name, {}).get(key, optax.MaskedNode()) for name in self.names]

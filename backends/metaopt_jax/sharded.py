@@ -57,9 +57,7 @@ def in_types(params: Iterable[Any]) -> bool:
     return any(AxisType.Explicit in jax.typeof(param).sharding.mesh.axis_types for param in params)
 
 
-def by_compiler(
-    step: Callable[..., Any], grads: Any, state: Any, params: Any, options: Any
-) -> Any:
+def by_compiler(step: Callable[..., Any], grads: Any, state: Any, params: Any, options: Any) -> Any:
     """Return `step(grads, state, params, options)` with shardings inside left to the compiler.
 
     Where they are part of the types, JAX refuses to join or multiply arrays of different ones. What
