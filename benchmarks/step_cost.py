@@ -23,7 +23,7 @@ from contenders.shapes import LARGE, PROBLEMS
 
 import metaopt as mo
 
-LIBRARIES = ("numpy", "torch", "cupy")
+LIBRARIES = ("numpy", "torch", "jax", "cupy")
 #: Rounds that are not counted: compilation, page faults.
 WARM_UP = 2
 

@@ -18,9 +18,11 @@ __all__ = [
     "Leaves",
     "Namespace",
     "Shape",
+    "at_hand",
     "cast",
     "device",
     "filled",
+    "home",
     "is_number",
     "is_real_floating",
     "is_sparse",
@@ -103,10 +105,24 @@ def device(array: Any) -> Any:
     return getattr(array, "device", None)
 
 
+def home(array: Any) -> Any:
+    """Return where an array of another shape belongs beside `array`: its device.
+
+    Where several devices hold parts of it, as JAX's shardings say, all of them, each the whole.
+    None, the default device, for JAX's arrays that no one has put on a device: they go where others
+    are, and are compiled for anew once they lie beside those that somebody has.
+    """
+    found = device(array)
+    if found is None or not getattr(array, "committed", True):
+        return None
+    spec = getattr(found, "spec", None)
+    return found if spec is None else type(found)(found.mesh, type(spec)())
+
+
 def filled(like: Any, shape: Shape, value: float, dtype: Any = None) -> Any:
     """Return an array of one value, on the device of `like` and by default in its dtype."""
     dtype = like.dtype if dtype is None else dtype
-    return namespace(like).full(shape, value, dtype=dtype, device=device(like))
+    return namespace(like).full(shape, value, dtype=dtype, device=home(like))
 
 
 def to_numpy(array: Any) -> np.ndarray[Any, Any]:
@@ -118,6 +134,15 @@ def to_numpy(array: Any) -> np.ndarray[Any, Any]:
     if is_cupy_array(array):
         return np.array(array.get())
     return np.array(array)
+
+
+def at_hand(value: Any) -> bool:
+    """Say whether a number or array has a value to look at; one that JAX is tracing has none."""
+    try:
+        to_numpy(value)
+    except TypeError:  # jax.errors.TracerArrayConversionError
+        return False
+    return True
 
 
 def map_leaves(function: Callable[..., ResultT], *trees: Any) -> Any:

@@ -69,6 +69,8 @@ def save(path: str | os.PathLike[str], opt: MetaOptimize, state: State) -> None:
         "config": config,
     }
     tensors = {key: to_numpy(array) for key, array in _flat(vars(state))} | arrays
+    # the format is of arrays in C order, and safetensors takes what memory holds for it
+    tensors = {key: np.asarray(array, order="C") for key, array in tensors.items()}
     data = to_bytes(tensors, metadata={"metaopt": json.dumps(header)})
     target = Path(path).resolve()  # a link keeps pointing to what it names
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")

@@ -9,6 +9,7 @@ import numpy as np
 from metaopt.arrays import (
     Leaves,
     Namespace,
+    at_hand,
     is_number,
     is_real_floating,
     is_sparse,
@@ -35,6 +36,23 @@ def check_number(name: str, value: Any, lo: float, hi: float = math.inf) -> None
         where = f"in [{lo:g}, {hi:g}]" if hi < math.inf else f"and at least {lo:g}"
         msg = f"`{name}` must be a finite number {where}; got {value!r}."
         raise ValueError(msg)
+
+
+def hyperparameter(name: str, value: Any, lo: float, hi: float = math.inf) -> Any:
+    """Return a number or an array of shape () as a float, or as it is where it has no value yet.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If it is neither, or does not lie in [lo, hi].
+    """
+    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
+        check_real(name, value)
+        if not at_hand(value):
+            return value
+        value = to_numpy(value)[()]
+    check_number(name, value, lo, hi)
+    return float(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -175,6 +193,17 @@ def check_products(
         check_leaf(f"{source}(...)[{name!r}]", product, tangent, shape)
 
 
+def check_copies(copies: Mapping[str, int], names: Mapping[str, Any]) -> None:
+    """Raise unless `copies` has positive integers for some of the leaves."""
+    for name, number in copies.items():
+        if name not in names:
+            msg = f"`copies` has unknown leaf {name!r}; expected any of: {', '.join(names)}."
+            raise ValueError(msg)
+        if not isinstance(number, int | np.integer) or number < 1:
+            msg = f"`copies[{name!r}]` must be a positive integer; got {number!r}."
+            raise ValueError(msg)
+
+
 def multipliers(lr: Any, names: Leaves[Any]) -> Leaves[Any]:
     """Return for every leaf its multiplier, a float or an array of shape ().
 
@@ -230,6 +259,8 @@ def check_step_size(
         raise TypeError(msg)
     if hasattr(value, "dtype"):
         check_real(name, value)
+    if not at_hand(value):
+        return
     values = to_numpy(value).astype(np.float64)
     inside = (values > span[0]) & (values < span[1])
     if not np.all(inside):

@@ -14,9 +14,10 @@ from metaopt import step as parts
 from metaopt.arrays import (
     Array,
     Leaves,
+    at_hand,
     cast,
-    device,
     filled,
+    home,
     kind_of,
     map_leaves,
     namespace,
@@ -55,7 +56,8 @@ class MetaOptimize:
     meta_lr : float, default 1e-3
         Step size :math:`\eta` of the meta update. With 0 this is `base` at a fixed step size.
     discount : float, default 1.0
-        Discount :math:`\gamma` of future losses, in [0, 1].
+        Discount :math:`\gamma` of future losses, in [0, 1]. This, `meta_lr` and `step_size` may be
+        arrays of shape (), and where JAX traces them their values are not looked at.
     blocks : {"scalar", "tensor", "node", "weight"}, mapping or Partition, default "scalar"
         Which weights share a step size; a mapping gives named groups by pattern. See
         `metaopt.blocks`.
@@ -116,8 +118,8 @@ class MetaOptimize:
 
     def __post_init__(self) -> None:
         inputs.check_rules(self.base, self.meta)
-        inputs.check_number("meta_lr", self.meta_lr, 0.0)
-        inputs.check_number("discount", self.discount, 0.0, 1.0)
+        meta_lr = inputs.hyperparameter("meta_lr", self.meta_lr, 0.0)
+        discount = inputs.hyperparameter("discount", self.discount, 0.0, 1.0)
         inputs.check_choice("approximation", self.approximation, ("l", "2x2", "full"))
         inputs.check_choice("trace", self.trace, ("update", "gradient"))
         inputs.check_flag("meta_first", self.meta_first)
@@ -165,8 +167,8 @@ class MetaOptimize:
             }
             if isinstance(self.blocks, Mapping)
             else self.blocks,
-            "meta_lr": float(self.meta_lr),
-            "discount": float(self.discount),
+            "meta_lr": meta_lr,
+            "discount": discount,
             "_partition": partition(self.blocks),
             "_sigma": sigma,
             "_curvature": kind,
@@ -310,18 +312,25 @@ class MetaOptimize:
             inputs.check_names("step_size", sizes, keys, "block")
         values = {}
         for key, family in keys.items():
-            size = to_numpy(sizes[key] if isinstance(sizes, Mapping) else sizes)
+            size = sizes[key] if isinstance(sizes, Mapping) else sizes
+            known = at_hand(size)
+            size = to_numpy(size).astype(np.float64) if known else cast(size, plan.beta_dtype)
             shape = plan.shapes[key] if blocks.partition.per_leaf else (family.size,)
             if size.shape not in ((), shape):
                 msg = f"`step_size[{key!r}]` has shape {size.shape}; expected () or {shape}."
                 raise ValueError(msg)
             like = params[key] if blocks.partition.per_leaf else next(iter(params.values()))
-            beta: Any = self._sigma.inverse(np.asarray(size, dtype=np.float64))
-            values[key] = (
-                filled(like, shape, float(beta), plan.beta_dtype)
-                if beta.ndim == 0
-                else xp.asarray(beta, dtype=plan.beta_dtype, device=device(like))
+            zeros = (
+                xp.zeros_like(like, dtype=plan.beta_dtype)
+                if blocks.partition.per_leaf
+                else filled(like, shape, 0.0, plan.beta_dtype)
             )
+            beta: Any = self._sigma.inverse(size)
+            if known:  # a number is sent nowhere, an array to the device
+                beta = float(beta) if beta.ndim == 0 else beta
+            if not isinstance(beta, float):
+                beta = xp.asarray(beta, dtype=plan.beta_dtype, device=home(like))
+            values[key] = solid(zeros + beta)
         return blocks.from_names(values)
 
     def step(
@@ -336,6 +345,7 @@ class MetaOptimize:
         | None = None,
         hessian_diagonal: Mapping[str, Any] | None = None,
         reduce: parts.Reduce | None = None,
+        copies: Mapping[str, int] | None = None,
     ) -> tuple[dict[str, Any], State]:
         r"""Return the parameters and the state after one step; sections 2 to 11.
 
@@ -366,6 +376,9 @@ class MetaOptimize:
             It is called once a step, once more for `approximation` "2x2" and "full" with curvature,
             and at weight level once more with `skip_nonfinite`. No block but at weight level may
             be a part of a leaf.
+        copies : mapping of leaf name to int, optional
+            Of how many devices that `reduce` sums over each has the same part of the leaf, so that
+            it counts once; 1 for leaves left out.
 
         Returns
         -------
@@ -378,6 +391,56 @@ class MetaOptimize:
             If names, shapes or dtypes do not fit, `lr` is negative, or what `curvature` needs is
             not given. Nothing is changed then, nor ever.
         """
+        deltas, new_state = self.update(
+            params,
+            grads,
+            state,
+            lr=lr,
+            hvp=hvp,
+            third=third,
+            hessian_diagonal=hessian_diagonal,
+            reduce=reduce,
+            copies=copies,
+        )
+        return kind_of(params)(
+            (name, solid(_less(param, deltas[name]))) for name, param in params.items()
+        ), new_state
+
+    def update(
+        self,
+        params: Mapping[str, Array],
+        grads: Mapping[str, Any],
+        state: State,
+        *,
+        lr: Any = 1.0,
+        hvp: Callable[[Mapping[str, Array]], Mapping[str, Any]] | None = None,
+        third: Callable[[Mapping[str, Array], Mapping[str, Array]], Mapping[str, Any]]
+        | None = None,
+        hessian_diagonal: Mapping[str, Any] | None = None,
+        reduce: parts.Reduce | None = None,
+        copies: Mapping[str, int] | None = None,
+    ) -> tuple[Leaves[Any], State]:
+        r"""Return what a step takes from the parameters, and the state after it; sections 2 to 11.
+
+        For adapters of frameworks that apply updates themselves: `step` is this and the
+        subtraction, so that what it takes is not rounded to the parameters' precision first.
+
+        Parameters
+        ----------
+        params, grads, state, lr, hvp, third, hessian_diagonal, reduce, copies
+            As `step` takes them.
+
+        Returns
+        -------
+        deltas : mapping of leaf name to array or None
+            :math:`w_t - w_{t+1}`, in the leaf's compute dtype; None where there is no gradient.
+        state : State
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `step` does.
+        """
         inputs.check_is_state(state)
         inputs.check_names("params", params, state.trace)
         params_in_order = per_leaf((name, params[name]) for name in state.trace)
@@ -389,8 +452,9 @@ class MetaOptimize:
         inputs.check_state(state, plan)
         inputs.check_grads(grads, params, plan.shapes)
         inputs.check_curvature(hvp, third, hessian_diagonal, grads, params, plan)
-        new_params, new_state, finite = self._step(
-            plan, params, grads, state, lr, hvp, third, hessian_diagonal, reduce
+        inputs.check_copies(copies or {}, plan.shapes)
+        deltas, new_state, finite = self._step(
+            plan, params, grads, state, lr, hvp, third, hessian_diagonal, reduce, copies or {}
         )
         if finite is not None:
             xp = namespace(finite)
@@ -399,7 +463,10 @@ class MetaOptimize:
                 return xp.where(finite, new, old)
 
             skipped = state.skipped + cast(xp.logical_not(finite), state.skipped.dtype)
-            new_params = {name: select(new_params[name], params[name]) for name in params}
+            deltas = per_leaf(
+                (name, None if delta is None else select(delta, 0.0))
+                for name, delta in deltas.items()
+            )
             selected = {
                 name: map_leaves(select, value, getattr(state, name))
                 for name, value in vars(new_state).items()
@@ -408,7 +475,7 @@ class MetaOptimize:
         solid_state = State(
             **{name: map_leaves(solid, value) for name, value in vars(new_state).items()}
         )
-        return kind_of(params)((name, solid(new_params[name])) for name in params), solid_state
+        return per_leaf((name, solid(delta)) for name, delta in deltas.items()), solid_state
 
     def _step(
         self,
@@ -421,15 +488,16 @@ class MetaOptimize:
         third: Any,
         hessian_diagonal: Any,
         reduce: parts.Reduce | None,
-    ) -> tuple[dict[str, Any], State, Any]:
-        """Return params, state, and whether all that came in was finite (None: not asked)."""
+        copies: Mapping[str, int],
+    ) -> tuple[Leaves[Any], State, Any]:
+        """Return deltas, state, and whether all that came in was finite (None: not asked)."""
         xp = namespace(state.step)
         lrs = per_leaf(
             (name, lr if isinstance(lr, float) else xp.asarray(lr, dtype=plan.dtypes[name]))
             for name, lr in inputs.multipliers(lr, plan.shapes).items()
         )
         awake = parts.awake_leaves(grads, lrs)
-        z = parts.product_with_trace(plan, state.trace, awake, grads)
+        z = parts.product_with_trace(plan, state.trace, awake, grads, copies)
         if z is None:
             z = map_leaves(xp.zeros_like, state.beta)
         lost = lost_products = None
@@ -447,13 +515,13 @@ class MetaOptimize:
             hats = parts.hatted(plan, state, awake, finite, self.discount)
             products = parts.grad_traces(plan, hats, grads, hvp, hessian_diagonal)
             if plan.beta_feeding:
-                z_trace = parts.product_with_trace(plan, state.trace, awake, products)
+                z_trace = parts.product_with_trace(plan, state.trace, awake, products, copies)
             if plan.third:
                 seconds, grad_seconds = parts.grad_seconds(
                     plan, awake, hats, grads, hvp, third, self.discount
                 )
                 thirds = per_leaf((name, hats[name].third) for name in hats)
-                term_b = parts.product_with_trace(plan, thirds, awake, grads)
+                term_b = parts.product_with_trace(plan, thirds, awake, grads, copies)
                 z_trace = term_b if z_trace is None else map_leaves(operator.add, z_trace, term_b)
             if self.skip_nonfinite:
                 lost_products = parts.not_finite(plan, products, grad_seconds)
@@ -470,6 +538,7 @@ class MetaOptimize:
             held_trace=held_trace,
             z_trace=z_trace,
             reduce=reduce,
+            copies=copies,
         )
         value, rate, bend = (
             parts.rates(plan, self._sigma, meta.beta, meta.beta_trace)
@@ -477,7 +546,7 @@ class MetaOptimize:
             else parts.rates(plan, self._sigma, state.beta, beta_trace)
         )
 
-        new_params: dict[str, Any] = {}
+        deltas: Leaves[Any] = OrderedDict()
         count: Leaves[Any] = OrderedDict()
         slots: Leaves[Any] = OrderedDict()
         trace: Leaves[Any] = OrderedDict()
@@ -485,7 +554,7 @@ class MetaOptimize:
         third_trace: Leaves[Any] = OrderedDict()
         for name, rule in plan.rules.items():
             if grads[name] is None:
-                new_params[name] = params[name]
+                deltas[name] = None
                 count[name], slots[name], trace[name] = (
                     state.count[name],
                     state.slots[name],
@@ -531,7 +600,7 @@ class MetaOptimize:
                 if plan.third
                 else None,
             )
-            new_params[name] = cast(cast(params[name], dtype) - result.delta, params[name].dtype)
+            deltas[name] = result.delta
             count[name] = state.count[name] + 1
             slots[name] = per_leaf((slot, result.slots[slot]) for slot in state.slots[name])
             trace[name] = result.trace
@@ -558,7 +627,7 @@ class MetaOptimize:
         )
         if lost_products is not None:
             lost = lost + lost_products
-        return new_params, new_state, None if lost is None else lost == 0.0
+        return deltas, new_state, None if lost is None else lost == 0.0
 
     def _meta(
         self, plan: Plan, state: State, z: Any, finite: Any, awake: Leaves[Any], **more: Any
@@ -572,7 +641,7 @@ class MetaOptimize:
             state.meta_slots,
             state.meta_count,
             state.restarts,
-            meta_lr=self.meta_lr,
+            meta_lr=parts.in_dtype(self.meta_lr, plan.beta_dtype),
             awake=parts.awake_families(plan, awake, state.step),
             bounds=self.limits(plan.blocks, state.beta),
             **more,
@@ -646,7 +715,9 @@ class MetaOptimize:
 
 
 def _size(size: Any) -> Any:
-    """Return a step size as a float, several as a NumPy array."""
+    """Return a step size as a float, several as a NumPy array; as it is without a value yet."""
+    if not at_hand(size):
+        return size
     sizes = to_numpy(size).astype(np.float64)
     return float(sizes) if sizes.ndim == 0 else sizes
 
@@ -659,16 +730,27 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _zeros(spec: Any, like: Any, params: Mapping[str, Any]) -> Any:
-    """Return zeros as specified, where a key is a leaf's name on the leaf's device."""
+def _zeros(spec: Any, like: Any, params: Mapping[str, Any], leaf: Any = None) -> Any:
+    """Return zeros as specified, beside `like`; what a key says is a leaf's lies like the leaf."""
     if isinstance(spec, Mapping):
         return per_leaf(
-            (key, _zeros(part, params.get(key, like), params)) for key, part in spec.items()
+            (key, _zeros(part, like, params, params.get(key) if leaf is None else leaf))
+            for key, part in spec.items()
         )
-    xp = namespace(like)
-    if spec.shape == tuple(like.shape) and spec.dtype != xp.int32:  # keeps order and sharding
-        return xp.zeros_like(like, dtype=spec.dtype)
-    return filled(like, spec.shape, 0, spec.dtype)
+    if leaf is None or spec.dtype == namespace(leaf).int32:
+        return filled(like if leaf is None else leaf, spec.shape, 0, spec.dtype)
+    zeros = namespace(leaf).zeros_like(leaf, dtype=spec.dtype)  # keeps order and sharding
+    columns = spec.shape[: len(spec.shape) - leaf.ndim]
+    if columns == ():
+        return zeros
+    return zeros + filled(leaf, columns + (1,) * leaf.ndim, 0, spec.dtype)
+
+
+def _less(param: Any, delta: Any) -> Any:
+    """Return `param` minus `delta`, rounded once, to the dtype of `param`."""
+    if delta is None:
+        return param
+    return cast(cast(param, delta.dtype) - delta, param.dtype)
 
 
 def _times(multiplier: Any, array: Any) -> Any:

@@ -305,13 +305,14 @@ def meta_pass(
     meta_count: Array,
     restarts: Array,
     *,
-    meta_lr: float,
+    meta_lr: Any,
     awake: Any = None,
     bounds: tuple[Any, Any] = (None, None),
     beta_trace: Mapping[str, Any],
     held_trace: Mapping[str, Any],
     z_trace: Any = None,
     reduce: Callable[[list[Any]], Sequence[Any]] | None = None,
+    copies: Mapping[str, int] | None = None,
 ) -> MetaStep:
     """Return the next meta-parameters, meta state, counts and their traces.
 
@@ -328,7 +329,7 @@ def meta_pass(
         Where `z` can be used; the traces of the other blocks have restarted.
     beta, meta_slots, meta_count, restarts
         As in `State`.
-    meta_lr : float
+    meta_lr : float, or array of shape () in the dtype of beta
     awake : boolean array, one entry per family, optional
         False for families whose leaves all rest: they stay as they are.
     bounds : pair of float, blocks or None
@@ -339,8 +340,8 @@ def meta_pass(
         Y restarted but not discounted: what the rows of blocks that stay are left at.
     z_trace : blocks, with a leading axis of columns where dense, optional
         Terms A and B of section 3.
-    reduce : callable, optional
-        As `MetaOptimize.step` takes it. At weight level a device has a part of each family's
+    reduce, copies : optional
+        As `MetaOptimize.step` takes them. At weight level a device has a part of each family's
         blocks, and what is counted by family is added up.
     """
     moves = finite
@@ -355,6 +356,10 @@ def meta_pass(
         if reduce is not None:
             moved, lost = reduce([blocks.total(moves), lost])
             moved = moved > 0
+            if copies:
+                lost = xp.stack(
+                    [lost[i] // copies.get(name, 1) for i, name in enumerate(blocks.views)]
+                )
     steps = {
         key: _meta_piece(
             rule,
@@ -407,7 +412,7 @@ def _meta_piece(
     beta: Array,
     slots: dict[str, Any],
     count: Array,
-    meta_lr: float,
+    meta_lr: Any,
     bounds: tuple[Any, ...],
     traces: dict[str, Any],
     held: dict[str, Any],

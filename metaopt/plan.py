@@ -71,10 +71,10 @@ class Following:
 
 
 def following(
-    rules: Leaves[Rule], meta: Rule, curvature: Curvature, approximation: str, discount: float
+    rules: Leaves[Rule], meta: Rule, curvature: Curvature, approximation: str, discount: Any
 ) -> Following:
     """Return the curvature that the traces need, and which of Y and Z are kept."""
-    if discount == 0.0 or curvature.kind == "none":
+    if (isinstance(discount, float) and discount == 0.0) or curvature.kind == "none":
         return Following("none")
     beta = approximation != "l" and follows_gradient(meta)
     if not beta and not any(map(follows_gradient, _distinct(rules).values())):

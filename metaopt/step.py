@@ -44,12 +44,17 @@ def awake_families(plan: Plan, awake: Leaves[Any], like: Any) -> Any:
 
 
 def product_with_trace(
-    plan: Plan, traces: Mapping[str, Any], awake: Leaves[Any], arrays: Mapping[str, Any]
+    plan: Plan,
+    traces: Mapping[str, Any],
+    awake: Leaves[Any],
+    arrays: Mapping[str, Any],
+    copies: Mapping[str, int],
 ) -> Any:
     """Return the leaves' traces times `arrays`, over the leaves that move, values per block.
 
     Of H and gradients it is the meta-gradient z, of H and derivatives of gradients term A of
-    section 3, of Z and gradients term B. None where no leaf moves.
+    section 3, of Z and gradients term B. None where no leaf moves. A leaf of which several devices
+    have copies counts as one share of as many.
     """
     partials = {}
     for name, moves in awake.items():
@@ -59,6 +64,8 @@ def product_with_trace(
         part = plan.layout.partial(traces[name], array, name, plan.beta_dtype)
         if moves is not True:
             part = namespace(part).where(moves, part, 0.0)
+        if copies.get(name, 1) != 1 and not plan.blocks.partition.per_leaf:
+            part = part / copies[name]
         partials[name] = part
     return plan.layout.gather(partials) if partials else None
 
@@ -71,18 +78,25 @@ class Hatted(NamedTuple):
     third: Any
 
 
-def leaf_discount(plan: Plan, name: str, moves: Any, discount: float) -> Any:
+def in_dtype(number: Any, dtype: Any) -> Any:
+    """Return a hyperparameter that may be an array in `dtype`; a float goes with all."""
+    return number if isinstance(number, float) else cast(number, dtype)
+
+
+def leaf_discount(plan: Plan, name: str, moves: Any, discount: Any) -> Any:
     """Return the discount of a leaf's traces: 1 where it rests."""
-    if moves is True or discount == 1.0:
-        return discount
+    dtype = plan.dtypes[name]
+    if moves is True or (isinstance(discount, float) and discount == 1.0):
+        return in_dtype(discount, dtype)
     if moves is False:
         return 1.0
-    xp, dtype = namespace(moves), plan.dtypes[name]
-    return xp.where(moves, filled(moves, (), discount, dtype), filled(moves, (), 1.0, dtype))
+    if isinstance(discount, float):
+        discount = filled(moves, (), discount, dtype)
+    return namespace(moves).where(moves, cast(discount, dtype), filled(moves, (), 1.0, dtype))
 
 
 def hatted(
-    plan: Plan, state: State, awake: Leaves[Any], finite: Any, discount: float
+    plan: Plan, state: State, awake: Leaves[Any], finite: Any, discount: Any
 ) -> Leaves[Hatted]:
     """Return all leaves' hatted traces, of which curvature needs the Hessian products."""
     result: Leaves[Hatted] = OrderedDict()
@@ -112,7 +126,7 @@ def finite_part(array: Any) -> Any:
 
 
 def hatted_beta_trace(
-    plan: Plan, state: State, finite: Any, discount: float
+    plan: Plan, state: State, finite: Any, discount: Any
 ) -> tuple[Leaves[Any], Leaves[Any]]:
     """Return Y discounted towards E, and as it is, both at E in columns whose z is not finite."""
     hats: Leaves[Any] = OrderedDict()
@@ -127,7 +141,10 @@ def hatted_beta_trace(
         return namespace(trace).where(keep, trace, target)
 
     def mixed(trace: Any, target: Any) -> Any:
-        return trace if discount == 1.0 else discount * trace + (1.0 - discount) * target
+        if isinstance(discount, float) and discount == 1.0:
+            return trace
+        factor = in_dtype(discount, trace.dtype)
+        return factor * trace + (1.0 - factor) * target
 
     for key, trace in state.beta_trace.items():
         target = start if key == "beta" else zeros
@@ -171,7 +188,7 @@ def grad_seconds(
     grads: Mapping[str, Any],
     hvp: Callable[[Any], Mapping[str, Any]],
     third: Callable[[Any, Any], Mapping[str, Any]],
-    discount: float,
+    discount: Any,
 ) -> tuple[Leaves[Any], Leaves[Any]]:
     """Return the second-order parts of the weights and of the gradients, section 3, *Z*."""
     m = plan.layout.blocks.size

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from metaopt.arrays import Array, Shape, cast, device, map_leaves, namespace
+from metaopt.arrays import Array, Shape, cast, home, map_leaves, namespace
 from metaopt.blocks import Blocks
 from metaopt.passes import leaf_product
 
@@ -103,7 +103,7 @@ class Dense(Layout):
     def start(self, beta: Any) -> Any:  # noqa: D102
         like = next(iter(beta.values())) if isinstance(beta, Mapping) else beta
         xp = namespace(like)
-        return self.blocks.split(xp.eye(self.blocks.size, dtype=like.dtype, device=device(like)))
+        return self.blocks.split(xp.eye(self.blocks.size, dtype=like.dtype, device=home(like)))
 
     def partial(self, trace: Array, array: Array, name: str, dtype: Any) -> Array:  # noqa: ARG002, D102
         if array.ndim < trace.ndim:

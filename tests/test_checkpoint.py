@@ -250,14 +250,18 @@ def test_loaded_torch_tensors_can_be_written_to(tmp_path: Path) -> None:
     assert float(loaded.trace["w"].sum()) == 12.0
 
 
-def test_arrays_in_another_memory_order_are_saved_as_what_they_hold(tmp_path: Path) -> None:
-    opt = configured("weight")
+@pytest.mark.parametrize("blocks", ["scalar", "weight"])
+def test_arrays_in_another_memory_order_are_saved_as_what_they_hold(
+    blocks: str, tmp_path: Path
+) -> None:
+    opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.AdamW(), blocks=blocks)
     params = {"w": np.asfortranarray(start()["w"]), "v": start()["w"][:, ::2]}
     state = opt.init(params)
     for _ in range(3):
         params, state = opt.step(params, {n: p + 1.0 for n, p in params.items()}, state)
     mo.save(tmp_path / "state", opt, state)
     _, loaded = mo.load(tmp_path / "state", params)
+    assert state.trace["w"].flags.f_contiguous
     for name, trace in state.trace.items():
         np.testing.assert_array_equal(loaded.trace[name], trace)
 

@@ -1,5 +1,6 @@
 """One trace under jax.jit, one graph under torch.compile, and the numbers of the eager run."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,27 @@ def test_scan_keeps_the_structure_of_the_state(name: str) -> None:
     for _ in range(5):
         params, state = one_step(opt, params, state, 1.0)
     same(name, last, params)
+
+
+@pytest.mark.parametrize("name", ["scalar", "tensor", "weight", "exact", "full", "diagonal"])
+def test_hyperparameters_may_be_traced(name: str) -> None:
+    jax = jax_with_states()
+    params = {leaf: jax.numpy.asarray(value) for leaf, value in start().items()}
+
+    def run(numbers: dict[str, Any]) -> Any:
+        opt = dataclasses.replace(configured(name), **numbers)
+        last, state = params, opt.init(params)
+        for _ in range(3):
+            last, state = one_step(opt, last, state, 1.0)
+        return last, opt.step_sizes(state), state
+
+    numbers = {"step_size": 2e-2, "meta_lr": 0.1, "discount": 0.875}
+    got, got_sizes, got_state = jax.jit(run)(jax.tree.map(jax.numpy.asarray, numbers))
+    want, want_sizes, state = run(numbers)
+    same(name, got, want)
+    same(name, got_sizes, want_sizes)
+    for one, other in zip(jax.tree.leaves(got_state), jax.tree.leaves(state), strict=True):
+        assert one.dtype == other.dtype  # of the traced numbers, float64 here, nothing is left
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

@@ -940,3 +940,17 @@ def test_rules_are_checked_by_their_members_alone() -> None:
     params = start()
     new, _ = opt.step(params, params, opt.init(params))
     np.testing.assert_array_equal(new["b"], params["b"] - 0.1 * params["b"])
+
+
+@pytest.mark.parametrize(
+    ("copies", "parts"),
+    [
+        ({"v": 2}, ("`copies` has unknown leaf 'v'; expected any of: w, b.",)),
+        ({"w": 0}, ("`copies['w']` must be a positive integer; got 0.",)),
+        ({"b": 1.5}, ("`copies['b']` must be a positive integer; got 1.5.",)),
+    ],
+)
+def test_copies_that_cannot_be_are_refused(copies: Any, parts: Any) -> None:
+    opt, params = make(), start()
+    state = opt.init(params)
+    refused(lambda: opt.step(params, params, state, copies=copies), ValueError, *parts)

@@ -1,8 +1,10 @@
 """What adapters build on: sums over devices, and the pass that fuses product and step."""
 
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -154,6 +156,55 @@ def test_parts_of_leaves_on_two_devices_equal_the_whole(name: str, broken: bool)
     assert devices.calls == [5 * each] * 2
 
 
+@pytest.mark.parametrize("name", ["none", "tensor", "groups", "skip", "weight"])
+def test_a_leaf_that_two_devices_hold_whole_counts_once(name: str) -> None:
+    options: dict[str, Any] = {"meta": mo.AdamW(eps=1e-3), "step_size": 0.05, "meta_lr": 0.1}
+    options |= OPTIONS[name] | {"curvature": "none", "approximation": "l"}
+    options["skip_nonfinite"] = name == "skip"
+    opt = mo.MetaOptimize(base=mo.AdamW(eps=1e-2, weight_decay=0.1), **options)
+    params = tree(PROBLEM.start(), SHAPES)
+
+    def both(arrays: Any) -> list[Any]:
+        return [part | {"bias": arrays["bias"]} for part in cut(arrays)]
+
+    state, parts = opt.init(params), both(params)
+    states = [opt.init(part) for part in parts]
+    devices = Devices()
+    for t in range(5):
+        grads = tree(PROBLEM.grad(t, flat(params, SHAPES)), SHAPES)
+        if name == "weight" and t == 3:
+            state, states = lost(state, "bias"), [lost(some, "bias") for some in states]
+
+        def step(device: int, parts: Any = parts, grads: Any = grads, states: Any = states) -> Any:
+            return opt.step(
+                parts[device],
+                both(grads)[device],
+                states[device],
+                reduce=devices.reduce(device),
+                copies={"bias": 2},
+            )
+
+        (one, first), (other, second) = devices.run(step)
+        parts, states = [one, other], [first, second]
+        params, state = opt.step(params, grads, state)
+    allowed = rounding("float64", operations=60 * 12, steps=5)
+    assert contents(one["bias"]) == contents(other["bias"])
+    for leaf, value in (joined(one, other) | {"bias": one["bias"]}).items():
+        assert relative_error(value, params[leaf]) < allowed
+    assert contents(states[0].restarts) == contents(states[1].restarts) == contents(state.restarts)
+    if name == "weight":
+        restarts = dict(zip(SHAPES, state.restarts.tolist(), strict=True))
+        assert restarts == dict.fromkeys(SHAPES, 0) | {"bias": math.prod(SHAPES["bias"])}
+    else:
+        assert contents(states[0].beta) == contents(states[1].beta)
+        assert relative_error(states[0].beta, state.beta) < allowed
+
+
+def lost(state: mo.State, leaf: str) -> mo.State:
+    """Return the state with a trace that makes every meta-gradient of the leaf not finite."""
+    return replace(state, trace=state.trace | {leaf: np.full_like(state.trace[leaf], np.nan)})
+
+
 @pytest.mark.parametrize("inject", ["update", "gradient"])
 @pytest.mark.parametrize("keep", [None, True, False])
 def test_a_fused_pass_is_product_and_step_of_the_restarted_trace(keep: Any, inject: str) -> None:
@@ -179,3 +230,25 @@ def test_what_is_usable_has_a_square(dtype: str) -> None:
     flags = usable(z)
     assert flags.tolist() == [True, True, True, False, False, False, False]
     assert np.all(np.isfinite(z[flags] ** 2))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_update_is_what_a_step_takes(broken: bool) -> None:
+    opt = mo.MetaOptimize(base=mo.AdamW(weight_decay=0.1), meta=mo.Lion(), skip_nonfinite=True)
+    params = {
+        name: array.astype("float16") for name, array in tree(PROBLEM.start(), SHAPES).items()
+    }
+    state = opt.init(params)
+    grads: dict[str, Any] = dict(tree(PROBLEM.grad(0, PROBLEM.start()), SHAPES))
+    grads["bias"] = None
+    if broken:
+        grads["weight"][0] = np.nan
+    deltas, updated = opt.update(params, grads, state)
+    stepped, after = opt.step(params, grads, state)
+    assert contents(updated) == contents(after)
+    assert deltas["bias"] is None
+    assert stepped["bias"] is params["bias"]
+    weight, delta = params["weight"], deltas["weight"]
+    assert delta.dtype == np.float32
+    assert np.any(delta) == (not broken)
+    assert contents(stepped["weight"]) == contents((weight - delta).astype("float16"))

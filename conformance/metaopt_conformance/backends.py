@@ -238,8 +238,16 @@ def _jax() -> Backend:
         devices=lambda: tuple(dict.fromkeys(device.platform for device in jax.devices())),
         compile=jax.jit,
         differentiate=jax.grad,
+        optimizer=_optax_adapter(),
         plain=_optax_optimizer,
     )
+
+
+def _optax_adapter() -> Any:
+    try:
+        return importlib.import_module("metaopt_conformance.jax_adapter").Optimizer
+    except ModuleNotFoundError:  # of optax
+        return None
 
 
 def _optax_optimizer(rule: Any, params: Mapping[str, Any]) -> Any:

@@ -1,0 +1,158 @@
+"""The state of a run as optax carries it: pytrees like the parameters."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import metaopt as mo
+from metaopt.arrays import per_leaf
+from metaopt_jax.leaves import Structure
+from metaopt_jax.sharded import on_each
+
+__all__ = ["MetaOptimizeState", "from_core", "to_core", "without_leaves"]
+
+
+class MetaOptimizeState(NamedTuple):
+    """What MetaOptimize carries from update to update: arrays and nothing else.
+
+    A `metaopt.State` (docs/mathematics.md section 3) whose values by leaf are pytrees like the
+    parameters, in the compute dtype: the wider of the parameter's and float32. Values per block
+    ("blocks" below) are one vector, in the order of `step_sizes`; with `blocks="weight"` a pytree
+    like the parameters.
+
+    Parameters
+    ----------
+    count : array, shape (), int32
+        Updates made; what a schedule is given.
+    learned_step_sizes : blocks
+        Step sizes sigma(beta) after the last update, before the multiplier `lr`.
+    beta : blocks
+        Meta-parameters; the next step is taken with these.
+    trace : pytree like the parameters
+        How they depend on past meta-parameters; with curvature "exact" each with a leading axis,
+        one column per block.
+    slots : mapping of slot to pytree like the parameters
+        Moments of the base update; `optax.MaskedNode()` for leaves whose rule has no such slot.
+    meta_grad : blocks
+        The last meta-gradient.
+    meta_slots : mapping of slot to blocks
+        Moments of the meta update.
+    leaf_counts : array, int32, one per leaf
+        Updates in which the leaf had a gradient.
+    meta_counts : array, int32
+        Meta updates made, one per block; with "node" and "weight" one per leaf.
+    restarts : array, int32
+        Meta-gradients that were not finite, one per block; with "weight" one per leaf.
+    skipped : array, shape (), int32
+        Updates left out by `skip_nonfinite`.
+    slot_traces : mapping of slot to pytree like `trace`
+    beta_trace : mapping of "beta" or slot to blocks with a leading axis
+    third_trace : pytree like `trace` with one leading axis more, or empty
+        As in `metaopt.State`; empty where nothing feeds back.
+    """
+
+    count: Any
+    learned_step_sizes: Any
+    beta: Any
+    trace: Any
+    slots: Any
+    meta_grad: Any
+    meta_slots: Any
+    leaf_counts: Any
+    meta_counts: Any
+    restarts: Any
+    skipped: Any
+    slot_traces: Any
+    beta_trace: Any
+    third_trace: Any
+
+
+def from_core(state: mo.State, step_sizes: Any, structure: Structure) -> MetaOptimizeState:
+    """Return the core's state, and the step sizes after it by block, as pytrees."""
+
+    def blocks(values: Any) -> Any:
+        return structure.pytree(values) if isinstance(values, Mapping) else on_each(values)
+
+    def by_slot(values: Mapping[str, Any]) -> Any:
+        return structure.by_key(
+            values, dict.fromkeys(key for some in values.values() for key in some)
+        )
+
+    return MetaOptimizeState(
+        count=state.step,
+        # a copy where it is beta itself: no two arrays of a state may share memory to be donated
+        learned_step_sizes=jax.tree.map(
+            lambda size, beta: jnp.copy(size) if size is beta else size,
+            blocks(step_sizes),
+            blocks(state.beta),
+        ),
+        beta=blocks(state.beta),
+        trace=structure.pytree(state.trace),
+        slots=by_slot(state.slots),
+        meta_grad=blocks(state.meta_grad),
+        meta_slots={slot: blocks(values) for slot, values in state.meta_slots.items()},
+        leaf_counts=jnp.stack(list(state.count.values())),
+        meta_counts=on_each(state.meta_count),
+        restarts=on_each(state.restarts),
+        skipped=state.skipped,
+        slot_traces=by_slot(state.slot_traces),
+        beta_trace={key: blocks(values) for key, values in state.beta_trace.items()},
+        third_trace=structure.pytree(state.third_trace) if state.third_trace else {},
+    )
+
+
+def to_core(state: MetaOptimizeState, opt: mo.MetaOptimize, structure: Structure) -> mo.State:
+    """Return the state as the core takes it: the inverse of `from_core`."""
+    per_weight = mo.blocks.partition(opt.blocks).per_leaf
+
+    def blocks(values: Any) -> Any:
+        return structure.leaves(values) if per_weight else values
+
+    return mo.State(
+        step=state.count,
+        count=per_leaf((name, state.leaf_counts[i]) for i, name in enumerate(structure.names)),
+        meta_count=state.meta_counts,
+        beta=blocks(state.beta),
+        meta_slots=per_leaf((slot, blocks(values)) for slot, values in state.meta_slots.items()),
+        slots=structure.by_leaf(state.slots),
+        trace=structure.leaves(state.trace, "state"),
+        slot_traces=per_leaf(
+            (name, traces)
+            for name, traces in structure.by_leaf(state.slot_traces).items()
+            if traces
+        ),
+        beta_trace=per_leaf((key, blocks(values)) for key, values in state.beta_trace.items()),
+        third_trace=structure.leaves(state.third_trace) if state.third_trace else per_leaf(()),
+        meta_grad=blocks(state.meta_grad),
+        restarts=state.restarts,
+        skipped=state.skipped,
+    )
+
+
+def without_leaves(opt: mo.MetaOptimize, structure: Structure) -> MetaOptimizeState:
+    """Return the state of parameters without a leaf: a group of `optax.partition` that is empty.
+
+    `optax.tree.map_params` makes one, too, to see where a state has pytrees like the parameters.
+    """
+    nothing, number = structure.pytree({}), jnp.zeros((), jnp.int32)
+    rules = opt.base.values() if isinstance(opt.base, Mapping) else [opt.base]
+    blocks = nothing if mo.blocks.partition(opt.blocks).per_leaf else jnp.zeros((0,))
+    numbers = jnp.zeros((0,), jnp.int32)
+    return MetaOptimizeState(
+        count=number,
+        learned_step_sizes=blocks,
+        beta=blocks,
+        trace=nothing,
+        slots={slot: nothing for rule in rules for slot in rule.slots},
+        meta_grad=blocks,
+        meta_slots=dict.fromkeys(opt.meta.slots, blocks),
+        leaf_counts=numbers,
+        meta_counts=numbers,
+        restarts=numbers,
+        skipped=number,
+        slot_traces=numbers,
+        beta_trace=numbers,
+        third_trace=numbers,
+    )

@@ -1,0 +1,272 @@
+"""MetaOptimize as an optax gradient transformation."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import metaopt as mo
+from metaopt.arrays import Leaves, cast, map_leaves
+from metaopt_jax.curvature import derivatives
+from metaopt_jax.leaves import Structure, unboxed
+from metaopt_jax.ordered import helps, in_order
+from metaopt_jax.sharded import by_compiler, in_types, sums_over
+from metaopt_jax.state import MetaOptimizeState, from_core, to_core, without_leaves
+
+__all__ = ["MetaOptimizeTransformation", "metaoptimize", "transformation"]
+
+
+class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
+    """A gradient transformation that can tell how its adaptation is doing.
+
+    The `state` that its methods take is this transformation's own, or that of a chain or any other
+    wrapper around it; they raise ValueError unless it holds exactly one state of MetaOptimize.
+
+    Attributes
+    ----------
+    opt : metaopt.MetaOptimize
+        The configuration.
+    """
+
+    opt: mo.MetaOptimize
+
+    def step_sizes(self, state: Any) -> dict[str, Any]:
+        """Return the learned step sizes by block, as `metaopt.MetaOptimize.step_sizes` does."""
+        own = _own(state)
+        return self.opt.step_sizes(self.core_state(own)) if jax.tree.leaves(own.trace) else {}
+
+    def diagnostics(self, state: Any) -> dict[str, Any]:
+        """Return how the adaptation is doing, as `metaopt.MetaOptimize.diagnostics` does."""
+        own = _own(state)
+        return self.opt.diagnostics(self.core_state(own)) if jax.tree.leaves(own.trace) else {}
+
+    def core_state(self, state: Any) -> mo.State:
+        """Return the state, of at least one parameter, as the core has it: by names of leaves."""
+        own = _own(state)
+        return to_core(own, self.opt, Structure.of(own.trace))
+
+
+def _own(state: Any) -> MetaOptimizeState:
+    """Return the one state of MetaOptimize within `state`."""
+
+    def ours(node: Any) -> bool:
+        return isinstance(node, MetaOptimizeState)
+
+    found = [node for node in jax.tree.leaves(state, is_leaf=ours) if ours(node)]
+    if len(found) != 1:
+        msg = (
+            f"`state` must hold one state of MetaOptimize; found {len(found)}. Of several, "
+            "pass the part that belongs to this transformation."
+        )
+        raise ValueError(msg)
+    return unboxed(found[0])
+
+
+def metaoptimize(
+    base: mo.rules.Rule | Mapping[str, mo.rules.Rule],
+    meta: mo.rules.Rule,
+    step_size: Any = 1e-4,
+    meta_lr: Any = 1e-3,
+    discount: Any = 1.0,
+    *,
+    lr: Any = 1.0,
+    blocks: str | Mapping[str, Any] | mo.blocks.Partition = "scalar",
+    sigma: Any = "exp",
+    bounds: Any = None,
+    approximation: str = "l",
+    curvature: Any = "none",
+    trace: str = "update",
+    meta_first: bool = False,
+    skip_nonfinite: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> MetaOptimizeTransformation:
+    """Return MetaOptimize as an optax gradient transformation.
+
+    `update` returns steps to add to the parameters, in their dtypes; its third argument, `params`,
+    is needed. Leaves are named by their key paths, joined by "." ("layers.0.kernel"): what patterns
+    match and `step_sizes` is keyed by. None is no leaf. docs/mathematics.md sections 2 to 11.
+
+    Parameters
+    ----------
+    base, meta, step_size, meta_lr, discount, blocks, sigma, bounds, approximation, curvature, \
+    trace, meta_first, skip_nonfinite
+        As `metaopt.MetaOptimize` takes them.
+    lr : float, array of shape (), schedule, or mapping of leaf name to these, default 1.0
+        Multiplies the learned step sizes: schedules, warm-up. A schedule is a function of the
+        number of updates made, and may return a mapping, too.
+    axis_name : str or tuple of str, optional
+        Within `jax.shard_map`, the mesh axes over which parameters are sharded. Not needed with
+        `jax.jit`, whatever the shardings.
+
+    Returns
+    -------
+    MetaOptimizeTransformation
+        Its `update` takes, beside what optax knows, by keyword:
+
+        value_fn : callable
+            From params to the loss of this very step. With it, curvature "exact" takes
+            Hessian-vector products forward over reverse, and approximation "full" third
+            derivatives.
+        hvp, third : callable
+            In place of `value_fn`: from one tangent like `params` to the Hessian times it, from two
+            to the third derivative along both. Both are called under `jax.vmap`.
+        hessian_diagonal : pytree like `params`
+            For curvature "diagonal".
+
+        A gradient of None leaves the parameter and all its state as they are.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as described, or two do not go together.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, optax, metaopt as mo
+    >>> params = {"w": jnp.array([3.0, -2.0])}
+    >>> tx = metaoptimize(base=mo.AdamW(), meta=mo.AdamW(), step_size=1e-3, meta_lr=0.1)
+    >>> state = tx.init(params)
+    >>> @jax.jit
+    ... def step(params, state):
+    ...     grads = params  # of half the squared norm
+    ...     updates, state = tx.update(grads, state, params)
+    ...     return optax.apply_updates(params, updates), state
+    >>> for _ in range(200):
+    ...     params, state = step(params, state)
+    >>> bool(abs(params["w"]).max() < 1e-2)
+    True
+    """
+    if hasattr(discount, "dtype") and jnp.finfo(discount.dtype).bits < 32:
+        msg = (
+            f"`discount` must be float32 or wider; got {discount.dtype}, in which 0.999 is 1. "
+            "inject_hyperparams takes the parameters' dtype unless told otherwise: pass it "
+            "hyperparam_dtype=jnp.float32."
+        )
+        raise TypeError(msg)
+    opt = mo.MetaOptimize(
+        base=base,
+        meta=meta,
+        step_size=step_size,
+        meta_lr=meta_lr,
+        discount=discount,
+        blocks=blocks,
+        sigma=sigma,
+        bounds=bounds,
+        approximation=approximation,
+        curvature=curvature,
+        trace=trace,
+        meta_first=meta_first,
+        skip_nonfinite=skip_nonfinite,
+    )
+    return transformation(opt, lr=lr, axis_name=axis_name)
+
+
+def transformation(
+    opt: mo.MetaOptimize, *, lr: Any = 1.0, axis_name: str | tuple[str, ...] | None = None
+) -> MetaOptimizeTransformation:
+    """Return a configuration, such as one of `metaopt.presets`, as `metaoptimize` does.
+
+    Parameters
+    ----------
+    opt : metaopt.MetaOptimize
+    lr, axis_name
+        As `metaoptimize` takes them.
+
+    Raises
+    ------
+    ValueError
+        If `axis_name` is given and every weight has a step size of its own.
+    """
+    if axis_name is not None and mo.blocks.partition(opt.blocks).per_leaf:
+        msg = '`axis_name` does not go with `blocks="weight"`; use jax.jit with shardings.'
+        raise ValueError(msg)
+
+    def init(params: Any) -> MetaOptimizeState:
+        structure = Structure.of(params)
+        if not structure.names:
+            return without_leaves(opt, structure)
+        state = opt.init(_arrays(structure, params, "params"))
+        return from_core(state, opt.slopes(state.beta)[0], structure)
+
+    def update(
+        updates: Any,
+        state: MetaOptimizeState,
+        params: Any = None,
+        *,
+        value_fn: Callable[[Any], Any] | None = None,
+        hvp: Callable[[Any], Any] | None = None,
+        third: Callable[[Any, Any], Any] | None = None,
+        hessian_diagonal: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, MetaOptimizeState]:
+        del extra_args  # those of other transformations
+        if params is None:
+            msg = "`params` must be passed to `update`, as its third argument; got None."
+            raise ValueError(msg)
+        structure = Structure.of(params)
+        if not structure.names:
+            return updates, state._replace(count=state.count + 1)
+        leaves = _arrays(structure, params, "params")
+        plan = opt.plan(leaves)
+        reduce, copies = sums_over(axis_name, leaves)
+        given = derivatives(plan, structure, params, value_fn, hvp, third)
+        options = {
+            "lr": lr(state.count) if callable(lr) else lr,
+            "hessian_diagonal": hessian_diagonal if plan.curvature == "diagonal" else None,
+            "traced": {
+                name: getattr(opt, name)
+                for name in ("meta_lr", "discount")
+                if not isinstance(getattr(opt, name), float)
+            },
+        }
+
+        def step(grads: Any, state: MetaOptimizeState, params: Any, options: Any) -> Any:
+            leaves = _arrays(structure, params, "params")
+            diagonal, traced = options["hessian_diagonal"], options["traced"]
+            deltas, new = (replace(opt, **traced) if traced else opt).update(
+                leaves,
+                _arrays(structure, grads, "updates"),
+                to_core(state, opt, structure),
+                lr=options["lr"],
+                hessian_diagonal=None
+                if diagonal is None
+                else structure.leaves(diagonal, "hessian_diagonal"),
+                reduce=reduce,
+                copies=copies,
+                **given,
+            )
+            steps = {
+                name: jnp.zeros_like(leaf)
+                if deltas[name] is None
+                else cast(-deltas[name], leaf.dtype)
+                for name, leaf in leaves.items()
+            }
+            return structure.pytree(steps), from_core(new, opt.slopes(new.beta)[0], structure)
+
+        if plan.curvature == "none" and helps(leaves.values()):
+            return in_order(partial(step, options=options), updates, state, params)
+        if in_types(leaves.values()):
+            return by_compiler(step, updates, state, params, options)
+        return step(updates, state, params, options)
+
+    found = MetaOptimizeTransformation(init, update)
+    found.opt = opt
+    return found
+
+
+def _arrays(structure: Structure, tree: Any, what: str) -> Leaves[Any]:
+    """Return the leaves of a pytree by name as JAX arrays; None stays None.
+
+    One of shape and dtype alone is as good as an array for `init`, which looks at no more.
+    """
+
+    def array(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        return leaf if leaf is None else jnp.asarray(leaf)
+
+    return map_leaves(array, structure.leaves(tree, what))

@@ -1,0 +1,50 @@
+"""Parameters of which several devices hold parts train as whole ones do, with one beta for all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("jax")
+pytest.importorskip("optax")
+pytest.importorskip("orbax.checkpoint")
+
+ROOT = Path(__file__).parents[1]
+
+#: Scenarios of jax_devices.py, in the order in which they run.
+SCENARIOS = [
+    *(f"auto,{name}" for name in ("scalar", "node", "weight", "exact")),
+    *(f"explicit,{name}" for name in ("node", "weight", "skip", "exact", "diagonal")),
+    *("injected,auto", "injected,explicit"),
+    *(f"shard_map,{name}" for name in ("scalar", "skip", "exact")),
+    "axis_names",
+    "orbax,scalar",
+]
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return what went wrong, by scenario, in a process with eight devices."""
+    folder = tmp_path_factory.mktemp("devices")
+    paths = [ROOT, ROOT / "backends", ROOT / "conformance"]
+    script, file = ROOT / "tests" / "jax_devices.py", folder / "failures.json"
+    done = subprocess.run(
+        [sys.executable, str(script), str(file), str(folder), *SCENARIOS],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    if not file.exists():
+        return dict.fromkeys(SCENARIOS, f"the process died:\n{done.stderr[-3000:]}")
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_sharded_run_equals_one_device(scenario: str, failures: dict[str, str]) -> None:
+    assert scenario not in failures, failures[scenario]
