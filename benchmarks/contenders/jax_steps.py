@@ -48,9 +48,7 @@ def steps(shapes: Shapes) -> Iterator[Contender]:
             yield Contender(name, step(tx, grads, REGIONS))
     for name, make in PEERS.items():
         yield Contender(name, step(make(), grads))
-    yield Contender(
-        "Lion, optax", step(optax.lion(1e-4, weight_decay=0.1), grads), reference=True
-    )
+    yield Contender("Lion, optax", step(optax.lion(1e-4, weight_decay=0.1), grads), reference=True)
     tx = metaoptimize(LION, mo.Lion())
     yield Contender("Lion + Lion, scalar", step(tx, grads))
     if on_cpu:

@@ -1,6 +1,7 @@
 """PyTorch: the adapter over `torch.optim.AdamW(fused=True)`, and what else there is.
 
-What is not installed is left out; `pip install ".[peers]"` installs all.
+What is not installed is left out; `pip install ".[peers]"` installs all but the optimizer of the
+paper's authors, which `pip install git+https://github.com/sabersalehk/MetaOptimize.git` does.
 """
 
 import importlib
@@ -28,6 +29,11 @@ PAIRS: dict[str, tuple[Any, Any]] = {
 }
 #: Optimizers of others: module, class, options.
 PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "AdamW + Lion, scalar, of the paper's authors": (
+        "meta_optimize.optimizer",
+        "MetaOptimize_AdamW_Lion_hg",
+        {"weight_decay": 0.1},
+    ),
     "Prodigy": ("prodigyopt", "Prodigy", {}),
     "schedule-free AdamW": ("schedulefree", "AdamWScheduleFree", {}),
     "D-Adaptation Adam": ("dadaptation", "DAdaptAdam", {}),
