@@ -159,7 +159,7 @@ def test_steps_and_sizes_and_schedules_do_not_recompile(monkeypatch: Any) -> Non
     wider = torch.nn.Sequential(torch.nn.Linear(20, 301), torch.nn.Linear(301, 3))
     other = MetaOptimizer(wider.named_parameters(), compile=True, **options)
     wider(torch.randn(4, 20)).square().mean().backward()
-    other._engine._passes = opt._engine._passes
+    other._hessian_free._passes = opt._hessian_free._passes
     other.step()
     meta_update_of_another_size = 1
     assert len(graphs) <= meta_update_of_another_size
@@ -178,7 +178,7 @@ def test_graphs_of_one_size_are_not_taken_for_another(monkeypatch: Any) -> None:
         for param, flag in zip(params, (True, False), strict=True):
             opt = MetaOptimizer([param], compile=flag, step_size=1e-2, **options)
             if flag:
-                opt._engine._passes = passed = passed or opt._engine._passes
+                opt._hessian_free._passes = passed = passed or opt._hessian_free._passes
             for step in range(2):
                 generator = torch.Generator().manual_seed(step)
                 param.grad = torch.randn(shape, generator=generator)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import metaopt as mo
 from metaopt.plan import Plan, Spec
-from metaopt_torch.groups import configured, named
+from metaopt_torch.groups import MADE_WITH, configured, named
 from metaopt_torch.places import paths, place
 from metaopt_torch.runs import Leaf, order_of
 from metaopt_torch.shards import Part, local, part_of, window
@@ -96,6 +96,13 @@ class Built:
             for leaf in self.leaves.values()
         )
 
+    def undecided(self) -> bool:
+        """Say whether a group that had a weight decay has none of its own any more."""
+        return any(
+            leaf.group["weight_decay"] is None and self.decays[id(leaf.group)] is not None
+            for leaf in self.leaves.values()
+        )
+
 
 def build(
     given: mo.MetaOptimize,
@@ -107,7 +114,8 @@ def build(
 ) -> Built:
     """Return what a step needs, and complete the state of parameters that require a gradient.
 
-    What state there is is kept: columns of dense traces, for blocks that are new, are added to it.
+    What state there is is kept, in the dtype it should have. Columns of dense traces, for blocks
+    that are new, are added to it.
 
     Parameters
     ----------
@@ -126,7 +134,7 @@ def build(
     beta = config.initial_beta(params)
     number = {id(group): index for index, group in enumerate(groups)}
     owners = {name: number[id(group)] for name, _, group in members}
-    vectors = Vectors(config, plan, owners, members[0][1].device)
+    vectors = Vectors(config, plan, owners, len(groups), members[0][1].device)
     if not vectors.per_leaf:
         vectors.fill("beta", beta)
         if plan.beta_feeding:
@@ -155,18 +163,28 @@ def build(
             part=part,
             order=order_of(local(param), view),
             blocks=_blocks(plan, name, view, part),
-            state=states[param] if param.requires_grad or param in states else {},
-            steps=known[name].steps if name in known else 0,
+            state=states[param] if param in states or _moves(param) else {},
+            history=known[name].history if name in known else 0,
         )
         if "step" in leaf.state and name not in known:
-            leaf.steps = int(leaf.state["step"])  # a state that was loaded
-        if leaf.state or param.requires_grad:
+            leaf.history = int(leaf.state["step"])  # a state that was loaded
+        if leaf.state or _moves(param):
             begin = {key: window(values[name], part) for key, values in start.items()}
             _complete(leaf, specs[name], begin, kahan=kahan and param.dtype != leaf.dtype)
         leaves[name] = leaf
+    for group in groups:
+        rules = {type(leaf.rule).__name__ for leaf in leaves.values() if leaf.group is group}
+        group[MADE_WITH] = f"{' and '.join(sorted(rules))}, {type(given.meta).__name__}, " + (
+            given.sigma if isinstance(given.sigma, str) else repr(given.sigma)
+        )
     counts = Counts([leaf for leaf in leaves.values() if leaf.state])
     decays = {id(group): group["weight_decay"] for group in groups}
     return Built(config, plan, leaves, vectors, counts, decays)
+
+
+def _moves(param: Tensor) -> bool:
+    """Say whether a step may find a gradient of this parameter."""
+    return param.requires_grad or param.grad is not None
 
 
 def _blocks(plan: Plan, name: str, view: tuple[int, ...], part: Part) -> Any:
@@ -193,7 +211,7 @@ def _complete(
         lead = spec.shape[: len(spec.shape) - leaf.param.dim()]
         shape = (*lead, *leaf.part.shape)
         old = leaf.state.get(key)
-        if old is not None and tuple(local(old).shape) == shape:
+        if old is not None and old.dtype == spec.dtype and tuple(local(old).shape) == shape:
             continue
         new = torch.zeros_like(memory, dtype=spec.dtype, memory_format=torch.preserve_format)
         if lead:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from metaopt.rules import Rule
 from metaopt_torch.passes import Arrays, Pass
@@ -40,17 +41,21 @@ class Kernel(NamedTuple):
     inputs: list[Tensor]
 
     def takes(self, arrays: Arrays) -> bool:
-        """Say whether it holds for arrays of these sizes."""
-        env = self.inputs[0].fake_mode.shape_env
-        return bool(env.evaluate_guards_for_args(self.inputs, list(arrays.values())))
+        """Say whether it holds for arrays of these sizes and strides.
+
+        Those that were equal, or 1, when it was made may be taken for always so.
+        """
+        env, given = self.inputs[0].fake_mode.shape_env, list(arrays.values())
+        return bool(env.evaluate_guards_for_args(self.inputs, given, ignore_static=False))
 
 
 class Compiled:
     """A pass compiled by Inductor, once for each rule and for all sizes and steps.
 
     Dynamo is passed over. A step calls a pass for every large tensor, and what Dynamo looks at in
-    each call takes longer than a small pass itself; here what is looked at are the rule, dtypes
-    and sizes.
+    each call takes longer than a small pass itself. Here every call looks at the identity of the
+    rule, and at device, dtypes, shapes and strides; when these are new, at whether a kernel that
+    was made before holds for them.
 
     Parameters
     ----------
@@ -66,13 +71,17 @@ class Compiled:
 
     def __call__(self, rule: Rule, arrays: Arrays) -> Any:
         """Run the pass on arrays, which may be written to."""
+        return self.prepared(rule, arrays)(*arrays.values())
+
+    def prepared(self, rule: Rule, arrays: Arrays) -> Callable[..., Any]:
+        """Return what is called with the values of `arrays`, compiled."""
         values = arrays.values()
-        kinds = tuple([(array.dtype, array.shape) for array in values])
+        kinds = tuple([(array.dtype, array.shape, array.stride()) for array in values])
         key = (id(rule), tuple(arrays), kinds, next(iter(values)).device)
         ready = self._ready.get(key)
         if ready is None:
             ready = self._ready[key] = self._found(rule, arrays), rule  # which keeps its id
-        return ready[0](*values)
+        return ready[0]
 
     def _found(self, rule: Rule, arrays: Arrays) -> Callable[..., Any]:
         same = rule if isinstance(rule, Hashable) else id(rule)
@@ -107,13 +116,16 @@ class Compiled:
     def _made(self, rule: Rule, arrays: Arrays) -> Kernel:
         # imported here, for they take a second
         tracer = importlib.import_module("torch.fx.experimental.proxy_tensor")
+        shapes = importlib.import_module("torch.fx.experimental.symbolic_shapes")
         inductor = importlib.import_module("torch._inductor.compile_fx")
         names = tuple(arrays)
 
         def function(*values: Tensor) -> Any:
             return self._function(rule, dict(zip(names, values, strict=True)))
 
-        values = [array.detach() for array in arrays.values()]
+        # made here, for the tracer's own would let a float64 of a CPU become a constant
+        mode = FakeTensorMode(shape_env=shapes.ShapeEnv())
+        values = [mode.from_tensor(array.detach()) for array in arrays.values()]
         graph = tracer.make_fx(function, tracing_mode="symbolic")(*values)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         _hoist(graph)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard
 from metaopt.step import Reduce
 from metaopt_torch.build import Built
 from metaopt_torch.core_state import assemble, write
-from metaopt_torch.rounding import rounded
+from metaopt_torch.rounding import lost, rounded
 from metaopt_torch.runs import Leaf
 from metaopt_torch.shards import local, summed_along
 
@@ -55,7 +55,7 @@ def core_step(
         narrow = rounded(new, memory.dtype, rounding) if new.dtype != memory.dtype else new
         memory.copy_(narrow)
         if "compensation" in leaf.state:
-            local(leaf.state["compensation"]).copy_(new - narrow.to(new.dtype))
+            local(leaf.state["compensation"]).copy_(lost(new, narrow))
     write(built, new_state)
 
 
@@ -114,7 +114,7 @@ def check_parts(built: Built) -> None:
     parts = [leaf.part for leaf in built.leaves.values()]
     if all(part.mesh is None for part in parts):
         return
-    ways = {(id(part.mesh), tuple(isinstance(p, Shard) for p in part.placements)) for part in parts}
+    ways = {(part.mesh, tuple(isinstance(p, Shard) for p in part.placements)) for part in parts}
     if len(ways) > 1:
         msg = (
             '`curvature` other than "none", and a step size for every weight, need all parameters '

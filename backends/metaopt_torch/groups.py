@@ -3,6 +3,7 @@
 import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,20 @@ from metaopt.blocks import Blocks, Partition
 from metaopt.plan import rules_by_leaf
 from metaopt.rules import Rule
 
-__all__ = ["ByGroup", "check_groups", "check_numbers", "configured", "named"]
+__all__ = [
+    "MADE_WITH",
+    "ByGroup",
+    "check_groups",
+    "check_numbers",
+    "check_rounding",
+    "configured",
+    "named",
+]
 
 Group = dict[str, Any]
+
+#: Key of a group for the rules and the map that its state belongs to.
+MADE_WITH = "made_with"
 
 
 @dataclass(frozen=True)
@@ -58,22 +70,43 @@ def named(groups: Sequence[Group]) -> list[tuple[str, Tensor, Group]]:
 
 def check_groups(groups: Sequence[Group]) -> None:
     """Raise where groups hold what cannot be optimized, or options that are none."""
-    seen = set()
+    seen: set[str] = set()
+    known: dict[int, str] = {}
     for name, param, _ in named(groups):
         if name in seen:
             msg = f"`params` has two parameters called {name!r}; names must differ."
             raise ValueError(msg)
+        if id(param) in known:
+            msg = f"`params` has one parameter twice, as {known[id(param)]!r} and as {name!r}."
+            raise ValueError(msg)
         seen.add(name)
+        known[id(param)] = name
+        if _expanded(param):
+            msg = f"`params[{name!r}]` is expanded, one number for many; copy it by `.clone()`."
+            raise ValueError(msg)
         if param.layout != torch.strided or not param.is_floating_point():
             got = param.dtype if param.layout == torch.strided else param.layout
             msg = f"`params[{name!r}]` must be dense, real and floating; got {got}."
             raise TypeError(msg)
     for group in groups:
         check_numbers(group)
-        block = group["block"]
+        block, lr = group["block"], group["lr"]
+        if type(lr) is Tensor and lr.device.type == "cpu" and not bool(torch.all(lr >= 0.0)):
+            msg = f"`lr` must not be negative; got {lr}."
+            raise ValueError(msg)
+        if not isinstance(group["maximize"], bool):
+            msg = f"`maximize` must be True or False; got {group['maximize']!r}."
+            raise TypeError(msg)
         if block is not None and not isinstance(block, str):
             msg = f"`block` must be the name of a block, or None; got {block!r}."
             raise TypeError(msg)
+
+
+def _expanded(param: Tensor) -> bool:
+    """Say whether one number in memory stands for many."""
+    if param.layout != torch.strided:
+        return False
+    return any(n > 1 and step == 0 for n, step in zip(param.shape, param.stride(), strict=True))
 
 
 def check_numbers(group: Group) -> None:
@@ -83,12 +116,20 @@ def check_numbers(group: Group) -> None:
         if lr.numel() != 1:
             msg = f"`lr` must be a number or a tensor of one; got shape {tuple(lr.shape)}."
             raise ValueError(msg)
-    elif not isinstance(lr, int | float) or not 0.0 <= lr < float("inf"):
+    elif not isinstance(lr, Real) or not 0.0 <= float(lr) < float("inf"):
         msg = f"`lr` must be a finite number, not negative; got {lr!r}."
         raise ValueError(msg)
-    if decay is not None and not (isinstance(decay, int | float) and 0.0 <= decay < float("inf")):
+    if decay is not None and not (isinstance(decay, Real) and 0.0 <= float(decay) < float("inf")):
         msg = f"`weight_decay` must be a finite number, not negative; got {decay!r}."
         raise ValueError(msg)
+
+
+def check_rounding(rounding: str, groups: Sequence[Group]) -> None:
+    """Raise where parameters cannot be rounded in this way."""
+    for name, param, _ in named(groups):
+        if rounding == "stochastic" and param.dtype == torch.float16:
+            msg = f'`rounding="stochastic"` is for bfloat16; {name!r} is float16: use "kahan".'
+            raise ValueError(msg)
 
 
 def decayed(rule: Rule, weight_decay: float | None, made: dict[Any, Rule]) -> Rule:
@@ -110,6 +151,9 @@ def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> mo.MetaOptim
         If groups that share a block disagree on its step size or bounds.
     """
     leaves = named(groups)
+    if not leaves:
+        msg = "`params` must hold a parameter; got none."
+        raise ValueError(msg)
     made: dict[Any, Rule] = {}
     of_base = rules_by_leaf(config.base, per_leaf((name, param) for name, param, _ in leaves))
     of_leaf = {

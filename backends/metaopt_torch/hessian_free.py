@@ -1,6 +1,7 @@
 """The Hessian-free step: runs of leaves, one pass over memory, one sum for each mesh of devices."""
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,9 @@ from metaopt_torch.runs import Run, grouped
 from metaopt_torch.shards import summed
 
 __all__ = ["HessianFree"]
+
+#: Numbers of steps, over all optimizers.
+_steps = itertools.count()
 
 
 @dataclass
@@ -57,13 +61,21 @@ class HessianFree:
     rounding : {"nearest", "stochastic", "kahan"}
     compile : bool or None
         Compile passes, run them in chunks, or try the former first.
+    before : HessianFree, optional
+        What made steps until now, and has compiled passes.
     """
 
-    def __init__(self, built: Built, rounding: str, compile: bool | None) -> None:
+    def __init__(
+        self,
+        built: Built,
+        rounding: str,
+        compile: bool | None,
+        before: "HessianFree | None" = None,
+    ) -> None:
         self._built, self._rounding, self._compile = built, rounding, compile
         self._config, self._plan = built.config, built.plan
         self._leaves, self._vectors = built.leaves, built.vectors
-        self._passes: dict[Any, Any] = {}
+        self._passes: dict[Any, Pass] = {} if before is None else before._passes
         self._constants: dict[Any, Tensor] = {}
         self._signature: Any = None
         self._runs: dict[Any, Run] = {}
@@ -71,6 +83,8 @@ class HessianFree:
         #: Whether the meta-gradient has to be known before a parameter is written.
         self.two_passes = built.config.meta_first or built.config.skip_nonfinite
         self._move = self._run_as(self._meta, self._meta)
+        if before is not None and _same_meta(before._built, built):
+            self._move = before._move
 
     def step(self, grads: Mapping[str, Tensor]) -> None:
         """Make a step of the leaves that have a gradient.
@@ -79,63 +93,103 @@ class HessianFree:
         ----------
         grads : mapping of leaf name to tensor
         """
-        signature = tuple(id(self._leaves[name]) for name in grads)
+        signature = tuple([(id(self._leaves[name]), grad.dtype) for name, grad in grads.items()])
         if signature != self._signature:
+            for name, grad in grads.items():
+                self._leaves[name].grad_dtype = grad.dtype
             self._runs = grouped((self._leaves[name] for name in grads), self._runs)
-            self._signature, self._indices = signature, {}
+            self._indices = {}
+            self._prepare(grads)
+            self._signature = signature
         accepted = None
         if self.two_passes:
             accepted = self._in_two_passes(grads)
         else:
             self._in_one_pass(grads)
         self._built.counts.advance(list(grads), accepted)
+        mark = next(_steps)
         for name in grads:
-            self._leaves[name].steps += 1
+            leaf = self._leaves[name]
+            # of steps that may be refused the host does not know how many were made
+            leaf.history = leaf.history + 1 if accepted is None else hash((leaf.history, mark))
         one = (
             torch.ones_like(self._vectors["step"]) if accepted is None else accepted.to(torch.int32)
         )
         self._vectors["step"].add_(one)
         self._vectors["skipped"].add_(1 - one)
 
+    def _prepare(self, grads: Mapping[str, Tensor]) -> None:
+        """Compile what a step of these leaves needs, before any of it writes."""
+        if self._compile is False:
+            return
+        beta = self._vectors["beta"]
+        sizes, keep = self._config.slopes(beta), usable(beta)
+        accepted = torch.ones((), dtype=torch.bool, device=beta.device)
+        refused = accepted if self._config.skip_nonfinite else None
+        if self.two_passes:
+            for run, _, grad in self._buffers(grads):
+                arrays = {"grad": grad, "trace": run.state["trace"]}
+                self._prepared(self._pass(products, run), run.leaves[0].rule, arrays)
+        make, rates = moved if self.two_passes else fused, dict[Any, Rates]()
+        for run, param, grad in self._buffers(grads):
+            arrays = self._arrays(run, param, grad, self._rates(run, sizes, keep, rates), refused)
+            self._prepared(self._pass(make, run), run.leaves[0].rule, arrays)
+        arrays = self._of_blocks(torch.zeros_like(beta), self._awake(grads), refused)
+        self._prepared(self._move, self._config.meta, arrays)
+
+    def _prepared(self, function: Pass, rule: Rule, arrays: Arrays) -> None:
+        if isinstance(function, Compiled):
+            function.prepared(rule, arrays)
+
+    def _buffers(self, grads: Mapping[str, Tensor]) -> Iterator[tuple[Run, Tensor, Tensor]]:
+        for run in self._runs.values():
+            yield run, *run.buffers([grads[leaf.name] for leaf in run.leaves])
+
     def _in_one_pass(self, grads: Mapping[str, Tensor]) -> None:
         vectors, sums = self._vectors, []
         sizes, keep = self._config.slopes(vectors["beta"]), usable(vectors["meta_grad"])
         rates: dict[Any, Rates] = {}
-        for run in self._runs.values():
-            param, grad = run.buffers([grads[leaf.name] for leaf in run.leaves])
-            of_group, leaf = self._rates(run, sizes, keep, rates), run.leaves[0]
-            arrays = {"param": param, "grad": grad, "count": leaf.state["step"], **run.state}
-            total = self._pass(fused, run)(leaf.rule, arrays | of_group.of(run))
+        for run, param, grad in self._buffers(grads):
+            of_group = self._rates(run, sizes, keep, rates)
+            arrays = self._arrays(run, param, grad, of_group, None)
+            total = self._pass(fused, run)(run.leaves[0].rule, arrays)
             sums.append((run, total, of_group.awake))
             run.written(param)
-        z, _ = self._total(sums, ())
+        z, _ = self._total(grads, sums, None)
         self._move_beta(z, self._awake(grads), None)
 
     def _in_two_passes(self, grads: Mapping[str, Tensor]) -> Tensor | None:
-        vectors, sums, lost = self._vectors, [], []
-        for run in self._runs.values():
-            _, grad = run.buffers([grads[leaf.name] for leaf in run.leaves])
+        # of a copy, for with sigma="identity" step sizes are beta itself
+        sizes = self._config.slopes(self._vectors["beta"].clone())
+        sums, lost = [], []
+        for run, _, grad in self._buffers(grads):
             arrays = {"grad": grad, "trace": run.state["trace"]}
             total, flag = self._pass(products, run)(run.leaves[0].rule, arrays)
             sums.append((run, total, _awake(run.leaves[0].group)))
             lost.append((run, flag))
-        z, count = self._total(sums, lost if self._config.skip_nonfinite else ())
+        z, count = self._total(grads, sums, lost if self._config.skip_nonfinite else None)
         accepted = None if count is None else count == 0.0
         keep = usable(z)
-        sizes = self._config.slopes(vectors["beta"])
         self._move_beta(z, self._awake(grads), accepted)
         if self._config.meta_first:
-            sizes = self._config.slopes(vectors["beta"])
+            sizes = self._config.slopes(self._vectors["beta"])
         rates: dict[Any, Rates] = {}
-        for run in self._runs.values():
-            param, grad = run.buffers([grads[leaf.name] for leaf in run.leaves])
-            of_group, leaf = self._rates(run, sizes, keep, rates), run.leaves[0]
-            arrays = {"param": param, "grad": grad, "count": leaf.state["step"], **run.state}
-            if accepted is not None:
-                arrays["accepted"] = accepted.to(run.device)
-            self._pass(moved, run)(leaf.rule, arrays | of_group.of(run))
+        for run, param, grad in self._buffers(grads):
+            of_group = self._rates(run, sizes, keep, rates)
+            arrays = self._arrays(run, param, grad, of_group, accepted)
+            self._pass(moved, run)(run.leaves[0].rule, arrays)
             run.written(param)
         return accepted
+
+    def _arrays(
+        self, run: Run, param: Tensor, grad: Tensor, of_group: Rates, accepted: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return what the passes `fused` and `moved` take."""
+        count = run.leaves[0].state["step"]
+        arrays = {"param": param, "grad": grad, "count": count, **run.state, **of_group.of(run)}
+        if accepted is not None:
+            arrays["accepted"] = accepted.to(run.device)
+        return arrays
 
     def _rates(
         self, run: Run, sizes: tuple[Tensor, Tensor], keep: Tensor, known: dict[Any, Rates]
@@ -193,22 +247,33 @@ class HessianFree:
         return Compiled(function, eager if self._compile is None else None)
 
     def _total(
-        self, sums: Sequence[tuple[Run, Tensor, Any]], lost: Sequence[tuple[Run, Tensor]]
+        self,
+        grads: Mapping[str, Tensor],
+        sums: Sequence[tuple[Run, Tensor, Any]],
+        lost: Sequence[tuple[Run, Tensor]] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return z, and in how many runs a gradient is not finite, summed over all devices."""
-        vectors = []
-        for mesh in dict.fromkeys(run.mesh for run in self._runs.values()):
-            vector = self._vector([entry for entry in sums if entry[0].mesh is mesh], lost, mesh)
-            vectors.append(vector if mesh is None else summed(vector, mesh))
-        if not vectors:
-            return torch.zeros_like(self._vectors["beta"]), None
-        total = vectors[0]
-        for vector in vectors[1:]:
-            total = total + vector
-        return (total[:-1], total[-1]) if lost else (total, None)
+        """Return z, and in how many runs a gradient is not finite, summed over all devices.
 
-    def _vector(self, sums: Sequence[Any], lost: Sequence[Any], mesh: Any) -> Tensor:
-        """Return this device's part of z, over runs of one mesh; the last entry is of `lost`."""
+        Devices have to agree on which meshes there are and in which order, so these come from the
+        leaves: a device may hold nothing of some.
+        """
+        parts: dict[Any, tuple[list[Any], list[Any]]] = {
+            self._leaves[name].part.mesh: ([], []) for name in grads
+        }
+        for entry in sums:
+            parts[entry[0].mesh][0].append(entry)
+        for run, flag in lost or ():
+            parts[run.mesh][1].append(flag)
+        beta = self._vectors["beta"]
+        total = torch.zeros(len(beta) + (lost is not None), dtype=beta.dtype, device=beta.device)
+        for index, (mesh, (of_mesh, flags)) in enumerate(parts.items()):
+            vector = self._vector(of_mesh, None if lost is None else flags)
+            vector = vector if mesh is None else summed(vector, mesh)
+            total = vector if index == 0 else total + vector
+        return (total, None) if lost is None else (total[:-1], total[-1])
+
+    def _vector(self, sums: Sequence[Any], flags: Sequence[Tensor] | None) -> Tensor:
+        """Return this device's part of z, over runs of one mesh; the last entry is of `flags`."""
         beta, counted = self._vectors["beta"], []
         for run, total, awake in sums:
             if awake is False or not run.counts:
@@ -225,10 +290,13 @@ class HessianFree:
                 self._index([run for run, _ in counted]),
                 torch.cat([part for _, part in counted]),
             )
-        if not lost:
+        if flags is None:
             return z
-        flags = [flag.to(beta.device) for run, flag in lost if run.mesh is mesh]
-        return torch.cat([z, torch.stack(flags).any().to(z.dtype).reshape(1)])
+        lost = torch.zeros(1, dtype=z.dtype, device=z.device)
+        if flags:
+            found = torch.stack([flag.to(beta.device) for flag in flags])
+            lost = found.any().to(z.dtype).reshape(1)
+        return torch.cat([z, lost])
 
     def _index(self, runs: Sequence[Run]) -> Tensor:
         """Return the block of each of the runs' sums."""
@@ -246,6 +314,10 @@ class HessianFree:
         return awake_families(self._plan, flags, self._vectors["step"])
 
     def _move_beta(self, z: Tensor, awake: Any, accepted: Tensor | None) -> None:
+        self._move(self._config.meta, self._of_blocks(z, awake, accepted))
+
+    def _of_blocks(self, z: Tensor, awake: Any, accepted: Tensor | None) -> dict[str, Tensor]:
+        """Return what the meta update takes."""
         vectors = self._vectors
         names = ("beta", "meta_count", "restarts", "meta_grad")
         arrays = {"z": z} | {name: vectors[name] for name in names} | vectors.slots
@@ -253,7 +325,7 @@ class HessianFree:
             arrays["awake"] = awake
         if accepted is not None:
             arrays["accepted"] = accepted
-        self._move(self._config.meta, arrays)
+        return arrays
 
     def _meta(self, rule: Rule, arrays: Arrays) -> None:
         """Write the meta update of all blocks, where the step is accepted."""
@@ -289,3 +361,12 @@ def _awake(group: Mapping[str, Any]) -> Any:
     """Say whether the leaves of a group move."""
     lr = group["lr"]
     return lr.reshape(()) != 0.0 if isinstance(lr, Tensor) else lr != 0.0
+
+
+def _same_meta(one: Built, other: Built) -> bool:
+    """Say whether the meta updates of two optimizers are one function."""
+    return (
+        one.plan.blocks == other.plan.blocks
+        and one.config.meta is other.config.meta
+        and one.config.bounds == other.config.bounds
+    )

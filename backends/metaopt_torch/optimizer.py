@@ -1,14 +1,14 @@
 """MetaOptimizer, a `torch.optim.Optimizer` whose step sizes tune themselves."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import metaopt as mo
-from metaopt.arrays import per_leaf
+from metaopt.arrays import map_leaves, per_leaf
 from metaopt.rules import Rule
 from metaopt_torch import curvature as curvatures
 from metaopt_torch import rounding as roundings
@@ -23,7 +23,13 @@ from metaopt_torch.curvature import (
     by_central_difference,
     check_graph,
 )
-from metaopt_torch.groups import check_groups, check_numbers
+from metaopt_torch.groups import (
+    MADE_WITH,
+    check_groups,
+    check_numbers,
+    check_rounding,
+    configured,
+)
 from metaopt_torch.hessian_free import HessianFree
 from metaopt_torch.runs import Leaf
 from metaopt_torch.shards import placed
@@ -132,22 +138,23 @@ meta_first, skip_nonfinite
         )
         self._hvp, self._rounding, self._compile = hvp, rounding, compile
         self._built: Built | None = None
+        self._engine: HessianFree | None = None
         #: Whether `backward` was called since the last step; whether its graph was looked at.
         self._twice = self._checked = False
         given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, dict.fromkeys(OPTIONS) | given)
         self._build()
-        if rounding == "stochastic":
-            for leaf in self._ready.leaves.values():
-                if leaf.param.dtype == torch.float16:
-                    msg = (
-                        f'`rounding="stochastic"` is for bfloat16; {leaf.name!r} is float16: '
-                        'use "kahan".'
-                    )
-                    raise ValueError(msg)
 
-    def _build(self) -> None:
-        known = {} if self._built is None else self._built.leaves
+    def _build(self, *, loaded: bool = False) -> None:
+        """Make what a step needs from groups and state.
+
+        Parameters
+        ----------
+        loaded : bool
+            Whether the state is another one than before.
+        """
+        check_rounding(self._rounding, self.param_groups)
+        known = {} if self._built is None or loaded else self._built.leaves
         with torch.no_grad():
             built = build(
                 self._given,
@@ -159,7 +166,7 @@ meta_first, skip_nonfinite
         self._in_core = built.plan.curvature != "none" or built.vectors.per_leaf
         if self._in_core:
             check_parts(built)
-        self._engine = HessianFree(built, self._rounding, self._compiler())
+        self._engine = HessianFree(built, self._rounding, self._compiler(), self._engine)
         self._built = built
 
     def _compiler(self) -> bool | None:
@@ -218,6 +225,11 @@ meta_first, skip_nonfinite
         assert self._built is not None
         return self._built
 
+    @property
+    def _hessian_free(self) -> HessianFree:
+        assert self._engine is not None
+        return self._engine
+
     def backward(self, loss: Tensor) -> None:
         """Add to the gradients those of a loss, in a form that can be differentiated again.
 
@@ -275,7 +287,7 @@ meta_first, skip_nonfinite
         with torch.no_grad():
             grads = self._grads()
             if not self._in_core:
-                self._engine.step(grads)
+                self._hessian_free.step(grads)
                 return loss
             derivatives = {"hvp": hvp, "third": third, "hessian_diagonal": hessian_diagonal}
             if exact and grads:
@@ -312,8 +324,8 @@ meta_first, skip_nonfinite
         """Return the gradients by name, after a look at what may have changed since last time."""
         for group in self.param_groups:
             check_numbers(group)
-        if self._in_core or any(group["weight_decay"] is None for group in self.param_groups):
-            self._refresh()  # elsewhere a group's weight decay is handed to every pass
+        if self._ready.outdated() if self._in_core else self._ready.undecided():
+            self._build()  # elsewhere a group's weight decay is handed to every pass
         grads = {
             name: leaf.param.grad
             for name, leaf in self._ready.leaves.items()
@@ -323,19 +335,22 @@ meta_first, skip_nonfinite
             if grad.layout != torch.strided:
                 msg = f"The gradient of {name!r} must be dense; got layout {grad.layout}."
                 raise TypeError(msg)
-        if any(not self._ready.leaves[name].state for name in grads):
-            self._build()  # a parameter that was frozen has a gradient now
+        if any(self._ready.leaves[name].changed() for name in grads):
+            self._build()  # a parameter that was frozen has a gradient now, or is of another dtype
         return {name: placed(grad, self._ready.leaves[name].param) for name, grad in grads.items()}
 
     def step_sizes(self) -> dict[str, Tensor]:
-        """Return the learned step sizes by block, before the multiplier `lr`; nothing is copied.
+        """Return the learned step sizes by block, before the multiplier `lr`.
+
+        Nothing is copied to the host.
 
         Returns
         -------
         dict of block name to tensor
             As `metaopt.MetaOptimize.step_sizes`; on the device, float32 or wider.
         """
-        return dict(self._by_name(self._ready.config.slopes(self._per_block("beta"))[0]))
+        beta = map_leaves(torch.clone, self._per_block("beta"))  # which some maps return as it is
+        return dict(self._by_name(self._ready.config.slopes(beta)[0]))
 
     def diagnostics(self) -> dict[str, Any]:
         """Return what tells how the adaptation is doing; tensors, nothing is copied to the host.
@@ -356,7 +371,7 @@ meta_first, skip_nonfinite
         With sharded parameters this is a collective call: every device gets the whole state.
         """
         self._refresh()
-        return whole(self._ready, restarts=not self._in_core and not self._engine.two_passes)
+        return whole(self._ready, restarts=not self._in_core and not self._hessian_free.two_passes)
 
     def load_core_state(self, state: mo.State) -> None:
         """Take a state in the core's form, such as `metaopt.load` returns.
@@ -376,7 +391,7 @@ meta_first, skip_nonfinite
         self._ready.config.step_sizes(state)  # which checks it
         take(self._ready, state)
         for leaf in self._ready.leaves.values():
-            leaf.steps = int(state.count[leaf.name])
+            leaf.history = int(state.count[leaf.name])
         self._build()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -392,35 +407,62 @@ meta_first, skip_nonfinite
             If it belongs to other parameters, to another configuration or another optimizer.
             Nothing is changed then.
         """
-        groups = state_dict["param_groups"]
-        numbers = [number for group in groups for number in group["params"]]
-        leaves = list(self._ready.leaves.values())
-        if len(groups) == len(self.param_groups) and len(numbers) == len(leaves):
-            self._check_fits(state_dict, dict(zip(numbers, leaves, strict=True)))
+        before = {"param_groups": self.param_groups, "state": self.state}
+        leaves, found = list(self._ready.leaves.values()), []
+
+        def look(_: Any, given: dict[str, Any]) -> None:  # at what other hooks make of it
+            self._check_fits(given, leaves)
+            found.append(given)
+
+        hook = self.register_load_state_dict_pre_hook(look)
         self._loading = True
         try:
             super().load_state_dict(state_dict)
+            numbers = [n for group in found[0]["param_groups"] for n in group["params"]]
+            for number, leaf in zip(numbers, leaves, strict=True):
+                # torch casts to the parameter's dtype, which would lose half of a trace
+                self.state[leaf.param] = {
+                    key: torch.as_tensor(value).detach().to(leaf.param.device, copy=True)
+                    for key, value in found[0]["state"].get(number, {}).items()
+                    if key in leaf.state or not leaf.state
+                }
+            self._build(loaded=True)
+        except Exception:
+            self.__dict__.update(before)
+            raise
         finally:
             self._loading = False
-        for number, leaf in zip(numbers, leaves, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                # torch casts to the parameter's dtype, which would lose half of a trace
-                self.state[leaf.param][key] = value.detach().to(leaf.param.device, copy=True)
-        self._built = None
-        self._build()
+            hook.remove()
 
-    def _check_fits(self, state_dict: dict[str, Any], leaves: Mapping[Any, Leaf]) -> None:
-        """Raise ValueError unless a state's arrays have the shapes that they have here."""
-        mismatch = self._ready.vectors.mismatch(state_dict["param_groups"])
-        for number, leaf in leaves.items():
-            for key, value in state_dict["state"].get(number, {}).items():
-                shape = tuple(getattr(value, "shape", ()))
-                expected = tuple(leaf.state[key].shape) if key in leaf.state else shape
-                if shape != expected:
-                    mismatch = f"{key!r} of {leaf.name!r} has shape {shape}; expected {expected}"
+    def _check_fits(self, state_dict: dict[str, Any], leaves: Sequence[Leaf]) -> None:
+        """Raise where a state's arrays have not the shapes that they have here, or its groups."""
+        groups = state_dict["param_groups"]
+        numbers = [number for group in groups for number in group["params"]]
+        lengths = [[len(group["params"]) for group in some] for some in (groups, self.param_groups)]
+        if lengths[0] != lengths[1]:
+            return  # torch says so
+        mismatch = self._ready.vectors.mismatch(groups)
+        for own, group in zip(self.param_groups, groups, strict=True):
+            kept, expected = group.get(MADE_WITH), own[MADE_WITH]
+            if kept is not None and kept != expected:
+                mismatch = f"it was made with {kept}; expected {expected}"
+        for number, leaf in zip(numbers, leaves, strict=True):
+            if leaf.state:
+                mismatch = leaf.mismatch(state_dict["state"].get(number, {})) or mismatch
         if mismatch is not None:
             msg = f"`state_dict` does not fit this optimizer: {mismatch}."
             raise ValueError(msg)
+        own_options = [
+            {key: group[key] for key in ("params", "param_names") if key in group}
+            for group in self.param_groups
+        ]
+        given = [
+            dict.fromkeys(OPTIONS) | self.defaults | group | own
+            for group, own in zip(groups, own_options, strict=True)
+        ]
+        check_groups(given)
+        check_rounding(self._rounding, given)
+        configured(self._given, given)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle consists of."""
@@ -434,7 +476,7 @@ meta_first, skip_nonfinite
             for name in OPTIONS:
                 group.setdefault(name, self.defaults[name])
         if not self.__dict__.get("_loading", False):
-            self._built, self._twice, self._checked = None, False, False
+            self._built, self._engine, self._twice, self._checked = None, None, False, False
             self._build()
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metaopt.passes import Leaf, fused_pass, leaf_pass, leaf_product
 from metaopt.rules import Rule
-from metaopt_torch.rounding import rounded
+from metaopt_torch.rounding import lost, rounded
 
 __all__ = ["Arrays", "Kind", "Pass", "fused", "moved", "products"]
 
@@ -72,8 +72,8 @@ def products(kind: Kind) -> Pass:
 
     def run(rule: Rule, arrays: Arrays) -> tuple[Tensor, Tensor]:  # noqa: ARG001
         product = leaf_product(arrays["trace"], _gradient(kind, arrays))
-        lost = torch.any(torch.logical_not(torch.isfinite(arrays["grad"])))
-        return product.sum(1) if kind.rows else product.sum(), lost
+        refused = torch.any(torch.logical_not(torch.isfinite(arrays["grad"])))
+        return product.sum(1) if kind.rows else product.sum(), refused
 
     return run
 
@@ -121,6 +121,6 @@ def _write(kind: Kind, arrays: Arrays, leaf: Leaf, step: Any) -> None:
     pairs = [(param, narrow), (arrays["trace"], step.trace)]
     pairs += [(arrays[slot], value) for slot, value in step.slots.items()]
     if "compensation" in arrays:
-        pairs.append((arrays["compensation"], new - narrow.to(new.dtype)))
+        pairs.append((arrays["compensation"], lost(new, narrow)))
     for old, value in pairs:
         old.copy_(value if accepted is None else torch.where(accepted, value, old))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["CHOICES", "rounded"]
+__all__ = ["CHOICES", "lost", "rounded"]
 
 CHOICES = ("nearest", "stochastic", "kahan")
 
@@ -26,3 +26,9 @@ def rounded(value: Tensor, dtype: torch.dtype, rounding: str) -> Tensor:
     noise = torch.randint(0, 2**16, bits.shape, dtype=torch.int32, device=bits.device)
     cut = torch.bitwise_and(bits + noise, -(2**16)).view(torch.float32)
     return torch.where(torch.isfinite(value), cut, value).to(dtype)
+
+
+def lost(value: Tensor, narrow: Tensor) -> Tensor:
+    """Return what rounding has taken from `value`, 0 where `narrow` has overflowed."""
+    difference = value - narrow.to(value.dtype)
+    return torch.where(torch.isfinite(difference), difference, 0.0)

@@ -37,18 +37,24 @@ class Order:
         A permutation.
     rows, length : int
         Numbers of the leading axes, which have a block for each index, and of the others.
-    in_place : bool
-        Whether the parameter's memory is in this order already.
     """
 
     axes: tuple[int, ...]
     rows: int
     length: int
-    in_place: bool
+
+    @property
+    def straight(self) -> bool:
+        """Whether the axes come in the parameter's own order."""
+        return self.axes == (*range(len(self.axes)),)
+
+    def ordered(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the part's shape with its axes in this order, a view."""
+        return tensor if self.straight else tensor.permute(self.axes)
 
     def flat(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the part's shape as (rows, length), a view where that is possible."""
-        return tensor.permute(self.axes).reshape(self.rows, self.length)
+        return self.ordered(tensor).reshape(self.rows, self.length)
 
     def shaped(self, buffer: Tensor, shape: Sequence[int]) -> Tensor:
         """Return (rows, length) numbers as a view of the part's shape: the inverse of `flat`."""
@@ -70,7 +76,6 @@ def order_of(tensor: Tensor, view: Sequence[int]) -> Order:
         axes,
         math.prod(shape[axis] for axis in blocked),
         math.prod(shape[axis] for axis in others),
-        tensor.permute(axes).is_contiguous(),
     )
 
 
@@ -94,8 +99,12 @@ class Leaf:
         Block of each row.
     state : dict
         The optimizer's for this parameter.
-    steps : int
-        Calls of `step` in which it had a gradient: leaves that are packed have it in common.
+    history : int
+        Leaves that are packed have one count, and have this in common. It is the count as far as
+        the host can know; where steps may be refused, something that stands for all steps that
+        the leaf took part in.
+    grad_dtype : dtype
+        Of its gradients.
     """
 
     name: str
@@ -107,7 +116,30 @@ class Leaf:
     order: Order
     blocks: Any
     state: dict[str, Any]
-    steps: int = 0
+    history: int = 0
+    grad_dtype: Any = None
+
+    def __post_init__(self) -> None:
+        self.param_dtype = self.param.dtype
+
+    def changed(self) -> bool:
+        """Say whether its state is yet to be made, or was made for parameters of another dtype."""
+        return not self.state or self.param.dtype != self.param_dtype
+
+    def mismatch(self, state: Mapping[str, Any]) -> str | None:
+        """Return what in a state that was saved does not fit, None if everything does."""
+        for key, value in state.items():
+            if key == "compensation" and key not in self.state:
+                continue  # of a run with another rounding
+            if key not in self.state:
+                return f"{self.name!r} has {key!r}, which is not of {type(self.rule).__name__}"
+            shape = () if isinstance(value, int | float) else tuple(getattr(value, "shape", (-1,)))
+            if shape != tuple(self.state[key].shape):
+                return (
+                    f"{key!r} of {self.name!r} has shape {shape}; "
+                    f"expected {tuple(self.state[key].shape)}"
+                )
+        return None
 
     @property
     def buffered(self) -> tuple[str, ...]:
@@ -158,7 +190,7 @@ class Run:
             self.index = torch.tensor(self.blocks, device=self.device)
         self._lengths = lengths
         self._packed = len(leaves) > 1 or self.padded
-        self._straight = first.order.axes == (*range(len(first.order.axes)),)
+        self._copied = self._packed
         self._scratch: list[tuple[Tensor, list[Tensor]]] = []
         self.state = {key: self._adopted(key) for key in first.buffered}
         self.passes: dict[Any, Any] = {}
@@ -182,11 +214,12 @@ class Run:
     def buffers(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the parameters and gradients as buffers."""
         if not self._packed:
-            param, grad = local(self.leaves[0].param), local(grads[0])
-            if not self._straight:
-                flat = self.leaves[0].order.flat
-                param, grad = flat(param), flat(grad)
-            return param.view(self.shape), grad.reshape(self.shape).contiguous()
+            order = self.leaves[0].order
+            param = order.ordered(local(self.leaves[0].param))
+            grad = order.ordered(local(grads[0]))
+            # its memory may have another layout than in the step before
+            self._copied = not param.is_contiguous()
+            return param.reshape(self.shape), grad.reshape(self.shape).contiguous()
         params = [local(leaf.param) for leaf in self.leaves]
         for (buffer, views), tensors in zip(
             self._scratch, (params, [local(grad) for grad in grads]), strict=True
@@ -200,17 +233,20 @@ class Run:
         """Copy the buffer of the parameters back to them, where it is not their own memory."""
         if self._packed:
             torch._foreach_copy_([local(leaf.param) for leaf in self.leaves], self._scratch[0][1])
-        elif not self.leaves[0].order.in_place:
+        elif self._copied:
             leaf = self.leaves[0]
             local(leaf.param).copy_(leaf.order.shaped(param, leaf.part.shape))
 
     def lend(self, scratch: "Scratch") -> None:
         """Take buffers that parameters and gradients are copied to from what others use too."""
         if self._packed:
-            dtype = self.leaves[0].param.dtype
+            first, size = self.leaves[0], math.prod(self.shape)
             self._scratch = [
                 (buffer, self._views(buffer))
-                for buffer in scratch.buffers(math.prod(self.shape), dtype, self.device)
+                for buffer in (
+                    scratch.buffer("param", size, first.param.dtype, self.device),
+                    scratch.buffer("grad", size, first.grad_dtype, self.device),
+                )
             ]
             self._scratch = [(buffer.view(self.shape), views) for buffer, views in self._scratch]
 
@@ -242,14 +278,14 @@ class Scratch:
     """Buffers that packs use one after the other."""
 
     def __init__(self) -> None:
-        self._kept: dict[Any, list[Tensor]] = {}
+        self._kept: dict[Any, Tensor] = {}
 
-    def buffers(self, size: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        """Return two buffers of this size."""
-        key = (dtype, device)
-        if key not in self._kept or len(self._kept[key][0]) < size:
-            self._kept[key] = [torch.zeros(size, dtype=dtype, device=device) for _ in range(2)]
-        return [buffer[:size] for buffer in self._kept[key]]
+    def buffer(self, use: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a buffer of this size for one of the uses of a pack."""
+        key = (use, dtype, device)
+        if key not in self._kept or len(self._kept[key]) < size:
+            self._kept[key] = torch.zeros(size, dtype=dtype, device=device)
+        return self._kept[key][:size]
 
 
 def _rows(length: int) -> int:
@@ -270,8 +306,8 @@ def grouped(leaves: Iterable[Leaf], known: Mapping[Any, Run]) -> dict[Any, Run]:
         key: Any = (id(leaf),)
         if numbers < small:
             key = (
-                *(id(leaf.rule), id(leaf.group), leaf.steps, id(leaf.part.mesh)),
-                *(leaf.part.counts, leaf.dtype, leaf.param.dtype, local(leaf.param).device),
+                *(id(leaf.rule), id(leaf.group), leaf.history, leaf.part.mesh, leaf.part.counts),
+                *(leaf.dtype, leaf.param.dtype, leaf.grad_dtype, local(leaf.param).device),
                 0 if leaf.order.rows == 1 else leaf.order.length,
             )
             filled = packs.get(key, 0) + _rows(numbers) * ROW

@@ -32,6 +32,8 @@ class Vectors:
     plan : Plan
     owners : mapping of leaf name to int
         Index of each leaf's group.
+    groups : int
+        Number of groups, which may be without leaves.
     device : device
     """
 
@@ -40,6 +42,7 @@ class Vectors:
         config: mo.MetaOptimize,
         plan: Plan,
         owners: Mapping[str, int],
+        groups: int,
         device: torch.device,
     ) -> None:
         blocks = plan.blocks
@@ -47,8 +50,7 @@ class Vectors:
         owner_of: dict[str, int] = {}
         for name, key in blocks.family_of.items():
             owner_of.setdefault(key, owners[name])
-        count = 1 + max(owners.values())
-        sizes = {"family": [0] * count, "block": [0] * count, "one": [1] + [0] * (count - 1)}
+        sizes = {"family": [0] * groups, "block": [0] * groups, "one": [1] + [0] * (groups - 1)}
         for key, family in blocks.families.items():
             sizes["family"][owner_of[key]] += 1
             sizes["block"][owner_of[key]] += family.size
@@ -100,6 +102,8 @@ class Vectors:
                 found = group.get(name)
                 if found is None and name in ("beta", "meta_count"):
                     return f"no {name!r} in group {index}"
+                if found is not None and not isinstance(found, Tensor):
+                    return f"{name!r} of group {index} is no tensor; got {found!r}"
                 if found is not None and tuple(found.shape) != tuple(expected.shape):
                     return (
                         f"{name!r} of group {index} has shape {tuple(found.shape)}; "
