@@ -165,12 +165,13 @@ def test_steps_and_sizes_and_schedules_do_not_recompile(monkeypatch: Any) -> Non
     assert len(graphs) <= meta_update_of_another_size
 
 
-def test_graphs_of_one_size_are_not_taken_for_another(monkeypatch: Any) -> None:
-    """Sizes that are equal, or 1, might be taken for always equal, or always 1."""
+@pytest.mark.parametrize("order", [1, -1])
+def test_graphs_of_one_size_are_not_taken_for_another(order: int, monkeypatch: Any) -> None:
+    """Sizes that are equal, or 1, might be taken for always equal, or always 1; strides too."""
     graphs = made(monkeypatch)
     monkeypatch.setitem(runs.SMALL, "cpu", 0)
     options: dict[str, Any] = {"base": RULES["AdamW"], "meta": mo.Lion(), "blocks": "node"}
-    shapes = [(40, 40), (40, 30), (1, 30), (30, 1), (1, 1), (30, 40)]
+    shapes = [(40, 40), (40, 30), (1, 30), (30, 1), (1, 1), (30, 40)][::order]
     allowed = rounding("float32", operations=60, steps=1)
     passed = None
     for shape in shapes:
@@ -188,6 +189,51 @@ def test_graphs_of_one_size_are_not_taken_for_another(monkeypatch: Any) -> None:
     assert len(passes_made) < len(shapes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", RULES)
+def test_compiled_steps_are_the_cores(name: str, dtype: Any) -> None:
+    """Of parameters of several sizes, one of them a single number, the smallest first."""
+    shapes: list[tuple[int, ...]] = [(), (1,), (300, 300), (7, 3)]
+    params = [torch.full(shape, 0.5, dtype=dtype, requires_grad=True) for shape in shapes]
+    options: dict[str, Any] = {"meta": mo.AdamW(), "step_size": 1e-2, "meta_lr": 1e-2}
+    opt = MetaOptimizer(params, base=RULES[name], compile=True, **options)
+    config = opt.config
+    twins = {str(i): param.detach().clone() for i, param in enumerate(params)}
+    state = config.init(twins)
+    for t in range(4):
+        generator = torch.Generator().manual_seed(t)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(dtype)
+        opt.step()
+        grads = {str(i): param.grad for i, param in enumerate(params)}
+        twins, state = config.step(twins, grads, state)
+    narrow = str(dtype).removeprefix("torch.")
+    allowed = rounding(narrow, operations=60, steps=4)
+    for param, twin in zip(params, twins.values(), strict=True):
+        got, want = param.detach().double().numpy(), twin.double().numpy()
+        assert relative_error(got, want) < allowed
+    sizes = [float(config.step_sizes(state)["all"]), float(opt.step_sizes()["all"])]
+    assert relative_error(*sizes) < rounding("float32", operations=60, steps=4)
+
+
+def test_a_schedule_of_one_groups_weight_decay_recompiles_nothing(monkeypatch: Any) -> None:
+    net = network()
+    groups = [
+        {"params": [net[0].weight, net[0].bias], "weight_decay": 0.1},
+        {"params": [*net[1].parameters(), *net[3].parameters()]},
+    ]
+    opt = MetaOptimizer(groups, compile=True, **options_of("tensor"))
+    trained(opt, net, 3)
+    graphs = made(monkeypatch)
+    for t in range(3):
+        opt.param_groups[0]["weight_decay"] = 0.01 * (t + 1)
+        trained(opt, net, 1)
+        opt.diagnostics()
+    opt.load_state_dict(opt.state_dict())
+    trained(opt, net, 1)
+    assert not graphs
+
+
 def test_gradients_know_of_the_step() -> None:
     """What a graph of gradients has kept of a parameter is no longer true after a step."""
     param = torch.ones(10, requires_grad=True)
@@ -197,6 +243,31 @@ def test_gradients_know_of_the_step() -> None:
     opt.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_what_does_not_compile_is_known_before_anything_moves(monkeypatch: Any) -> None:
+    plain = compiler.Compiled._made
+
+    def second_fails(self: Any, rule: Any, arrays: Any) -> Any:
+        if arrays["grad"].dim() == 1:
+            return plain(self, rule, arrays)
+        msg = "no such toolchain"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(compiler.Compiled, "_made", second_fails)
+    params = [torch.ones(300, 300, requires_grad=True), torch.ones(3, 2, requires_grad=True)]
+    opt = MetaOptimizer(
+        params, base=mo.SGD(), meta=mo.Lion(), compile=True, blocks={"0": ["0"], "1": ["1"]}
+    )
+    opt.param_groups[0]["lr"] = 1.0
+    for param in params:
+        param.grad = torch.ones_like(param)
+    monkeypatch.setattr(
+        compiler.Compiled, "_made", lambda self, rule, arrays: second_fails(self, rule, arrays)
+    )
+    with pytest.raises((RuntimeError, KeyError)):
+        opt.step()
+    assert all(torch.all(param.detach() == 1.0) for param in params)
 
 
 def test_where_compilation_fails_steps_are_eager_with_a_warning(monkeypatch: Any) -> None:

@@ -26,6 +26,9 @@ SCENARIOS: dict[int, list[str]] = {
         "fsdp,blocks=tensor",
         "fsdp,blocks=weight",
         "fsdp,skip_nonfinite=True,meta_first=True,blocks=node",
+        "own_meshes,blocks=tensor",
+        "empty_part",
+        "empty_part,meta_first=True",
         "tensor_parallel,blocks=tensor",
         "curvature",
         "curvature,approximation=2x2,blocks=tensor",
@@ -76,7 +79,7 @@ def launched(world: int, folder: Path, scenarios: list[str]) -> dict[str, str]:
         for rank in range(world)
     ]
     try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -13,6 +13,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,25 @@ def fsdp(**options: Any) -> None:
     compared(net, twin, mine, 1, 5, options)
 
 
+def own_meshes(**options: Any) -> None:
+    """FSDP2 without a mesh given: every call makes one of its own, all alike."""
+    twin = Model().double()
+    net = copy.deepcopy(twin)
+    for layer in (net.up, net.norm, net.down):
+        fully_shard(layer)
+    fully_shard(net)
+    compared(net, twin, mine, 1, 5, options)
+
+
+def empty_part(**options: Any) -> None:
+    """FSDP2 of one parameter with one row: all processes but the first hold nothing."""
+    torch.manual_seed(0)
+    twin = torch.nn.Sequential(torch.nn.Linear(5, 1, bias=False)).double()
+    net = copy.deepcopy(twin)
+    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    compared(net, twin, mine, 1, 5, options)
+
+
 def hsdp(**options: Any) -> None:
     """HSDP: sharded within rows of the mesh, replicated between them."""
     twin = Model().double()
@@ -318,7 +338,18 @@ def _sharded(options: Any) -> tuple[Any, Any, Any, Any]:
 
 SCENARIOS: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (ddp, fsdp, hsdp, tensor_parallel, two_meshes, curvature, save, load)
+    for function in (
+        ddp,
+        fsdp,
+        own_meshes,
+        empty_part,
+        hsdp,
+        tensor_parallel,
+        two_meshes,
+        curvature,
+        save,
+        load,
+    )
 }
 
 
@@ -326,7 +357,9 @@ def main(rank: str, world: str, folder: str, *scenarios: str) -> None:
     """Run scenarios as one of the processes."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / f"store_{world}"), int(world))
-    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(world))
+    rest: dict[str, Any] = {"rank": int(rank), "world_size": int(world), "store": store}
+    # a process that fails leaves the others waiting
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60), **rest)
     failures = {}
     for scenario in scenarios:
         name, *words = scenario.split(",")
@@ -340,9 +373,12 @@ def main(rank: str, world: str, folder: str, *scenarios: str) -> None:
             SCENARIOS[name](**options)
         except Exception:
             failures[scenario] = traceback.format_exc()
-        failed = torch.tensor(len(failures))
-        dist.all_reduce(failed)
-        if int(failed):  # the processes may have come apart
+        try:
+            failed = torch.tensor(len(failures))
+            dist.all_reduce(failed)
+        except RuntimeError:  # some wait for others elsewhere
+            failures.setdefault(scenario, traceback.format_exc())
+        if failures or int(failed):  # the processes may have come apart
             break
     (Path(folder) / f"failures_{world}_{rank}.json").write_text(json.dumps(failures))
     dist.destroy_process_group()

@@ -76,7 +76,7 @@ def _signed(leaf: Leaf, grad: Tensor | None) -> Tensor | None:
 
 def _multiplier(leaf: Leaf) -> Any:
     lr = leaf.group["lr"]
-    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+    return lr.reshape(()) if isinstance(lr, Tensor) else float(lr)
 
 
 def _derivative(built: Built, function: Callable[..., Any]) -> Callable[..., Any]:

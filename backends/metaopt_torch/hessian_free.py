@@ -211,6 +211,7 @@ class HessianFree:
         value, slope = (size.to(run.device, leaf.dtype) for size in sizes)
         shared = sizes[1] is sizes[0]
         if isinstance(lr, Tensor) or lr != 1.0:
+            lr = lr if isinstance(lr, Tensor) else float(lr)
             value, slope = value * lr, slope if shared else slope * lr
         by_block = {"lr": value} if shared else {"lr": value, "lr_trace": slope}
         single = {"discount": discount}
@@ -360,7 +361,7 @@ class HessianFree:
 def _awake(group: Mapping[str, Any]) -> Any:
     """Say whether the leaves of a group move."""
     lr = group["lr"]
-    return lr.reshape(()) != 0.0 if isinstance(lr, Tensor) else lr != 0.0
+    return lr.reshape(()) != 0.0 if isinstance(lr, Tensor) else bool(lr != 0.0)
 
 
 def _same_meta(one: Built, other: Built) -> bool:

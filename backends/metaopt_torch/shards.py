@@ -95,8 +95,11 @@ def part_of(tensor: Tensor) -> Part:
 def window(values: Any, part: Part) -> Any:
     """Return what belongs to a part, of values that along its axes have all entries or one.
 
-    Of a tensor or a NumPy array with the axes of the parameter as its last ones, a view.
+    Of a tensor or a NumPy array with the axes of the parameter as its last ones, a view. What is
+    distributed as the parameter is has its part on this device already.
     """
+    if isinstance(values, DTensor):
+        return values.to_local()
     lead = values.ndim - len(part.shape)
     cut = [
         slice(None) if values.shape[lead + axis] == 1 else slice(start, start + length)

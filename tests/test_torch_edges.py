@@ -1,0 +1,327 @@
+"""Layouts that change, packs that part, states that do not fit: the core's step, or an error."""
+
+import copy
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from metaopt_torch import MetaOptimizer, runs  # noqa: E402
+
+import metaopt as mo  # noqa: E402
+
+OPTIONS: dict[str, Any] = {
+    "base": mo.AdamW(weight_decay=0.1),
+    "meta": mo.AdamW(),
+    "step_size": 1e-2,
+    "meta_lr": 1e-2,
+    "compile": False,
+}
+
+
+def run_beside_the_core(params: Any, grads: Any, relayout: Any = None, **options: Any) -> None:
+    """Step parameters with gradients by step, None for none, and compare with the core's step."""
+    opt = MetaOptimizer(params, **(OPTIONS | options))
+    config = opt.config
+    twins = {str(i): param.detach().clone() for i, param in enumerate(params)}
+    state = config.init(twins)
+    for t, row in enumerate(grads):
+        for param, grad in zip(params, row, strict=True):
+            param.grad = grad
+        opt.step()
+        twins, state = config.step(
+            twins, {str(i): grad for i, grad in enumerate(row)}, state, lr=1.0
+        )
+        if relayout is not None:
+            relayout(t, params)
+    for param, twin in zip(params, twins.values(), strict=True):
+        torch.testing.assert_close(param.detach(), twin, rtol=1e-12, atol=1e-12)
+    for name, size in config.step_sizes(state).items():
+        torch.testing.assert_close(opt.step_sizes()[name], size, rtol=1e-12, atol=0.0)
+
+
+def normal(*shape: int, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture(params=[0, 2**16], ids=["direct", "packed"])
+def small(request: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(runs.SMALL, "cpu", request.param)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("blocks", ["scalar", "node", "weight"])
+@pytest.mark.parametrize(
+    "layout",
+    {
+        "columns": lambda: normal(8, 8)[:, :4],
+        "every other": lambda: normal(8, 8)[:, ::2],
+        "transposed": lambda: normal(4, 8).T,
+        "with gaps": lambda: normal(100).as_strided((2, 3, 2, 2), (4, 8, 2, 1)),
+    }.items(),
+    ids=lambda entry: entry[0],
+)
+def test_parameters_lie_in_memory_as_they_like(layout: Any, blocks: str) -> None:
+    param = layout[1]().requires_grad_()
+    grads = [[normal(*param.shape, seed=t)] for t in range(3)]
+    run_beside_the_core([param], grads, blocks=blocks)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("blocks", ["scalar", "node"])
+def test_memory_may_be_laid_out_anew_between_steps(blocks: str) -> None:
+    param = normal(3, 4, 5, 6).requires_grad_()
+
+    def relayout(t: int, params: Any) -> None:
+        formats = (torch.channels_last, torch.contiguous_format)
+        params[0].data = params[0].data.to(memory_format=formats[t % 2])
+
+    grads = [[normal(3, 4, 5, 6, seed=t)] for t in range(4)]
+    run_beside_the_core([param], grads, relayout, blocks=blocks)
+
+
+@pytest.mark.parametrize("meta_first", [False, True])
+def test_refused_steps_part_leaves_whose_counts_part(meta_first: bool) -> None:
+    """One leaf took part in the step that was refused, the other did not."""
+    inf = torch.full((3,), float("inf"), dtype=torch.float64)
+    one, two = normal(3, seed=1), normal(3, seed=2)
+    rows = [[inf, None], [None, one], [one, two], [two, one], [one, one]]
+    params = [normal(3, seed=3).requires_grad_() for _ in range(2)]
+    run_beside_the_core(params, rows, skip_nonfinite=True, meta_first=meta_first)
+
+
+@pytest.mark.parametrize("meta_first", [False, True])
+def test_step_sizes_that_are_what_is_learned_are_those_before_the_step(meta_first: bool) -> None:
+    grads = [[normal(5, seed=t)] for t in range(5)]
+    run_beside_the_core(
+        [normal(5, seed=9).requires_grad_()],
+        grads,
+        sigma="identity",
+        skip_nonfinite=True,
+        meta_first=meta_first,
+    )
+
+
+def test_step_sizes_are_the_callers_own() -> None:
+    param = torch.ones(3, requires_grad=True)
+    opt = MetaOptimizer([param], **(OPTIONS | {"sigma": "identity"}))
+    size = opt.step_sizes()["all"]
+    before = float(size)
+    for _ in range(3):
+        param.grad = torch.ones(3)
+        opt.step()
+    assert float(size) == before
+    assert float(opt.step_sizes()["all"]) != before
+
+
+def test_a_tensor_with_a_gradient_moves_whether_it_requires_one_or_not() -> None:
+    params = [torch.ones(3), torch.ones(3, requires_grad=True)]
+    opt = MetaOptimizer(params, **OPTIONS)
+    for param in params:
+        param.grad = torch.ones(3)
+    opt.step()
+    assert torch.equal(params[0], params[1].detach())
+    assert float(params[0][0]) < 1.0
+
+
+def test_gradients_may_be_wider_than_their_parameters() -> None:
+    """Gradients beyond the range of float16, packed and alone."""
+    moved = []
+    for number in (1, 2):
+        params = [torch.ones(3, dtype=torch.float16, requires_grad=True) for _ in range(number)]
+        opt = MetaOptimizer(params, **(OPTIONS | {"skip_nonfinite": True}))
+        for param in params:
+            param.grad_dtype = None
+            param.grad = torch.full((3,), 1e5)
+        opt.step()
+        assert int(opt.diagnostics()["skipped"]) == 0
+        moved.append(params[0].detach())
+    assert torch.equal(moved[0], moved[1])
+    assert float(moved[0][0]) < 1.0
+
+
+def test_parameters_that_become_narrow_are_compensated_from_then_on() -> None:
+    net = torch.nn.Linear(4, 2)
+    opt = MetaOptimizer(net.parameters(), **(OPTIONS | {"rounding": "kahan"}))
+    net.bfloat16()
+    net.weight.grad = torch.ones_like(net.weight)
+    opt.step()
+    assert opt.state[net.weight]["compensation"].dtype == torch.bfloat16
+
+
+def test_what_has_overflowed_is_not_compensated() -> None:
+    param = torch.full((2,), 6e4, dtype=torch.float16, requires_grad=True)
+    options = OPTIONS | {"rounding": "kahan", "step_size": 1e5, "base": mo.SGD(), "maximize": True}
+    opt = MetaOptimizer([param], **options)
+    for _ in range(2):
+        param.grad = torch.ones(2, dtype=torch.float16)
+        opt.step()
+    assert torch.all(torch.isinf(param.detach()))
+
+
+# --- states
+
+
+def trained(steps: int = 3, **options: Any) -> tuple[Any, MetaOptimizer]:
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 2)
+    opt = MetaOptimizer(net.parameters(), **(OPTIONS | options))
+    for t in range(steps):
+        for param in net.parameters():
+            param.grad = normal(*param.shape, seed=t).float()
+        opt.step()
+    return net, opt
+
+
+def frozen(opt: MetaOptimizer) -> Any:
+    return copy.deepcopy(opt.state_dict())
+
+
+def assert_same(got: Any, want: Any) -> None:
+    assert type(got) is type(want)
+    if isinstance(got, dict):
+        assert got.keys() == want.keys()
+        for key, value in got.items():
+            assert_same(value, want[key])
+    elif isinstance(got, list):
+        for a, b in zip(got, want, strict=True):
+            assert_same(a, b)
+    elif isinstance(got, torch.Tensor):
+        assert torch.equal(got, want)
+    else:
+        assert got == want
+
+
+def remapped(state: Any) -> Any:
+    """Return a state whose parameters have been numbered the other way round."""
+    other = copy.deepcopy(state)
+    other["param_groups"][0]["params"] = [1, 0]
+    return other
+
+
+def test_a_hook_may_put_another_state_in_the_place_of_the_one_given() -> None:
+    _, opt = trained()
+    found = frozen(opt)
+    _, other = trained(0)
+    other.register_load_state_dict_pre_hook(
+        lambda _, state: (
+            {"state": {i: state["state"][1 - i] for i in (0, 1)}}
+            | {"param_groups": remapped(state)["param_groups"]}
+        )
+    )
+    other.load_state_dict(found)
+    assert_same(frozen(other)["state"], found["state"])
+
+
+def test_a_count_may_be_a_number() -> None:
+    _, opt = trained()
+    found = frozen(opt)
+    for entry in found["state"].values():
+        entry["step"] = int(entry["step"])
+    _, other = trained(0)
+    other.load_state_dict(found)
+    assert_same(frozen(other), frozen(opt))
+
+
+CHANGES: dict[str, Any] = {
+    "bounds": lambda state: state["param_groups"][0].update(bounds=(1.0, 0.0)),
+    "lr": lambda state: state["param_groups"][0].update(lr=-5.0),
+    "beta": lambda state: state["param_groups"][0].update(beta=[1.0]),
+    "a list": lambda state: state["state"][1].update(exp_avg=[1.0, 2.0]),
+    "another slot": lambda state: state["state"][1].update(momentum=torch.zeros(2)),
+    "other rules": lambda state: state["param_groups"][0].update(made_with="SGD, Lion, exp"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_that_does_not_fit_changes_nothing(change: str) -> None:
+    _, opt = trained()
+    state = frozen(opt)
+    CHANGES[change](state)
+    net, other = trained(1)
+    before = frozen(other)
+    with pytest.raises((ValueError, TypeError)):
+        other.load_state_dict(state)
+    assert_same(frozen(other), before)
+    twin, twin_opt = trained(1)
+    for some, some_opt in ((net, other), (twin, twin_opt)):
+        for param in some.parameters():
+            param.grad = torch.ones_like(param)
+        some_opt.step()
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"base": mo.SGD(momentum=0.9)}, {"meta": mo.Lion()}, {"sigma": "softplus"}],
+    ids=["base", "meta", "sigma"],
+)
+def test_a_state_of_another_method_is_refused(options: Any) -> None:
+    _, opt = trained(**options)
+    _, other = trained()
+    with pytest.raises(ValueError, match=r"was made with .* expected AdamW, AdamW, exp"):
+        other.load_state_dict(opt.state_dict())
+
+
+@pytest.mark.parametrize(("of", "into"), [("float32", "float64"), ("float64", "float32")])
+def test_a_state_takes_the_dtype_that_goes_with_the_parameters(of: str, into: str) -> None:
+    nets = [torch.nn.Linear(4, 2, dtype=getattr(torch, dtype)) for dtype in (of, into)]
+    opts = [MetaOptimizer(net.parameters(), **OPTIONS) for net in nets]
+    opts[1].load_state_dict(opts[0].state_dict())
+    for param in nets[1].parameters():
+        assert opts[1].state[param]["trace"].dtype == getattr(torch, into)
+        param.grad = torch.ones_like(param)
+    opts[1].step()
+    assert opts[1].step_sizes()["all"].dtype == getattr(torch, into)
+
+
+# --- what is refused
+
+
+REFUSED: dict[str, Any] = {
+    "has one parameter twice": lambda p: [p, p],
+    "is expanded": lambda _: [torch.ones(1).expand(3)],
+    "must hold a parameter": lambda _: [{"params": []}],
+    "`maximize` must be True or False": lambda p: [{"params": [p], "maximize": "no"}],
+    "`lr` must not be negative": lambda p: [{"params": [p], "lr": torch.tensor(-1.0)}],
+}
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("message", REFUSED)
+def test_parameters_and_groups_that_are_refused(message: str) -> None:
+    given = REFUSED[message](torch.ones(3, requires_grad=True))
+    with pytest.raises((ValueError, TypeError), match=message):
+        MetaOptimizer(given, **OPTIONS)
+
+
+def test_float16_is_not_rounded_stochastically_in_a_group_that_comes_late_either() -> None:
+    param = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    opt = MetaOptimizer([param], **(OPTIONS | {"rounding": "stochastic"}))
+    late = torch.ones(3, dtype=torch.float16, requires_grad=True)
+    with pytest.raises(ValueError, match="'1' is float16"):
+        opt.add_param_group({"params": [late]})
+    assert len(opt.param_groups) == 1
+
+
+def test_a_group_without_parameters_is_no_matter() -> None:
+    param = torch.ones(3, requires_grad=True)
+    opt = MetaOptimizer([{"params": []}, {"params": [param]}, {"params": []}], **OPTIONS)
+    param.grad = torch.ones(3)
+    opt.step()
+    again = MetaOptimizer([{"params": []}, {"params": [param]}, {"params": []}], **OPTIONS)
+    again.load_state_dict(opt.state_dict())
+    assert_same(frozen(again), frozen(opt))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    import numpy as np
+
+    param = torch.ones(3, requires_grad=True)
+    opt = MetaOptimizer([param], **(OPTIONS | {"lr": np.float32(0.5)}))
+    param.grad = torch.ones(3)
+    opt.step()
+    assert float(param.detach()[0]) < 1.0
