@@ -25,7 +25,8 @@ class UntraceableError(Exception):
 class Scalar:
     """An entry of an array, or a value that all entries share, inside a `Program`.
 
-    It has the operators and, through its namespace, the functions of an array of shape ().
+    It has the operators and, through its namespace, the functions of an array; all else that an
+    array can be asked for, its shape and device among it, a program cannot depend on.
 
     Parameters
     ----------
@@ -42,12 +43,20 @@ class Scalar:
     name: Any
     varies: bool
 
-    shape: ClassVar[tuple[()]] = ()
-    ndim: ClassVar[int] = 0
     __array_ufunc__: ClassVar[None] = None  # else NumPy's numbers make arrays of objects
 
     def __array_namespace__(self, *, api_version: Any = None) -> Any:
         return FUNCTIONS
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python's own questions
+            raise AttributeError(name)
+        msg = f"it asks an array for its {name}"
+        raise UntraceableError(msg)
+
+    def __len__(self) -> int:
+        msg = "it asks an array for its length"
+        raise UntraceableError(msg)
 
     def __bool__(self) -> bool:
         msg = "it branches on a value"

@@ -119,6 +119,12 @@ def test_integers_stay_integers_until_they_are_cast() -> None:
         (lambda x: x + namespace(x).astype(x, "float32"), "combines dtypes: float32, float64"),
         (lambda x: namespace(x).where(x > 0.0, 1.0, 0.0), "combines dtypes: numbers alone"),
         (lambda x: namespace(x).astype(x, "int32") * 0.5, "combines integers with 0.5"),
+        (lambda x: x * 2.0 if x.ndim else x, "asks an array for its ndim"),
+        (lambda x: x / math.sqrt(math.prod(x.shape)), "asks an array for its shape"),
+        (lambda x: x / x.size, "asks an array for its size"),
+        (lambda x: x * (2.0 if hasattr(x, "device") else 3.0), "asks an array for its device"),
+        (lambda x: x * len(x), "asks an array for its length"),
+        (lambda x: x * x.T, "asks an array for its T"),
     ],
 )
 def test_what_is_no_formula_is_refused(function: Callable[[Any], Any], why: str) -> None:
