@@ -51,6 +51,23 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "finite": lambda x: namespace(x).where(namespace(x).isfinite(x), x, 3.0),
     "nan": lambda x: namespace(x).where(namespace(x).isnan(x), 3.0, x),
     "power": lambda x: abs(x) ** 1.5,
+    "signs of zeros": lambda x: 1.0 / (abs(x) * 0.0) + 1.0 / (abs(x) * -0.0),
+    "zero turned": lambda x: 1.0 / (x - -0.0) + 1.0 / -namespace(x).zeros_like(x),
+    "condition": lambda x: namespace(x).where((x > 0.0) == (x < 1.0), x, -x),
+    "constant condition": lambda x: namespace(x).where((x > 0.0) & True, x, -x),
+    "condition as number": lambda x: x * namespace(x).astype(x > 0.5, x.dtype),
+    "narrowed": lambda x: namespace(x).astype(
+        namespace(x).astype(x, namespace(x).float32) * 0.1, x.dtype
+    ),
+    "infinite": lambda x: namespace(x).where(x < math.inf, x, -math.inf),
+    "nan in it": lambda x: namespace(x).where(x < 1.0, x, math.nan),
+    "functions": lambda x: (
+        namespace(x).exp(-abs(x))
+        + namespace(x).tanh(x)
+        + namespace(x).expm1(-abs(x))
+        + namespace(x).square(x)
+    ),
+    "logarithms": lambda x: namespace(x).log(abs(x) + 1.0) - namespace(x).log1p(abs(x)),
     "zeros and ones": lambda x: namespace(x).zeros_like(x) + namespace(x).ones_like(x) * 2.0 * x,
 }
 
@@ -97,6 +114,26 @@ def test_numbers_are_rounded_once() -> None:
     assert "1.0f / 0.0f" in second
 
 
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda n: n + 0.5, "combines int32 with 0.5"),
+        (lambda n: n + 2**31, "combines int32 with 2147483648"),
+        (lambda n: n + True, "combines int32 with True"),
+        (lambda n: n / 2, "takes / of int32"),
+        (lambda n: n * 2, r"takes \* of int32"),
+        (lambda n: n**2, "takes pow of int32"),
+        (lambda n: abs(n), "takes abs of int32"),
+        (lambda n: -n, "takes neg of int32"),
+        (lambda n: n < 2.0, "combines int32 with 2.0"),
+    ],
+)
+def test_counts_are_only_counted(function: Callable[[Any], Any], why: str) -> None:
+    """Languages differ in what integers come to: 7 / 2, the size that overflows, abs."""
+    with pytest.raises(UntraceableError, match=why):
+        traced(function, "int32")
+
+
 def test_integers_stay_integers_until_they_are_cast() -> None:
     program, result = traced(lambda x: namespace(x).astype(x + 1, "float32") - 1.0, "int32")
     assert C.lines(program.each) == [
@@ -114,11 +151,28 @@ def test_integers_stay_integers_until_they_are_cast() -> None:
         (lambda x: max(x, 0.0), "branches on a value"),
         (lambda x: namespace(x).sum(x), "calls sum"),
         (lambda x: namespace(x).linalg.norm(x), "calls linalg"),
-        (lambda x: x + np.ones(3), "combines entries with numpy.ndarray"),
-        (lambda x: x * "a", "combines entries with builtins.str"),
+        (lambda x: x + np.ones(3), "combines float64 with numpy.ndarray"),
+        (lambda x: x * "a", "combines float64 with builtins.str"),
         (lambda x: x + namespace(x).astype(x, "float32"), "combines dtypes: float32, float64"),
         (lambda x: namespace(x).where(x > 0.0, 1.0, 0.0), "combines dtypes: numbers alone"),
-        (lambda x: namespace(x).astype(x, "int32") * 0.5, "combines integers with 0.5"),
+        (lambda x: namespace(x).astype(x, "int32"), "casts float64 to int32"),
+        (lambda x: namespace(x).astype(x, np.float64), "casts float64 to <class"),
+        (lambda x: namespace(x).astype(x > 0.0, "float16"), "casts bool to float16"),
+        (lambda x: -namespace(x).astype(x, "float16"), "takes neg of float16"),
+        (lambda x: (x > 0.0) * 2.0, r"takes \* of bool"),
+        (lambda x: (x > 0.0) + (x > 1.0), r"takes \+ of bool"),
+        (lambda x: (x > 0.0) < 0.5, "takes < of bool"),
+        (lambda x: (x > 0.0) == 2.0, "combines bool with 2.0"),
+        (lambda x: (x > 0.0) * x, "combines dtypes: bool, float64"),
+        (lambda x: x & (x > 0.0), "combines dtypes: bool, float64"),
+        (lambda x: x | 1, r"takes \| of float64"),
+        (lambda x: ~x, "takes not of float64"),
+        (lambda x: x * True, "combines float64 with True"),
+        (lambda x: x + np.int64(2), "combines float64 with np.int64"),
+        (lambda x: namespace(x).astype(x, "float32") * np.float64(0.5), "combines float32 with"),
+        (lambda x: namespace(x).where(x, x, 0.0), "chooses by what is no boolean"),
+        (lambda x: namespace(x).exp(x > 0.0), "takes exp of bool"),
+        (lambda x: namespace(x).zeros_like(x, dtype="bool"), "combines bool with 0"),
         (lambda x: x * 2.0 if x.ndim else x, "asks an array for its ndim"),
         (lambda x: x / math.sqrt(math.prod(x.shape)), "asks an array for its shape"),
         (lambda x: x / x.size, "asks an array for its size"),
