@@ -1,11 +1,17 @@
 """Traced formulas: what is written is what the formula computes, and all else is refused."""
 
+import ctypes
 import math
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from metaopt_conformance import tolerances
 
 import metaopt as mo
 from metaopt import numerics
@@ -79,6 +85,52 @@ def test_what_is_written_is_what_is_computed(name: str, value: float) -> None:
         want = FUNCTIONS[name](np.asarray(value))
         got = evaluated(FUNCTIONS[name], value)
     np.testing.assert_array_equal(np.float64(got), np.float64(want))
+
+
+def assert_computed(name: str, function: Callable[[Any], Any]) -> None:
+    """Compare what a compiler made of a function with what arrays make of it."""
+    values = np.array(VALUES)
+    with np.errstate(all="ignore"):
+        want = [float(FUNCTIONS[name](value)) for value in values]
+    got = [function(float(value)) for value in values]
+    np.testing.assert_allclose(got, want, rtol=tolerances.rounding("float64", operations=10))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_numba_computes_what_is_written(name: str) -> None:
+    numba = pytest.importorskip("numba")
+    program, result = traced(FUNCTIONS[name], "float64")
+    lines = PYTHON.lines(program.once + program.each)
+    names: dict[str, Any] = {"np": np, "math": math}
+    exec("\n    ".join(["def f(x):", *lines, f"return {PYTHON.written(result)}"]), names)
+    assert_computed(name, numba.njit("float64(float64)", error_model="numpy")(names["f"]))
+
+
+@pytest.fixture(scope="module")
+def of_c(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a library of all functions, compiled as C++."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler is found")
+    text = ["#include <cmath>"]
+    for index, function in enumerate(FUNCTIONS.values()):
+        program, result = traced(function, "float64")
+        lines = " ".join(C.lines(program.once + program.each))
+        text.append(
+            f'extern "C" double f{index}(double x) {{ {lines} return {C.written(result)}; }}'
+        )
+    path: Path = tmp_path_factory.mktemp("c")
+    (path / "f.cpp").write_text("\n".join(text))
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror"]
+    subprocess.run([compiler, *flags, "-o", path / "f.so", path / "f.cpp"], check=True)
+    return ctypes.CDLL(f"{path}/f.so")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_c_compiler_computes_what_is_written(name: str, of_c: Any) -> None:
+    function = of_c[f"f{list(FUNCTIONS).index(name)}"]
+    function.argtypes, function.restype = [ctypes.c_double], ctypes.c_double
+    assert_computed(name, function)
 
 
 @pytest.mark.parametrize("count", [1.0, 2.0, 1000.0])
