@@ -21,7 +21,7 @@ from metaopt_cupy.memory import address
 from metaopt_cupy.sharing import shared
 
 import metaopt as mo
-from metaopt.arrays import map_leaves
+from metaopt.arrays import map_leaves, namespace
 
 ROOT = Path(__file__).parents[1]
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -254,6 +254,29 @@ def test_a_rule_that_cannot_be_traced_says_so_and_equals_the_core(blocks: str) -
     assert list(opt.unfused) == ["dense"]
     assert_close(run_fused(opt), run_core(mo.MetaOptimize(**options), start()), "float64")
     with pytest.raises(ValueError, match=r"no kernel for 'dense': .*branches on a value"):
+        MetaOptimizer(start(), fused=True, **options)
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A rule that rounds to float16, which is no number of numba's."""
+
+    slots = ()
+    weight_decay: float = 0.0
+
+    def direction(self, grad: Any, slots: Any, count: Any) -> Any:
+        xp = namespace(grad)
+        return xp.astype(xp.astype(grad, xp.float16), grad.dtype), slots
+
+
+@needs_numba
+def test_a_rule_that_cannot_be_compiled_says_so_and_equals_the_core() -> None:
+    options = configured(base={"dense": Narrow(), "*": BASES["AdamW"]})
+    with pytest.warns(UserWarning, match=r"Narrow.* cannot be compiled: .*float16"):
+        opt = MetaOptimizer(start(), **options)
+    assert list(opt.unfused) == ["dense"]
+    assert_close(run_fused(opt), run_core(mo.MetaOptimize(**options), start()), "float64")
+    with pytest.raises(ValueError, match=r"no kernel for 'dense': .*cannot be compiled"):
         MetaOptimizer(start(), fused=True, **options)
 
 

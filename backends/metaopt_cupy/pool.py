@@ -5,6 +5,7 @@ optimizer lies where it lay in the step before, and its addresses are handed ove
 and arrays of the blocks, come anew with every step.
 """
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -105,18 +106,25 @@ class Pool:
             spec = self._spec(name, rule)
             if spec is None:
                 continue
-            try:
-                trace(spec)
-            except UntraceableError as error:
-                self.unfused[name] = f"{rule!r} cannot be traced: {error}"
-                continue
             # by identity: a rule of a user's own need not be hashable, nor its equality a bool
             key = (id(rule), spec.param, spec.compute, spec.per_weight)
             members.setdefault(key, (spec, []))[1].append(name)
         counts: dict[str, Any] = {}
-        self._groups = [self._group(*member, state, counts) for member in members.values()]
-        for group in self._groups:
-            self._kernel(group, group.spec.param)
+        self._groups: list[Group] = []
+        for spec, names in members.values():
+            try:
+                kernel = self._compiled(spec)
+            except UntraceableError as error:
+                reason = f"{spec.rule!r} cannot be traced: {error}"
+            except Exception as error:  # of whatever kind a compiler raises
+                shown = textwrap.shorten(str(error), 300)
+                reason = f"{spec.rule!r} cannot be compiled: {type(error).__name__}: {shown}"
+            else:
+                group = self._group(spec, names, state, counts)
+                group.kernels[spec.grad] = kernel
+                self._groups.append(group)
+                continue
+            self.unfused |= dict.fromkeys(names, reason)
         self.state = replace(
             state, count=per_leaf((name, counts.get(name, state.count[name])) for name in params)
         )
@@ -280,11 +288,11 @@ class Pool:
     def _kernel(self, group: Group, grad: str) -> Any:
         """Return the kernel of a group for gradients of a dtype, compiled."""
         if grad not in group.kernels:
-            spec = replace(group.spec, grad=grad)
-            group.kernels[grad] = self._engine.kernel(
-                trace(spec), spec.compute, per_weight=spec.per_weight
-            )
+            group.kernels[grad] = self._compiled(replace(group.spec, grad=grad))
         return group.kernels[grad]
+
+    def _compiled(self, spec: Spec) -> Any:
+        return self._engine.kernel(trace(spec), spec.compute, per_weight=spec.per_weight)
 
     def _by_core(
         self, name: str, grad: Any, lr: Any, of_blocks: dict[str, Any]
