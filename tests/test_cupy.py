@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import functools
 import importlib
 import importlib.util
 import pickle
@@ -264,7 +265,7 @@ class Narrow:
     slots = ()
     weight_decay: float = 0.0
 
-    def direction(self, grad: Any, slots: Any, count: Any) -> Any:
+    def direction(self, grad: Any, slots: Any, count: Any) -> Any:  # noqa: ARG002
         xp = namespace(grad)
         return xp.astype(xp.astype(grad, xp.float16), grad.dtype), slots
 
@@ -378,14 +379,26 @@ def test_a_sequence_is_named_by_position() -> None:
 
 
 @needs_numba
-def test_multipliers_may_be_arrays() -> None:
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_multipliers_may_be_arrays(library: str) -> None:
+    """Those of the host are numbers, whatever the library."""
+    kind: Any = np.asarray
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        kind = functools.partial(torch.tensor, dtype=torch.float64)
+    elif library == "jax":
+        kind = pytest.importorskip("jax.numpy").asarray
     options = configured(base=BASES["AdamW"], blocks="tensor")
     ours, theirs = (MetaOptimizer(start(), fused=True, **options) for _ in range(2))
-    for lr in (0.5, 0.0, 1.0):
-        ours.step(gradient(0, ours.params), lr=np.asarray(lr))
+    for lr in (0.5, 0.0, 1.0, 1e-60):
+        ours.step(gradient(0, ours.params), lr=kind(lr))
         theirs.step(gradient(0, theirs.params), lr=lr)
     assert contents(ours.params) == contents(theirs.params)
     assert contents(ours.state) == contents(theirs.state)
+    with pytest.raises(ValueError, match=r"`lr.*` must be a finite number"):
+        ours.step(gradient(0, ours.params), lr=kind(-1.0))
+    with pytest.raises(TypeError, match="`lr` must be of real numbers"):
+        ours.step(gradient(0, ours.params), lr=kind(1.0) > 0.0)
 
 
 @needs_numba

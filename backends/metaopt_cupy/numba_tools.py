@@ -8,6 +8,8 @@ import numpy as np
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from metaopt_cupy.programs import ROW
+
 __all__ = ["compiled", "run"]
 
 #: Weights that are stepped in the time in which a thread wakes up.
@@ -26,7 +28,7 @@ def pointer(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
 
 TABLE = types.int64[:, ::1]
 BLOCK = types.float64(
-    *(TABLE, TABLE, types.float64[::1], types.int32[::1], types.float64),
+    *(TABLE, numba.from_dtype(ROW)[::1], types.int32[::1], types.float64),
     *(types.int64, types.int64, types.int64, types.int64),
 )
 
@@ -53,7 +55,7 @@ def run(block: Any, weights: int, *arguments: Any) -> None:
 
 
 @numba.njit(  # type: ignore[untyped-decorator]
-    types.void(types.FunctionType(BLOCK), *BLOCK.args[:5], TABLE, types.float64[::1]),
+    types.void(types.FunctionType(BLOCK), *BLOCK.args[:4], TABLE, types.float64[::1]),
     parallel=True,
     nogil=True,
 )
@@ -61,7 +63,6 @@ def _run(
     block: Any,
     fixed: Any,
     given: Any,
-    lrs: Any,
     counts: Any,
     discount: float,
     chunks: Any,
@@ -71,7 +72,6 @@ def _run(
         sums[index] = block(
             fixed,
             given,
-            lrs,
             counts,
             discount,
             chunks[index, 0],

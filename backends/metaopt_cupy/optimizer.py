@@ -167,7 +167,7 @@ class MetaOptimizer:
             If a gradient is no dense, real floating array, or cannot be read.
         """
         with self._device():
-            found = self._read("grads", grads)
+            found, lrs = self._read("grads", grads), self._multipliers(lr)
             if self._pool is None:
                 if hessian_diagonal is not None:
                     hessian_diagonal = self._read("hessian_diagonal", hessian_diagonal)
@@ -175,7 +175,7 @@ class MetaOptimizer:
                     self._params,
                     found,
                     self._state,
-                    lr=lr,
+                    lr=lrs,
                     hvp=hvp,
                     third=third,
                     hessian_diagonal=hessian_diagonal,
@@ -184,7 +184,19 @@ class MetaOptimizer:
                     param[...] = params[name]
             else:
                 check_grads(found, self._params, self._plan.shapes)
-                self._pool.step(found, multipliers(lr, self._plan.shapes))
+                self._pool.step(found, lrs)
+
+    def _multipliers(self, lr: Any) -> Any:
+        """Return multipliers by leaf: floats where the host has them, arrays of the device."""
+        found = multipliers(lr, self._plan.shapes)
+        like = next(iter(self._params.values()))
+        for name, array in found.items():
+            if isinstance(array, float) or not hasattr(array, "__dlpack_device__"):
+                continue
+            what = f"lr[{name!r}]" if isinstance(lr, Mapping) else "lr"
+            on_host = device_of(array) == "cpu"
+            found[name] = float(array) if on_host else shared(what, array, like, self._xp)
+        return multipliers(found, self._plan.shapes)
 
     def _read(self, what: str, arrays: Any) -> Any:
         """Return a mapping of arrays as this library's."""

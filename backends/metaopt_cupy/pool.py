@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 import metaopt as mo
-from metaopt.arrays import Leaves, map_leaves, namespace, per_leaf, solid
+from metaopt.arrays import Leaves, cast, map_leaves, namespace, per_leaf, solid
 from metaopt.passes import Leaf, LeafStep, one_pass
 from metaopt.plan import Plan
 from metaopt.step import awake_leaves
 from metaopt.tracer import UntraceableError
 from metaopt_cupy.chunks import cut, lies_per_weight
 from metaopt_cupy.memory import Occupied, address, contiguous
-from metaopt_cupy.programs import Spec, trace
+from metaopt_cupy.programs import ROW, Spec, trace
 
 __all__ = ["Group", "Pool"]
 
@@ -203,9 +203,10 @@ class Pool:
         grads : mapping of leaf to array or None
             Of the library and shapes of the parameters.
         lrs : mapping of leaf to multiplier
-            As `metaopt.inputs.multipliers` returns them.
+            As `metaopt.inputs.multipliers` returns them; arrays of the parameters' library.
         """
         plan, state, xp = self._plan, self.state, self._xp
+        lrs = _rounded(lrs, plan.dtypes)
         awake = awake_leaves(grads, lrs)
         value, rate = (map_leaves(solid, part) for part in self._config.slopes(state.beta))
         of_blocks = {"value": value, "rate": rate, "meta_grad": state.meta_grad}
@@ -215,11 +216,11 @@ class Pool:
             for name in self.unfused
             if grads[name] is not None
         }  # before anything is written
-        for group, (kernel, given, multipliers, _) in zip(self._groups, work, strict=True):
+        for group, (kernel, given, _) in zip(self._groups, work, strict=True):
             buffered = [name for name in group.names if name in self._buffers]
             for name in buffered:
                 self._buffers[name][...] = self._params[name]
-            self._engine.run(kernel, group, given, multipliers, self._config.discount)
+            self._engine.run(kernel, group, given, self._config.discount)
             for name in buffered:
                 self._params[name][...] = self._buffers[name]
         partials = {name: self._written(name, *found) for name, found in loose.items()} | {
@@ -239,36 +240,31 @@ class Pool:
 
     def _work(
         self, group: Group, grads: Mapping[str, Any], lrs: Leaves[Any], of_blocks: dict[str, Any]
-    ) -> tuple[Any, Any, list[Any], list[Any]]:
-        """Return the kernel, addresses by row, multipliers, and what has to live until it ran."""
-        engine, spec = self._engine, group.spec
-        given = np.zeros((6, len(group.names)), dtype=np.int64)
+    ) -> tuple[Any, Any, list[Any]]:
+        """Return the kernel, what it is told, and the arrays that have to live until it ran."""
+        given = np.zeros(len(group.names), dtype=ROW)
         grad, arrays = self._readable(group, [grads[name] for name in group.names])
         for row, array in enumerate(arrays):
             if array is not None:
-                given[0, row] = address(array) or 1  # an empty array may lie nowhere
-        begin, end = given[0], given[0] + group.sizes
+                given["grad"][row] = address(array) or 1  # an empty array may lie nowhere
+        begin, end = given["grad"], given["grad"] + group.sizes
         # one that lies in its own parameter, entry by entry, is read before that is written
         inside = (begin != 0) & (begin != group.own) & self._occupied.holds(begin, end)
         for row in np.nonzero(inside)[0].tolist():
             arrays[row] = self._xp.array(arrays[row], copy=True)
-            given[0, row] = address(arrays[row])
-        for column, values in enumerate(of_blocks.values(), start=1):
+            given["grad"][row] = address(arrays[row])
+        for part, values in of_blocks.items():
             if isinstance(values, Mapping):
-                given[column] = [address(values[name]) for name in group.names]
+                given[part] = [address(values[name]) for name in group.names]
             else:
-                given[column] = address(values) + group.starts * values.dtype.itemsize
-        given[4] = group.products
-        multipliers, compute = [], getattr(self._xp, spec.compute)
+                given[part] = address(values) + group.starts * values.dtype.itemsize
+        given["product"] = group.products
         for row, name in enumerate(group.names):
-            lr = lrs[name]
-            if not isinstance(lr, float):
-                lr, array = engine.multiplier(lr, compute)
-                if array is not None:
-                    arrays.append(array)
-                    given[5, row] = address(array)
-            multipliers.append(lr)
-        return self._kernel(group, grad), given, multipliers, arrays
+            if isinstance(lrs[name], float):
+                given["lr"][row] = lrs[name]
+            else:
+                given["lr_at"][row] = address(lrs[name])
+        return self._kernel(group, grad), given, arrays
 
     def _readable(self, group: Group, grads: list[Any]) -> tuple[str, list[Any]]:
         """Return gradients as one kernel can read them: their dtype, and contiguous arrays."""
@@ -323,3 +319,16 @@ class Pool:
             array[...] = step.slots[slot]
         state.count[name][...] += 1
         return self._plan.blocks.partial(product, name, self._plan.beta_dtype)
+
+
+def _rounded(lrs: Leaves[Any], dtypes: Leaves[Any]) -> Leaves[Any]:
+    """Return multipliers in the leaves' compute dtypes; an array of several leaves is cast once."""
+    known: dict[Any, Any] = {}
+    rounded = per_leaf(lrs.items())
+    for name, lr in lrs.items():
+        if not isinstance(lr, float):
+            key = id(lr), dtypes[name]
+            if key not in known:
+                known[key] = cast(lr, dtypes[name])
+            rounded[name] = known[key]
+    return rounded
