@@ -5,6 +5,7 @@ import doctest
 import functools
 import importlib
 import importlib.util
+import os
 import pickle
 import subprocess
 import sys
@@ -444,13 +445,57 @@ def test_optimizers_step_in_threads() -> None:
 
 @needs_numba
 def test_kernels_are_compiled_once_a_formula() -> None:
+    from metaopt_cupy import numba_tools
+
     options = configured(base=mo.AdamW(betas=(0.71, 0.72)))
     opt = MetaOptimizer(start(), fused=True, **options)
     run_fused(opt)
-    known = len(cpu._compiled)
+    known = numba_tools._compiled.cache_info()
     for blocks in ("tensor", "node"):  # the leaf () has no axis: its weight is a unit
         run_fused(MetaOptimizer(start(), fused=True, **(options | {"blocks": blocks})))
-    assert len(cpu._compiled) == known
+    assert numba_tools._compiled.cache_info().misses == known.misses
+    assert known.maxsize is not None  # a search over hyperparameters compiles one after the other
+
+
+FORKED = """
+import os, signal, sys, threading
+import numpy as np
+import metaopt as mo
+from metaopt_cupy import MetaOptimizer
+
+def made(size):
+    w = np.ones(size)
+    return w, MetaOptimizer({"w": w}, mo.AdamW(), mo.SGD(), step_size=0.1, fused=True)
+
+few, small = made(3)
+before = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
+small.step({"w": few})
+if before:
+    assert len(os.listdir("/proc/self/task")) == before, "a small step has started threads"
+many, large = made(200_000)
+if sys.argv[1] == "after threads":
+    large.step({"w": many})
+if sys.argv[1] == "in a step":
+    large.step({"w": many})
+    from metaopt_cupy import numba_tools
+    numba_tools._running.acquire()  # as another thread holds it
+    numba_tools._compiling.acquire()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    small.step({"w": few})
+    large.step({"w": many})
+    made(5)[1].step({"w": np.ones(5)})
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("when", ["before threads", "after threads", "in a step"])
+def test_a_forked_process_steps(when: str) -> None:
+    assert alone(FORKED, "torch", when) == "7\n"
 
 
 @needs_numba
@@ -706,10 +751,10 @@ sys.meta_path.insert(0, Hidden())
 """
 
 
-def alone(program: str, missing: str) -> str:
+def alone(program: str, missing: str, *arguments: str) -> str:
     """Run a program in a process in which a package cannot be imported; return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-c", HIDDEN.format(missing) + program],
+        [sys.executable, "-c", HIDDEN.format(missing) + program, *arguments],
         cwd=ROOT,
         env={"PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}", "PATH": "/usr/bin:/bin"},
         capture_output=True,

@@ -1,6 +1,5 @@
 """Kernels for NumPy arrays, compiled by numba from the traced source."""
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -9,10 +8,6 @@ from metaopt.tracer import PYTHON
 from metaopt_cupy.programs import GIVEN, Traced
 
 __all__ = ["Cpu", "source"]
-
-#: Serializes parallel regions: one of numba's threading layers ends the process where two meet.
-_lock = threading.Lock()
-_compiled: dict[str, Any] = {}
 
 TEMPLATE = """\
 def block(fixed, given, counts, discount_, row, start, stop, first):
@@ -96,10 +91,7 @@ class Cpu:
 
     def kernel(self, traced: Traced, compute: str, *, per_weight: bool) -> Any:
         """Return the compiled kernel of a traced step."""
-        text = source(traced, compute, per_weight=per_weight)
-        if text not in _compiled:
-            _compiled[text] = self._tools.compiled(text)
-        return _compiled[text]
+        return self._tools.compiled(source(traced, compute, per_weight=per_weight))
 
     def table(self, array: Any) -> Any:
         """Return a table of integers where kernels read it."""
@@ -111,12 +103,11 @@ class Cpu:
 
     def run(self, kernel: Any, group: Any, given: Any, discount: float) -> None:
         """Step the leaves of a group."""
-        with _lock:
-            self._tools.run(
-                kernel,
-                group.weights,
-                *(group.fixed, given, group.counts, discount, group.chunks, group.sums),
-            )
+        self._tools.run(
+            kernel,
+            group.weights,
+            *(group.fixed, given, group.counts, discount, group.chunks, group.sums),
+        )
         group.counts += given["grad"] != 0
 
     def gathered(self, groups: Any, size: int, dtype: Any) -> Any:
