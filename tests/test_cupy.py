@@ -730,6 +730,60 @@ def test_tensors_of_torch_are_stepped_where_they_lie() -> None:
         assert error <= tolerances.rounding("float32", operations=60)
 
 
+def of_torch(fused: bool) -> Any:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(3, 2)
+    params = dict(model.named_parameters())
+    opt = MetaOptimizer(params, mo.SGD(), mo.SGD(), step_size=0.5, fused=fused)
+    return torch, model, opt
+
+
+def ones_like(model: Any) -> Any:
+    return {name: np.ones(tuple(param.shape), "f4") for name, param in model.named_parameters()}
+
+
+@needs_numba
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+@pytest.mark.parametrize("fused", [True, False])
+def test_copies_of_a_module_and_its_optimizer_belong_together(duplicate: Any, fused: bool) -> None:
+    _, model, opt = of_torch(fused)
+    before = model.weight.detach().clone()
+    twin, other = duplicate((model, opt))
+    other.step(ones_like(twin))
+    np.testing.assert_array_equal(twin.weight.detach(), before - 0.5)
+    np.testing.assert_array_equal(model.weight.detach(), before)
+
+
+@needs_numba
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_tensor_that_lies_elsewhere_by_now_is_not_stepped_where_it_lay(
+    fused: bool, tmp_path: Path
+) -> None:
+    torch, model, opt = of_torch(fused)
+    opt.step(ones_like(model))
+    model.bias.data = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"`params\['bias'\]` lies elsewhere"):
+        opt.step(ones_like(model))
+    assert int(opt.state.step) == 1
+    opt.save(tmp_path / "run")  # what the message says
+    again = MetaOptimizer.load(tmp_path / "run", dict(model.named_parameters()), fused=fused)
+    again.step(ones_like(model))
+    assert model.bias.tolist() == [-0.5, -0.5]
+
+
+@needs_numba
+@pytest.mark.parametrize("fused", [True, False])
+def test_autograd_is_told_what_a_step_has_written(fused: bool) -> None:
+    _, model, opt = of_torch(fused)
+    loss = (model.weight * model.weight).sum() + (model.bias * model.bias).sum()
+    versions = model.weight._version, model.bias._version
+    opt.step({"weight": np.ones((2, 3), "f4"), "bias": None})
+    assert model.weight._version > versions[0]
+    assert model.bias._version == versions[1]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_arrays_of_jax_cannot_be_written_to() -> None:
     jax = pytest.importorskip("jax")
     with pytest.raises(ValueError, match=r"`params\['w'\]` is read-only"):

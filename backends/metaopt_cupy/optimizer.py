@@ -3,12 +3,14 @@
 import contextlib
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
+from array_api_compat import is_torch_array
 
 import metaopt as mo
 from metaopt.arrays import map_leaves, solid
@@ -89,7 +91,13 @@ class MetaOptimizer:
         fused: bool | None,
         state: mo.State | None = None,
     ) -> None:
-        self._xp, self._params = _adopted(_named("params", params))
+        params_by_name = _named("params", params)
+        self._xp, self._params = _adopted(params_by_name)
+        self._tensors = {
+            name: (param, param.data_ptr())
+            for name, param in params_by_name.items()
+            if is_torch_array(param)
+        }
         self._by_position = not isinstance(params, Mapping)
         self._fused, self.config = fused, config
         self._pool: Pool | None = None
@@ -166,6 +174,7 @@ class MetaOptimizer:
         TypeError
             If a gradient is no dense, real floating array, or cannot be read.
         """
+        self._check_tensors()
         with self._device():
             found, lrs = self._read("grads", grads), self._multipliers(lr)
             if self._pool is None:
@@ -185,6 +194,22 @@ class MetaOptimizer:
             else:
                 check_grads(found, self._params, self._plan.shapes)
                 self._pool.step(found, lrs)
+        for name, (tensor, _) in self._tensors.items():
+            if (
+                found[name] is not None and not tensor.is_inference()
+            ):  # or torch's autograd would not know
+                sys.modules["torch"].autograd.graph.increment_version(tensor)
+
+    def _check_tensors(self) -> None:
+        """Raise where a tensor of torch has been given other memory than steps write to."""
+        for name, (tensor, pointer) in self._tensors.items():
+            if tensor.data_ptr() != pointer:
+                msg = (
+                    f"`params[{name!r}]` lies elsewhere than when this optimizer was made: its "
+                    "`data` has been replaced. Make one for the parameters as they are, by `save` "
+                    "and `MetaOptimizer.load`."
+                )
+                raise ValueError(msg)
 
     def _multipliers(self, lr: Any) -> Any:
         """Return multipliers by leaf: floats where the host has them, arrays of the device."""
@@ -214,7 +239,8 @@ class MetaOptimizer:
 
     def __reduce__(self) -> Any:
         """Copy and pickle by what the optimizer consists of: kernels hold addresses."""
-        params = list(self._params.values()) if self._by_position else self._params
+        by_name = self._params | {name: tensor for name, (tensor, _) in self._tensors.items()}
+        params = list(by_name.values()) if self._by_position else by_name
         return _restored, (type(self), params, self.config, self._fused, self.state)
 
     def step_sizes(self) -> dict[str, Any]:
