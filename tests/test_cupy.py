@@ -369,6 +369,24 @@ def test_gradients_may_be_parameters_themselves() -> None:
 
 
 @needs_numba
+def test_parameters_may_lie_between_each_other() -> None:
+    """And gradients between them: what a leaf writes is not read by the next."""
+    whole = np.arange(40.0).reshape(10, 4) + 1.0
+    params = {"a": whole[:, :2], "b": whole[0, 2:], "c": np.ones(2)}
+    rules = {"[ab]": mo.SGD(), "c": mo.SGD(weight_decay=0.5)}
+    options = configured(base=rules, blocks="tensor")
+    core, pure = mo.MetaOptimize(**options), map_leaves(np.array, params)
+    state = core.init(pure)
+    opt = MetaOptimizer(params, fused=True, **options)
+    for _ in range(3):
+        opt.step({"a": np.ones((10, 2)), "b": np.ones(2), "c": whole[5, :2]})
+        pure, state = core.step(
+            pure, {"a": np.ones((10, 2)), "b": np.ones(2), "c": pure["a"][5]}, state
+        )
+    assert_close((params, opt.state), (pure, state), "float64", steps=3)
+
+
+@needs_numba
 def test_a_sequence_is_named_by_position() -> None:
     params = list(start().values())
     opt = MetaOptimizer(params, fused=True, **configured(base=mo.SGD(), blocks="tensor"))
@@ -618,6 +636,7 @@ def read_only() -> Any:
 
 
 WHOLE = np.ones(6)
+SQUARE = np.ones((4, 4))
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "empty": ({}, ValueError, "`params` must hold at least one array"),
     "number": (
@@ -630,6 +649,18 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "read-only": ({"w": read_only()}, ValueError, r"`params\['w'\]` is read-only"),
     "twice": ({"a": WHOLE, "b": WHOLE}, ValueError, "'a' and 'b' share memory"),
     "part": ({"a": WHOLE, "b": WHOLE[4:]}, ValueError, "'a' and 'b' share memory"),
+    "transposed": ({"a": SQUARE, "b": SQUARE.T}, ValueError, "'a' and 'b' share memory"),
+    "every other": ({"a": WHOLE, "b": WHOLE[::2]}, ValueError, "'b' and 'a' share memory"),
+    "columns": (
+        {"a": SQUARE[:, :2], "x": np.ones(3), "b": SQUARE[:, 3], "c": SQUARE[2:, 1:3]},
+        ValueError,
+        "'a' and 'c' share memory",
+    ),
+    "itself": (
+        {"a": np.lib.stride_tricks.as_strided(WHOLE, (3, 2), (8, 8))},
+        ValueError,
+        r"`params\['a'\]` shares memory among its own entries",
+    ),
 }
 
 

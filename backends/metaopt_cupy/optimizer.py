@@ -104,7 +104,7 @@ class MetaOptimizer:
         with self._device():
             state = config.init(self._params) if state is None else state
             self._plan = config.plan(self._params)
-            check_writable(self._params)
+            check_writable(self._params, self._xp)
             chosen = "`fused` is False" if fused is False else _needs_more(config, self._plan)
             missing = "" if chosen else _missing(self._xp)
             self._state, self.unfused = state, dict.fromkeys(self._params, chosen or missing)

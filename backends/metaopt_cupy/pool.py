@@ -48,7 +48,7 @@ class Group:
     sums : float64 (chunks,)
         Sums of products; kernels write them.
     own, sizes, starts, products : integers (leaves,)
-        On the host: the address of the parameter, its bytes, its first block, and the address its
+        On the host: the address of the parameter, its size, its first block, and the address its
         products go to where step sizes differ from weight to weight.
     kernels : dict of str to kernel
         By the gradient's dtype.
@@ -190,7 +190,7 @@ class Pool:
             blocks=engine.blocks(np.concatenate(blocks), plan.blocks.size),
             sums=xp.zeros(len(table), dtype=xp.float64),
             own=addresses[0].copy(),
-            sizes=np.array([self._params[name].nbytes for name in names]),
+            sizes=np.array([self._params[name].size for name in names]),
             starts=np.array(starts),
             products=np.array(products),
         )
@@ -247,9 +247,11 @@ class Pool:
         for row, array in enumerate(arrays):
             if array is not None:
                 given["grad"][row] = address(array) or 1  # an empty array may lie nowhere
-        begin, end = given["grad"], given["grad"] + group.sizes
+        begin = given["grad"]
+        end = begin + group.sizes * np.dtype(grad).itemsize
         # one that lies in its own parameter, entry by entry, is read before that is written
-        inside = (begin != 0) & (begin != group.own) & self._occupied.holds(begin, end)
+        own = (begin == group.own) & (grad == group.spec.param)
+        inside = (begin != 0) & ~own & self._occupied.holds(begin, end)
         for row in np.nonzero(inside)[0].tolist():
             arrays[row] = self._xp.array(arrays[row], copy=True)
             given["grad"][row] = address(arrays[row])
