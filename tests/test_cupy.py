@@ -629,6 +629,28 @@ def test_a_bad_argument_is_named_and_changes_nothing(name: str, fused: bool) -> 
     assert (contents(params), contents(opt.state)) == before
 
 
+@dataclass(frozen=True)
+class Broken:
+    """A meta rule that fails."""
+
+    slots = ()
+    weight_decay: float = 0.0
+
+    def direction(self, grad: Any, slots: Any, count: Any) -> Any:  # noqa: ARG002
+        msg = "no such luck"
+        raise RuntimeError(msg)
+
+    def without_momentum(self) -> Any:
+        return self
+
+
+@needs_numba
+@pytest.mark.parametrize("blocks", ["tensor", "weight"])
+def test_a_meta_rule_that_fails_does_so_before_any_step(blocks: str) -> None:
+    with pytest.raises(RuntimeError, match="no such luck"):
+        MetaOptimizer(start(), mo.SGD(), Broken(), fused=True, blocks=blocks)
+
+
 def read_only() -> Any:
     array = np.ones(3)
     array.flags.writeable = False

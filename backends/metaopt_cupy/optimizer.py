@@ -111,6 +111,8 @@ class MetaOptimizer:
             if not chosen and not missing:
                 self._pool = self._pooled(state)
                 self.unfused = self._pool.unfused
+            if self._xp is not np:  # steps may be on other streams than what is made here
+                self._xp.cuda.get_current_stream().synchronize()
         if fused and self.unfused:
             name, reason = next(iter(self.unfused.items()))
             msg = f"`fused` is True, but there is no kernel for {name!r}: {reason}."
@@ -170,9 +172,15 @@ class MetaOptimizer:
         ------
         ValueError
             If names, shapes or devices do not fit, `lr` is negative, or what `curvature` needs is
-            not given. Nothing is changed then.
+            not given, or a tensor among `params` has been given other memory.
         TypeError
             If a gradient is no dense, real floating array, or cannot be read.
+
+        Notes
+        -----
+        These errors come before anything is changed. A meta rule of your own is called once when
+        the optimizer is made; what it raises only in a later step, it raises when the parameters
+        have moved.
         """
         self._check_tensors()
         with self._device():

@@ -129,6 +129,8 @@ class Pool:
             state, count=per_leaf((name, counts.get(name, state.count[name])) for name in params)
         )
         self._occupied = Occupied(params)
+        # once all that follows the kernels in a step: what fails there, fails before any step
+        config.meta_step(plan, self.state, self._summed({}), per_leaf((n, True) for n in params))
 
     def _spec(self, name: str, rule: Any) -> Spec | None:
         """Return what the kernel of a leaf depends on; None where there can be none."""
@@ -205,7 +207,7 @@ class Pool:
         lrs : mapping of leaf to multiplier
             As `metaopt.inputs.multipliers` returns them; arrays of the parameters' library.
         """
-        plan, state, xp = self._plan, self.state, self._xp
+        plan, state = self._plan, self.state
         lrs = _rounded(lrs, plan.dtypes)
         awake = awake_leaves(grads, lrs)
         value, rate = (map_leaves(solid, part) for part in self._config.slopes(state.beta))
@@ -228,15 +230,17 @@ class Pool:
             for name, product in self._products.items()
             if grads[name] is not None
         }
-        z = None
+        self.state = self._config.meta_step(plan, state, self._summed(partials), awake)
+
+    def _summed(self, partials: Mapping[str, Any]) -> Any:
+        """Return the meta-gradient, of the sums of chunks and of parts that leaves have."""
+        plan, z = self._plan, None
         if not plan.blocks.partition.per_leaf:
             z = self._engine.gathered(self._groups, plan.blocks.size, plan.beta_dtype)
         if partials:
             rest = plan.blocks.gather(partials)
             z = rest if z is None else z + rest
-        if z is None:
-            z = map_leaves(xp.zeros_like, state.beta)
-        self.state = self._config.meta_step(plan, state, z, awake)
+        return map_leaves(self._xp.zeros_like, self.state.beta) if z is None else z
 
     def _work(
         self, group: Group, grads: Mapping[str, Any], lrs: Leaves[Any], of_blocks: dict[str, Any]
