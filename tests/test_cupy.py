@@ -247,6 +247,20 @@ class Opaque:
 
 
 @needs_numba
+def test_warnings_point_at_the_call(tmp_path: Path) -> None:
+    params = {"w": np.ones(3, "float16")}
+    with pytest.warns(UserWarning, match="no kernels for float16") as made:
+        opt = MetaOptimizer(params, mo.SGD(), mo.SGD())
+    opt.save(tmp_path / "run")
+    with pytest.warns(UserWarning, match="no kernels for float16") as loaded:
+        MetaOptimizer.load(tmp_path / "run", params)
+    pickled = pickle.dumps(opt)
+    with pytest.warns(UserWarning, match="no kernels for float16") as copied:
+        pickle.loads(pickled)
+    assert [w.filename for caught in (made, loaded, copied) for w in caught] == [__file__] * 3
+
+
+@needs_numba
 @pytest.mark.parametrize("blocks", ["scalar", "weight"])
 def test_a_rule_that_cannot_be_traced_says_so_and_equals_the_core(blocks: str) -> None:
     rule = BASES["AdamW"]

@@ -26,16 +26,17 @@ class MetaOptimizer:
     """MetaOptimize in place, on arrays of CuPy or NumPy; docs/mathematics.md sections 2 to 11.
 
     A step passes over memory once: kernels that are generated from the core's own formulas, for
-    CuPy in CUDA, for NumPy by numba, compute all of it for each weight. They are exactly as exact;
-    a trace whose meta-gradient was not finite restarts one step later (section 11). Where there
-    can be no such kernel the core makes the step, and `unfused` says why.
+    CuPy in CUDA, for NumPy by numba, compute all of it for each weight, to the core's numbers but
+    for rounding. Where a meta-gradient is not finite, though, the trace restarts one step later,
+    and what the step in between made of it is lost (section 11). Where there can be no such kernel
+    the core makes the step, and `unfused` says why.
 
     Parameters
     ----------
     params : mapping of name to array, or sequence of arrays
         Real and floating, all on one device; those of a sequence are called "0", "1", and so on.
-        Steps write to these very arrays. Tensors of other libraries are taken as well, by DLPack,
-        where their memory can be written to.
+        Steps write to these very arrays. Tensors of PyTorch are taken as well, by DLPack, as long
+        as they stay where they lie.
     base, meta : Rule
         As in `metaopt.MetaOptimize`.
     fused : bool, optional
@@ -90,6 +91,7 @@ class MetaOptimizer:
         config: mo.MetaOptimize,
         fused: bool | None,
         state: mo.State | None = None,
+        stacklevel: int = 3,
     ) -> None:
         params_by_name = _named("params", params)
         self._xp, self._params = _adopted(params_by_name)
@@ -119,7 +121,8 @@ class MetaOptimizer:
             raise ValueError(msg)
         if not chosen:
             for reason in dict.fromkeys(self.unfused.values()):
-                warnings.warn(f"the core makes steps in place of a kernel: {reason}", stacklevel=3)
+                msg = f"the core makes steps in place of a kernel: {reason}"
+                warnings.warn(msg, stacklevel=stacklevel)
 
     def _pooled(self, state: mo.State) -> Pool:
         own = {
@@ -163,8 +166,9 @@ class MetaOptimizer:
         Parameters
         ----------
         grads : mapping of name to array or None, or a sequence where `params` was one
-            Of the shapes of `params`, any floating dtype. Arrays of other libraries on the same
-            device are read in place, by DLPack. A leaf with None rests.
+            Of the shapes of `params`, any floating dtype of NumPy. Arrays of other libraries on
+            the same device are read in place, by DLPack; bfloat16 cannot be. A leaf with None
+            rests.
         lr, hvp, third, hessian_diagonal
             As in `metaopt.MetaOptimize.step`.
 
@@ -296,14 +300,19 @@ class MetaOptimizer:
         """
         _, arrays = _adopted(_named("params", params))
         config, state = mo.load(path, arrays, config)
-        return _restored(cls, params, config, fused, state)
+        return _restored(cls, params, config, fused, state, stacklevel=4)
 
 
 def _restored(
-    cls: type[Any], params: Any, config: mo.MetaOptimize, fused: bool | None, state: mo.State
+    cls: type[Any],
+    params: Any,
+    config: mo.MetaOptimize,
+    fused: bool | None,
+    state: mo.State,
+    stacklevel: int = 3,
 ) -> Any:
     self: Any = object.__new__(cls)
-    self._prepare(params, config, fused, state)
+    self._prepare(params, config, fused, state, stacklevel)
     return self
 
 
