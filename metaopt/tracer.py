@@ -36,6 +36,23 @@ class UntraceableError(Exception):
     """A function that is no formula of scalars; the message says what it does otherwise."""
 
 
+class Dtype(str):
+    """The name of a dtype, which compares with the namespace's own alone."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, str):  # NumPy's, say, which no name equals
+            msg = f"it compares a dtype with {other!r}"
+            raise UntraceableError(msg)
+        return str(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Scalar:
     """An entry of an array, or a value that all entries share, inside a `Program`.
@@ -59,6 +76,9 @@ class Scalar:
     varies: bool
 
     __array_ufunc__: ClassVar[None] = None  # else NumPy's numbers make arrays of objects
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", Dtype(self.dtype))
 
     def __array_namespace__(self, *, api_version: Any = None) -> Any:
         return FUNCTIONS

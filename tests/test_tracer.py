@@ -208,7 +208,7 @@ def test_integers_stay_integers_until_they_are_cast() -> None:
         (lambda x: x + namespace(x).astype(x, "float32"), "combines dtypes: float32, float64"),
         (lambda x: namespace(x).where(x > 0.0, 1.0, 0.0), "combines dtypes: numbers alone"),
         (lambda x: namespace(x).astype(x, "int32"), "casts float64 to int32"),
-        (lambda x: namespace(x).astype(x, np.float64), "casts float64 to <class"),
+        (lambda x: namespace(x).astype(x, np.float64), "compares a dtype with <class"),
         (lambda x: namespace(x).astype(x > 0.0, "float16"), "casts bool to float16"),
         (lambda x: -namespace(x).astype(x, "float16"), "takes neg of float16"),
         (lambda x: (x > 0.0) * 2.0, r"takes \* of bool"),
@@ -231,6 +231,8 @@ def test_integers_stay_integers_until_they_are_cast() -> None:
         (lambda x: x * (2.0 if hasattr(x, "device") else 3.0), "asks an array for its device"),
         (lambda x: x * len(x), "asks an array for its length"),
         (lambda x: x * x.T, "asks an array for its T"),
+        (lambda x: x * 2.0 if x.dtype == np.float64 else x, "compares a dtype with <class"),
+        (lambda x: x * 2.0 if np.float64 != x.dtype else x, "compares a dtype with <class"),
     ],
 )
 def test_what_is_no_formula_is_refused(function: Callable[[Any], Any], why: str) -> None:
