@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 __all__ = ["PYTHON", "C", "Constant", "Language", "Program", "Scalar", "UntraceableError"]
 
-#: From the narrowest to the widest. In float16 nothing is computed: it is read, cast and chosen.
+#: From the narrowest to the widest. Of float16 nothing is computed: it is read and cast.
 FLOATS = ("float16", "float32", "float64")
 WIDE = FLOATS[1:]
 
@@ -28,7 +28,7 @@ OPERANDS: dict[str, tuple[str, ...]] = (
     | dict.fromkeys(("<", "<=", ">", ">="), (*WIDE, "int32"))
     | dict.fromkeys(("==", "!="), (*WIDE, "int32", "bool"))
     | dict.fromkeys(("&", "|", "not"), ("bool",))
-    | {"+": (*WIDE, "int32"), "where": (*FLOATS, "int32", "bool")}
+    | {"+": (*WIDE, "int32"), "where": (*WIDE, "int32", "bool")}
 )
 
 
@@ -58,7 +58,8 @@ class Scalar:
     """An entry of an array, or a value that all entries share, inside a `Program`.
 
     It has the operators and, through its namespace, the functions of an array; all else that an
-    array can be asked for, its shape and device among it, a program cannot depend on.
+    array can be asked for, its shape and device among it, a program cannot depend on. That it is
+    none of NumPy's arrays, say, only `isinstance` can tell.
 
     Parameters
     ----------

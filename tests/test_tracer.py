@@ -211,6 +211,10 @@ def test_integers_stay_integers_until_they_are_cast() -> None:
         (lambda x: namespace(x).astype(x, np.float64), "compares a dtype with <class"),
         (lambda x: namespace(x).astype(x > 0.0, "float16"), "casts bool to float16"),
         (lambda x: -namespace(x).astype(x, "float16"), "takes neg of float16"),
+        (
+            lambda x: namespace(x).where(x > 0.0, namespace(x).astype(x, "float16"), 0.0),
+            "takes where of float16",
+        ),
         (lambda x: (x > 0.0) * 2.0, r"takes \* of bool"),
         (lambda x: (x > 0.0) + (x > 1.0), r"takes \+ of bool"),
         (lambda x: (x > 0.0) < 0.5, "takes < of bool"),
