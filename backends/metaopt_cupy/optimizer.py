@@ -13,7 +13,7 @@ import numpy as np
 from array_api_compat import is_torch_array
 
 import metaopt as mo
-from metaopt.arrays import map_leaves, solid
+from metaopt.arrays import is_number, map_leaves, solid
 from metaopt.inputs import check_grads, multipliers
 from metaopt_cupy.memory import check_writable
 from metaopt_cupy.pool import Pool
@@ -226,6 +226,8 @@ class MetaOptimizer:
     def _multipliers(self, lr: Any) -> Any:
         """Return multipliers by leaf: floats where the host has them, arrays of the device."""
         found = multipliers(lr, self._plan.shapes)
+        if is_number(lr):
+            return found
         like = next(iter(self._params.values()))
         for name, array in found.items():
             if isinstance(array, float) or not hasattr(array, "__dlpack_device__"):

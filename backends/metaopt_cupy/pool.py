@@ -248,28 +248,25 @@ class Pool:
         """Return the kernel, what it is told, and the arrays that have to live until it ran."""
         given = np.zeros(len(group.names), dtype=ROW)
         grad, arrays = self._readable(group, [grads[name] for name in group.names])
-        for row, array in enumerate(arrays):
-            if array is not None:
-                given["grad"][row] = address(array) or 1  # an empty array may lie nowhere
-        begin = given["grad"]
+        # an empty array may lie nowhere
+        begin = np.array([0 if array is None else address(array) or 1 for array in arrays])
         end = begin + group.sizes * np.dtype(grad).itemsize
         # one that lies in its own parameter, entry by entry, is read before that is written
         own = (begin == group.own) & (grad == group.spec.param)
         inside = (begin != 0) & ~own & self._occupied.holds(begin, end)
         for row in np.nonzero(inside)[0].tolist():
             arrays[row] = self._xp.array(arrays[row], copy=True)
-            given["grad"][row] = address(arrays[row])
+            begin[row] = address(arrays[row])
+        given["grad"] = begin
         for part, values in of_blocks.items():
             if isinstance(values, Mapping):
                 given[part] = [address(values[name]) for name in group.names]
             else:
                 given[part] = address(values) + group.starts * values.dtype.itemsize
         given["product"] = group.products
-        for row, name in enumerate(group.names):
-            if isinstance(lrs[name], float):
-                given["lr"][row] = lrs[name]
-            else:
-                given["lr_at"][row] = address(lrs[name])
+        own_lrs = [lrs[name] for name in group.names]
+        given["lr"] = [lr if isinstance(lr, float) else 0.0 for lr in own_lrs]
+        given["lr_at"] = [0 if isinstance(lr, float) else address(lr) for lr in own_lrs]
         return self._kernel(group, grad), given, arrays
 
     def _readable(self, group: Group, grads: list[Any]) -> tuple[str, list[Any]]:
