@@ -207,9 +207,8 @@ class MetaOptimizer:
                 check_grads(found, self._params, self._plan.shapes)
                 self._pool.step(found, lrs)
         for name, (tensor, _) in self._tensors.items():
-            if (
-                found[name] is not None and not tensor.is_inference()
-            ):  # or torch's autograd would not know
+            if found[name] is not None and not tensor.is_inference():
+                # or autograd would go backward through what is no longer there
                 sys.modules["torch"].autograd.graph.increment_version(tensor)
 
     def _check_tensors(self) -> None:
