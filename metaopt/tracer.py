@@ -10,7 +10,7 @@ double by Python itself, and rounded once, to the dtype of the scalar they meet.
 import math
 import numbers
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ WIDE = FLOATS[1:]
 
 #: The dtypes of operands with which an operation is the same in every language; it takes no others.
 #: Integers are counts of steps, which do not overflow.
-OPERANDS: dict[str, tuple[str, ...]] = (
+OPERANDS: Mapping[str, tuple[str, ...]] = (
     dict.fromkeys(("-", "*", "/", "pow", "neg", "abs"), WIDE)
     | dict.fromkeys(("sqrt", "exp", "expm1", "log", "log1p", "tanh"), WIDE)
     | dict.fromkeys(("<", "<=", ">", ">="), (*WIDE, "int32"))
