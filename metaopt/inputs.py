@@ -17,6 +17,7 @@ from metaopt.arrays import (
     per_leaf,
     to_numpy,
 )
+from metaopt.numerics import SMALLEST
 from metaopt.plan import Plan
 from metaopt.state import State
 
@@ -207,6 +208,9 @@ def check_copies(copies: Mapping[str, int], names: Mapping[str, Any]) -> None:
 def multipliers(lr: Any, names: Leaves[Any]) -> Leaves[Any]:
     """Return for every leaf its multiplier, a float or an array of shape ().
 
+    A number below the least normal float32 is 0: there a step would be rounded to none, and whether
+    the leaf rests must not depend on who rounds.
+
     Raises
     ------
     ValueError
@@ -222,7 +226,7 @@ def multipliers(lr: Any, names: Leaves[Any]) -> Leaves[Any]:
 def _multiplier(name: str, lr: Any) -> Any:
     if is_number(lr):
         check_number(name, lr, 0.0)
-        return float(lr)
+        return float(lr) if lr >= SMALLEST else 0.0
     if getattr(lr, "shape", None) != ():
         msg = f"`{name}` must be a number or an array of shape (); got {lr!r}."
         raise ValueError(msg)

@@ -10,44 +10,89 @@ double by Python itself, and rounded once, to the dtype of the scalar they meet.
 import math
 import numbers
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-__all__ = ["PYTHON", "C", "Language", "Program", "Scalar", "UntraceableError"]
+__all__ = ["PYTHON", "C", "Constant", "Language", "Program", "Scalar", "UntraceableError"]
+
+#: From the narrowest to the widest. Of float16 nothing is computed: it is read and cast.
+FLOATS = ("float16", "float32", "float64")
+WIDE = FLOATS[1:]
+
+#: The dtypes of operands with which an operation is the same in every language; it takes no others.
+#: Integers are counts of steps, which do not overflow.
+OPERANDS: Mapping[str, tuple[str, ...]] = (
+    dict.fromkeys(("-", "*", "/", "pow", "neg", "abs"), WIDE)
+    | dict.fromkeys(("sqrt", "exp", "expm1", "log", "log1p", "tanh"), WIDE)
+    | dict.fromkeys(("<", "<=", ">", ">="), (*WIDE, "int32"))
+    | dict.fromkeys(("==", "!="), (*WIDE, "int32", "bool"))
+    | dict.fromkeys(("&", "|", "not"), ("bool",))
+    | {"+": (*WIDE, "int32"), "where": (*WIDE, "int32", "bool")}
+)
 
 
 class UntraceableError(Exception):
     """A function that is no formula of scalars; the message says what it does otherwise."""
 
 
+class Dtype(str):
+    """The name of a dtype, which compares with the namespace's own alone."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, str):  # NumPy's, say, which no name equals
+            msg = f"it compares a dtype with {other!r}"
+            raise UntraceableError(msg)
+        return str(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Scalar:
     """An entry of an array, or a value that all entries share, inside a `Program`.
 
-    It has the operators and, through its namespace, the functions of an array of shape ().
+    It has the operators and, through its namespace, the functions of an array; all else that an
+    array can be asked for, its shape and device among it, a program cannot depend on. That it is
+    none of NumPy's arrays, say, only `isinstance` can tell.
 
     Parameters
     ----------
     program : Program
     dtype : {"float16", "float32", "float64", "int32", "bool"}
     name : str
-        Of the variable; of a constant its value.
+        Of the variable.
     varies : bool
         Whether it differs from entry to entry.
     """
 
     program: "Program"
     dtype: str
-    name: Any
+    name: str
     varies: bool
 
-    shape: ClassVar[tuple[()]] = ()
-    ndim: ClassVar[int] = 0
     __array_ufunc__: ClassVar[None] = None  # else NumPy's numbers make arrays of objects
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", Dtype(self.dtype))
 
     def __array_namespace__(self, *, api_version: Any = None) -> Any:
         return FUNCTIONS
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python's own questions
+            raise AttributeError(name)
+        msg = f"it asks an array for its {name}"
+        raise UntraceableError(msg)
+
+    def __len__(self) -> int:
+        msg = "it asks an array for its length"
+        raise UntraceableError(msg)
 
     def __bool__(self) -> bool:
         msg = "it branches on a value"
@@ -122,9 +167,22 @@ class Scalar:
     __hash__ = object.__hash__
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Constant(Scalar):
+    """A number inside a `Program`; its name is what Python shows of it, which tells 0.0 from -0.0.
+
+    Parameters
+    ----------
+    value : float, int or bool
+        As the dtype is.
+    """
+
+    value: Any
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
-    """An assignment: a new variable, the operation, and names of variables or constants."""
+    """An assignment: a new variable, the operation, and variables or constants."""
 
     name: str
     dtype: str
@@ -153,35 +211,69 @@ class Program:
         return Scalar(self, dtype, name, varies)
 
     def constant(self, value: Any, dtype: str) -> Scalar:
-        """Return a number as a scalar; raise UntraceableError where it is none."""
+        """Return a number as a scalar, a scalar as it is.
+
+        Raises
+        ------
+        UntraceableError
+            If a number with an array of this dtype would make one of another dtype, or is none.
+        """
         if isinstance(value, Scalar):
             return value
-        if not isinstance(value, numbers.Real | int | float):
-            msg = f"it combines entries with {type(value).__module__}.{type(value).__name__}"
+        kind, real = type(value), isinstance(value, numbers.Real)
+        own = str(getattr(value, "dtype", "")) if real else ""  # NumPy's numbers have a dtype
+        if dtype in FLOATS and (kind in (int, float) or own in FLOATS[: FLOATS.index(dtype) + 1]):
+            value = float(value)
+        elif not (dtype == "bool" and kind is bool) and not (
+            dtype == "int32" and kind is int and abs(value) < 2**31
+        ):
+            shown = repr(value) if real else f"{kind.__module__}.{kind.__name__}"
+            msg = f"it combines {dtype} with {shown}"
             raise UntraceableError(msg)
-        number = float(value)
-        if dtype == "bool":
-            return Scalar(self, dtype, bool(number), varies=False)
-        if dtype == "int32" and not number.is_integer():
-            msg = f"it combines integers with {value!r}"
-            raise UntraceableError(msg)
-        return Scalar(self, dtype, int(number) if dtype == "int32" else number, varies=False)
+        return Constant(self, dtype, repr(value), varies=False, value=value)
 
     def line(self, operation: str, *operands: Any, dtype: str | None = None) -> Scalar:
-        """Return the variable that holds an operation on scalars and numbers.
+        """Return the variable that holds an operation on scalars and numbers of one dtype.
 
         `dtype` is that of the result, by default the operands'; what was computed before is not
         computed again.
         """
+        arguments = self._arguments(operation, operands)
+        return self._assigned(operation, arguments, arguments[0].dtype if dtype is None else dtype)
+
+    def where(self, condition: Any, x: Any, y: Any) -> Scalar:
+        """Return the variable that holds x where the condition holds, else y."""
+        if not isinstance(condition, Scalar) or condition.dtype != "bool":
+            msg = "it chooses by what is no boolean array"
+            raise UntraceableError(msg)
+        branches = self._arguments("where", (x, y))
+        return self._assigned("where", (condition, *branches), branches[0].dtype)
+
+    def cast(self, x: Scalar, dtype: Any) -> Scalar:
+        """Return the variable that holds a scalar in another dtype."""
+        if (
+            not isinstance(dtype, str)
+            or dtype not in FLOATS
+            or (dtype == "float16" and x.dtype not in WIDE)
+        ):
+            msg = f"it casts {x.dtype} to {dtype}"
+            raise UntraceableError(msg)
+        return self._assigned("cast", (x,), dtype)
+
+    def _arguments(self, operation: str, operands: tuple[Any, ...]) -> tuple[Scalar, ...]:
+        """Return operands as scalars of the one dtype that they have to have."""
         kinds = {operand.dtype for operand in operands if isinstance(operand, Scalar)}
-        if operation == "where":  # the condition has a dtype of its own
-            kinds = {operand.dtype for operand in operands[1:] if isinstance(operand, Scalar)}
         if len(kinds) != 1:
             msg = f"it combines dtypes: {', '.join(sorted(kinds)) or 'numbers alone'}"
             raise UntraceableError(msg)
         (kind,) = kinds
-        arguments = tuple(self.constant(operand, kind) for operand in operands)
-        dtype = kind if dtype is None else dtype
+        if kind not in OPERANDS[operation]:
+            msg = f"it takes {operation} of {kind}"
+            raise UntraceableError(msg)
+        return tuple(self.constant(operand, kind) for operand in operands)
+
+    def _assigned(self, operation: str, arguments: tuple[Scalar, ...], dtype: str) -> Scalar:
+        """Return the variable of a line, a new one where there is none yet."""
         key = (operation, dtype, *((argument.name, argument.dtype) for argument in arguments))
         if key not in self._known:
             varies = any(argument.varies for argument in arguments)
@@ -199,7 +291,7 @@ class Program:
                 used |= {argument.name for argument in line.arguments}
         self.once = [line for line in self.once if line.name in used]
         self.each = [line for line in self.each if line.name in used]
-        return {name for name in used if isinstance(name, str)}
+        return used
 
 
 class _Functions:
@@ -216,19 +308,19 @@ class _Functions:
         raise UntraceableError(msg)
 
     def asarray(self, x: Scalar, *, dtype: str | None = None, **_: Any) -> Scalar:
-        return x if dtype in (None, x.dtype) else x.program.line("cast", x, dtype=dtype)
+        return x if dtype is None or dtype == x.dtype else x.program.cast(x, dtype)
 
     def astype(self, x: Scalar, dtype: str, **_: Any) -> Scalar:
         return self.asarray(x, dtype=dtype)
 
     def zeros_like(self, x: Scalar, *, dtype: str | None = None, **_: Any) -> Scalar:
-        return x.program.constant(0.0, dtype or x.dtype)
+        return x.program.constant(0, dtype or x.dtype)
 
     def ones_like(self, x: Scalar, *, dtype: str | None = None, **_: Any) -> Scalar:
-        return x.program.constant(1.0, dtype or x.dtype)
+        return x.program.constant(1, dtype or x.dtype)
 
     def where(self, condition: Scalar, x: Any, y: Any) -> Scalar:
-        return condition.program.line("where", condition, x, y)
+        return condition.program.where(condition, x, y)
 
     def sqrt(self, x: Scalar) -> Scalar:
         return x.program.line("sqrt", x)
@@ -312,9 +404,9 @@ class Language:
 
     def written(self, scalar: Scalar) -> str:
         """Return the variable or literal of a scalar."""
-        if isinstance(scalar.name, str):
-            return scalar.name
-        return self.literal(scalar.name, scalar.dtype)
+        if isinstance(scalar, Constant):
+            return self.literal(scalar.value, scalar.dtype)
+        return scalar.name
 
     def lines(self, lines: list[Line]) -> list[str]:
         """Return lines of a program as lines of source."""
@@ -345,7 +437,7 @@ def _c_literal(value: Any, dtype: str) -> str:
         return {math.inf: f"(1.0{end} / 0.0{end})", -math.inf: f"(-1.0{end} / 0.0{end})"}.get(
             value, f"(0.0{end} / 0.0{end})"
         )
-    return f"{value!r}{end}" if value >= 0.0 else f"({value!r}{end})"
+    return f"{value!r}{end}" if math.copysign(1.0, value) > 0.0 else f"({value!r}{end})"
 
 
 def _float32(value: float) -> float:
@@ -356,9 +448,9 @@ def _float32(value: float) -> float:
 
 
 def _python_literal(value: Any, dtype: str) -> str:
-    if dtype in ("bool", "int32"):
-        return f"np.{dtype}_({value})" if dtype == "bool" else f"np.{dtype}({value})"
-    shown = repr(value) if math.isfinite(value) else f"np.float64({str(value)!r})"
+    if dtype == "bool":
+        return repr(value)
+    shown = repr(value).replace("inf", "np.inf").replace("nan", "np.nan")
     return f"np.{dtype}({shown})"
 
 

@@ -2,8 +2,10 @@
 
 import copy
 import doctest
+import functools
 import importlib
 import importlib.util
+import os
 import pickle
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from metaopt_cupy.memory import address
 from metaopt_cupy.sharing import shared
 
 import metaopt as mo
-from metaopt.arrays import map_leaves
+from metaopt.arrays import map_leaves, namespace
 
 ROOT = Path(__file__).parents[1]
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -245,6 +247,20 @@ class Opaque:
 
 
 @needs_numba
+def test_warnings_point_at_the_call(tmp_path: Path) -> None:
+    params = {"w": np.ones(3, "float16")}
+    with pytest.warns(UserWarning, match="no kernels for float16") as made:
+        opt = MetaOptimizer(params, mo.SGD(), mo.SGD())
+    opt.save(tmp_path / "run")
+    with pytest.warns(UserWarning, match="no kernels for float16") as loaded:
+        MetaOptimizer.load(tmp_path / "run", params)
+    pickled = pickle.dumps(opt)
+    with pytest.warns(UserWarning, match="no kernels for float16") as copied:
+        pickle.loads(pickled)
+    assert [w.filename for caught in (made, loaded, copied) for w in caught] == [__file__] * 3
+
+
+@needs_numba
 @pytest.mark.parametrize("blocks", ["scalar", "weight"])
 def test_a_rule_that_cannot_be_traced_says_so_and_equals_the_core(blocks: str) -> None:
     rule = BASES["AdamW"]
@@ -254,6 +270,29 @@ def test_a_rule_that_cannot_be_traced_says_so_and_equals_the_core(blocks: str) -
     assert list(opt.unfused) == ["dense"]
     assert_close(run_fused(opt), run_core(mo.MetaOptimize(**options), start()), "float64")
     with pytest.raises(ValueError, match=r"no kernel for 'dense': .*branches on a value"):
+        MetaOptimizer(start(), fused=True, **options)
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A rule that rounds to float16, which is no number of numba's."""
+
+    slots = ()
+    weight_decay: float = 0.0
+
+    def direction(self, grad: Any, slots: Any, count: Any) -> Any:  # noqa: ARG002
+        xp = namespace(grad)
+        return xp.astype(xp.astype(grad, xp.float16), grad.dtype), slots
+
+
+@needs_numba
+def test_a_rule_that_cannot_be_compiled_says_so_and_equals_the_core() -> None:
+    options = configured(base={"dense": Narrow(), "*": BASES["AdamW"]})
+    with pytest.warns(UserWarning, match=r"Narrow.* cannot be compiled: .*float16"):
+        opt = MetaOptimizer(start(), **options)
+    assert list(opt.unfused) == ["dense"]
+    assert_close(run_fused(opt), run_core(mo.MetaOptimize(**options), start()), "float64")
+    with pytest.raises(ValueError, match=r"no kernel for 'dense': .*cannot be compiled"):
         MetaOptimizer(start(), fused=True, **options)
 
 
@@ -344,6 +383,24 @@ def test_gradients_may_be_parameters_themselves() -> None:
 
 
 @needs_numba
+def test_parameters_may_lie_between_each_other() -> None:
+    """And gradients between them: what a leaf writes is not read by the next."""
+    whole = np.arange(40.0).reshape(10, 4) + 1.0
+    params = {"a": whole[:, :2], "b": whole[0, 2:], "c": np.ones(2)}
+    rules = {"[ab]": mo.SGD(), "c": mo.SGD(weight_decay=0.5)}
+    options = configured(base=rules, blocks="tensor")
+    core, pure = mo.MetaOptimize(**options), map_leaves(np.array, params)
+    state = core.init(pure)
+    opt = MetaOptimizer(params, fused=True, **options)
+    for _ in range(3):
+        opt.step({"a": np.ones((10, 2)), "b": np.ones(2), "c": whole[5, :2]})
+        pure, state = core.step(
+            pure, {"a": np.ones((10, 2)), "b": np.ones(2), "c": pure["a"][5]}, state
+        )
+    assert_close((params, opt.state), (pure, state), "float64", steps=3)
+
+
+@needs_numba
 def test_a_sequence_is_named_by_position() -> None:
     params = list(start().values())
     opt = MetaOptimizer(params, fused=True, **configured(base=mo.SGD(), blocks="tensor"))
@@ -355,14 +412,26 @@ def test_a_sequence_is_named_by_position() -> None:
 
 
 @needs_numba
-def test_multipliers_may_be_arrays() -> None:
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_multipliers_may_be_arrays(library: str) -> None:
+    """Those of the host are numbers, whatever the library."""
+    kind: Any = np.asarray
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        kind = functools.partial(torch.tensor, dtype=torch.float64)
+    elif library == "jax":
+        kind = pytest.importorskip("jax.numpy").asarray
     options = configured(base=BASES["AdamW"], blocks="tensor")
     ours, theirs = (MetaOptimizer(start(), fused=True, **options) for _ in range(2))
-    for lr in (0.5, 0.0, 1.0):
-        ours.step(gradient(0, ours.params), lr=np.asarray(lr))
+    for lr in (0.5, 0.0, 1.0, 1e-60):
+        ours.step(gradient(0, ours.params), lr=kind(lr))
         theirs.step(gradient(0, theirs.params), lr=lr)
     assert contents(ours.params) == contents(theirs.params)
     assert contents(ours.state) == contents(theirs.state)
+    with pytest.raises(ValueError, match=r"`lr.*` must be a finite number"):
+        ours.step(gradient(0, ours.params), lr=kind(-1.0))
+    with pytest.raises(TypeError, match="`lr` must be of real numbers"):
+        ours.step(gradient(0, ours.params), lr=kind(1.0) > 0.0)
 
 
 @needs_numba
@@ -408,13 +477,57 @@ def test_optimizers_step_in_threads() -> None:
 
 @needs_numba
 def test_kernels_are_compiled_once_a_formula() -> None:
+    from metaopt_cupy import numba_tools
+
     options = configured(base=mo.AdamW(betas=(0.71, 0.72)))
     opt = MetaOptimizer(start(), fused=True, **options)
     run_fused(opt)
-    known = len(cpu._compiled)
+    known = numba_tools._compiled.cache_info()
     for blocks in ("tensor", "node"):  # the leaf () has no axis: its weight is a unit
         run_fused(MetaOptimizer(start(), fused=True, **(options | {"blocks": blocks})))
-    assert len(cpu._compiled) == known
+    assert numba_tools._compiled.cache_info().misses == known.misses
+    assert known.maxsize is not None  # a search over hyperparameters compiles one after the other
+
+
+FORKED = """
+import os, signal, sys, threading
+import numpy as np
+import metaopt as mo
+from metaopt_cupy import MetaOptimizer
+
+def made(size):
+    w = np.ones(size)
+    return w, MetaOptimizer({"w": w}, mo.AdamW(), mo.SGD(), step_size=0.1, fused=True)
+
+few, small = made(3)
+before = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
+small.step({"w": few})
+if before:
+    assert len(os.listdir("/proc/self/task")) == before, "a small step has started threads"
+many, large = made(200_000)
+if sys.argv[1] == "after threads":
+    large.step({"w": many})
+if sys.argv[1] == "in a step":
+    large.step({"w": many})
+    from metaopt_cupy import numba_tools
+    numba_tools._running.acquire()  # as another thread holds it
+    numba_tools._compiling.acquire()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    small.step({"w": few})
+    large.step({"w": many})
+    made(5)[1].step({"w": np.ones(5)})
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("when", ["before threads", "after threads", "in a step"])
+def test_a_forked_process_steps(when: str) -> None:
+    assert alone(FORKED, "torch", when) == "7\n"
 
 
 @needs_numba
@@ -530,6 +643,28 @@ def test_a_bad_argument_is_named_and_changes_nothing(name: str, fused: bool) -> 
     assert (contents(params), contents(opt.state)) == before
 
 
+@dataclass(frozen=True)
+class Broken:
+    """A meta rule that fails."""
+
+    slots = ()
+    weight_decay: float = 0.0
+
+    def direction(self, grad: Any, slots: Any, count: Any) -> Any:  # noqa: ARG002
+        msg = "no such luck"
+        raise RuntimeError(msg)
+
+    def without_momentum(self) -> Any:
+        return self
+
+
+@needs_numba
+@pytest.mark.parametrize("blocks", ["tensor", "weight"])
+def test_a_meta_rule_that_fails_does_so_before_any_step(blocks: str) -> None:
+    with pytest.raises(RuntimeError, match="no such luck"):
+        MetaOptimizer(start(), mo.SGD(), Broken(), fused=True, blocks=blocks)
+
+
 def read_only() -> Any:
     array = np.ones(3)
     array.flags.writeable = False
@@ -537,6 +672,7 @@ def read_only() -> Any:
 
 
 WHOLE = np.ones(6)
+SQUARE = np.ones((4, 4))
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "empty": ({}, ValueError, "`params` must hold at least one array"),
     "number": (
@@ -549,6 +685,18 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "read-only": ({"w": read_only()}, ValueError, r"`params\['w'\]` is read-only"),
     "twice": ({"a": WHOLE, "b": WHOLE}, ValueError, "'a' and 'b' share memory"),
     "part": ({"a": WHOLE, "b": WHOLE[4:]}, ValueError, "'a' and 'b' share memory"),
+    "transposed": ({"a": SQUARE, "b": SQUARE.T}, ValueError, "'a' and 'b' share memory"),
+    "every other": ({"a": WHOLE, "b": WHOLE[::2]}, ValueError, "'b' and 'a' share memory"),
+    "columns": (
+        {"a": SQUARE[:, :2], "x": np.ones(3), "b": SQUARE[:, 3], "c": SQUARE[2:, 1:3]},
+        ValueError,
+        "'a' and 'c' share memory",
+    ),
+    "itself": (
+        {"a": np.lib.stride_tricks.as_strided(WHOLE, (3, 2), (8, 8))},
+        ValueError,
+        r"`params\['a'\]` shares memory among its own entries",
+    ),
 }
 
 
@@ -649,6 +797,60 @@ def test_tensors_of_torch_are_stepped_where_they_lie() -> None:
         assert error <= tolerances.rounding("float32", operations=60)
 
 
+def of_torch(fused: bool) -> Any:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(3, 2)
+    params = dict(model.named_parameters())
+    opt = MetaOptimizer(params, mo.SGD(), mo.SGD(), step_size=0.5, fused=fused)
+    return torch, model, opt
+
+
+def ones_like(model: Any) -> Any:
+    return {name: np.ones(tuple(param.shape), "f4") for name, param in model.named_parameters()}
+
+
+@needs_numba
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+@pytest.mark.parametrize("fused", [True, False])
+def test_copies_of_a_module_and_its_optimizer_belong_together(duplicate: Any, fused: bool) -> None:
+    _, model, opt = of_torch(fused)
+    before = model.weight.detach().clone()
+    twin, other = duplicate((model, opt))
+    other.step(ones_like(twin))
+    np.testing.assert_array_equal(twin.weight.detach(), before - 0.5)
+    np.testing.assert_array_equal(model.weight.detach(), before)
+
+
+@needs_numba
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_tensor_that_lies_elsewhere_by_now_is_not_stepped_where_it_lay(
+    fused: bool, tmp_path: Path
+) -> None:
+    torch, model, opt = of_torch(fused)
+    opt.step(ones_like(model))
+    model.bias.data = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"`params\['bias'\]` lies elsewhere"):
+        opt.step(ones_like(model))
+    assert int(opt.state.step) == 1
+    opt.save(tmp_path / "run")  # what the message says
+    again = MetaOptimizer.load(tmp_path / "run", dict(model.named_parameters()), fused=fused)
+    again.step(ones_like(model))
+    assert model.bias.tolist() == [-0.5, -0.5]
+
+
+@needs_numba
+@pytest.mark.parametrize("fused", [True, False])
+def test_autograd_is_told_what_a_step_has_written(fused: bool) -> None:
+    _, model, opt = of_torch(fused)
+    loss = (model.weight * model.weight).sum() + (model.bias * model.bias).sum()
+    versions = model.weight._version, model.bias._version
+    opt.step({"weight": np.ones((2, 3), "f4"), "bias": None})
+    assert model.weight._version > versions[0]
+    assert model.bias._version == versions[1]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_arrays_of_jax_cannot_be_written_to() -> None:
     jax = pytest.importorskip("jax")
     with pytest.raises(ValueError, match=r"`params\['w'\]` is read-only"):
@@ -670,10 +872,10 @@ sys.meta_path.insert(0, Hidden())
 """
 
 
-def alone(program: str, missing: str) -> str:
+def alone(program: str, missing: str, *arguments: str) -> str:
     """Run a program in a process in which a package cannot be imported; return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-c", HIDDEN.format(missing) + program],
+        [sys.executable, "-c", HIDDEN.format(missing) + program, *arguments],
         cwd=ROOT,
         env={"PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}", "PATH": "/usr/bin:/bin"},
         capture_output=True,

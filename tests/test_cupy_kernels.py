@@ -364,16 +364,46 @@ def test_kernels_on_the_gpu_equal_the_core_on_the_host(
     assert contents(read) == contents(opt.state)
 
 
-def test_a_step_on_the_gpu_launches_on_the_current_stream(cupy: Any) -> None:
-    params = {"w": cupy.ones(1000, dtype="float32")}
-    opt = MetaOptimizer(params, mo.AdamW(), mo.Lion(), fused=True)
-    grads = {"w": cupy.ones(1000, dtype="float32")}
-    opt.step(grads)
+@pytest.mark.parametrize("blocks", ["scalar", "tensor"])
+def test_a_step_on_the_gpu_is_captured_from_the_current_stream(cupy: Any, blocks: str) -> None:
+    """A step that waited, copied from the host or ran on another stream could not be."""
     stream = cupy.cuda.Stream(non_blocking=True)
+    params = {"w": cupy.ones(1000, dtype="float32"), "b": cupy.ones(3, dtype="float16")}
+    options: dict[str, Any] = {"step_size": 0.1, "blocks": blocks, "fused": True}
+    opt = MetaOptimizer(params, mo.AdamW(), mo.Lion(), **options)
+    grads = {name: cupy.ones_like(param) for name, param in params.items()}
+    cupy.cuda.get_current_stream().synchronize()
     with stream:
+        for _ in range(3):  # memory for the pool of this stream
+            opt.step(grads)
+        stream.begin_capture()
         opt.step(grads)
-    stream.synchronize()
-    assert int(opt.state.count["w"]) == 2
+        graph = stream.end_capture()
+        stream.synchronize()
+        before = {name: param.get() for name, param in params.items()}
+        assert int(opt.state.count["w"]) == 3  # captured, not run
+        graph.launch(stream)
+        stream.synchronize()
+    assert int(opt.state.count["w"]) == 4
+    assert all((params[name].get() != start).all() for name, start in before.items())
+
+
+@pytest.mark.parametrize("library", ["numpy", "cupy", "torch"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_multipliers_on_the_gpu_may_be_arrays(cupy: Any, library: str, fused: bool) -> None:
+    kinds: dict[str, Any] = {"numpy": np.asarray, "cupy": cupy.asarray}
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        kinds["torch"] = torch.tensor
+    for lr in (0.5, 0.0, 1e-60):
+        found = []
+        for multiplier in (lr, kinds[library](lr)):
+            params = {"w": cupy.ones(3, dtype="float32")}
+            opt = MetaOptimizer(params, mo.SGD(), mo.SGD(), step_size=0.5, fused=fused)
+            for _ in range(3):
+                opt.step({"w": cupy.ones(3, dtype="float32")}, lr=multiplier)
+            found.append((contents(opt.params), contents(opt.state)))
+        assert found[0] == found[1]
 
 
 def test_gradients_of_torch_on_the_gpu_are_shared(cupy: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from metaopt_conformance.tolerances import relative_error, rounding
+from metaopt_conformance.translate import contents
 
 import metaopt as mo
 
@@ -762,3 +763,16 @@ def test_a_third_trace_restarts_with_either_of_its_columns() -> None:
     state = replace(state, third_trace=broken, trace=trace)
     _, state = opt.step(params, gradients(params), state, **options)
     assert all(np.all(np.isfinite(z)) for z in state.third_trace.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_multiplier_that_rounds_to_nothing_is_0(dtype: str) -> None:
+    opt = configured(blocks="tensor")
+    params, state = warmed_up(opt, {name: array.astype(dtype) for name, array in START.items()})
+    want, rested = stepped(opt, params, state, lr=0.0)
+    for tiny in (1e-300, np.float64(1e-60), 1e-40):
+        got, after = stepped(opt, params, state, lr=tiny)
+        assert contents(got) == contents(want)
+        assert contents(after) == contents(rested)
+    moved, _ = stepped(opt, params, state, lr={"a": 1e-30, "b": 1.0, "c": 0.0})
+    assert not np.array_equal(moved["b"], params["b"])

@@ -1,11 +1,17 @@
 """Traced formulas: what is written is what the formula computes, and all else is refused."""
 
+import ctypes
 import math
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from metaopt_conformance import tolerances
 
 import metaopt as mo
 from metaopt import numerics
@@ -51,6 +57,23 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "finite": lambda x: namespace(x).where(namespace(x).isfinite(x), x, 3.0),
     "nan": lambda x: namespace(x).where(namespace(x).isnan(x), 3.0, x),
     "power": lambda x: abs(x) ** 1.5,
+    "signs of zeros": lambda x: 1.0 / (abs(x) * 0.0) + 1.0 / (abs(x) * -0.0),
+    "zero turned": lambda x: 1.0 / (x - -0.0) + 1.0 / -namespace(x).zeros_like(x),
+    "condition": lambda x: namespace(x).where((x > 0.0) == (x < 1.0), x, -x),
+    "constant condition": lambda x: namespace(x).where((x > 0.0) & True, x, -x),
+    "condition as number": lambda x: x * namespace(x).astype(x > 0.5, x.dtype),
+    "narrowed": lambda x: namespace(x).astype(
+        namespace(x).astype(x, namespace(x).float32) * 0.1, x.dtype
+    ),
+    "infinite": lambda x: namespace(x).where(x < math.inf, x, -math.inf),
+    "nan in it": lambda x: namespace(x).where(x < 1.0, x, math.nan),
+    "functions": lambda x: (
+        namespace(x).exp(-abs(x))
+        + namespace(x).tanh(x)
+        + namespace(x).expm1(-abs(x))
+        + namespace(x).square(x)
+    ),
+    "logarithms": lambda x: namespace(x).log(abs(x) + 1.0) - namespace(x).log1p(abs(x)),
     "zeros and ones": lambda x: namespace(x).zeros_like(x) + namespace(x).ones_like(x) * 2.0 * x,
 }
 
@@ -62,6 +85,52 @@ def test_what_is_written_is_what_is_computed(name: str, value: float) -> None:
         want = FUNCTIONS[name](np.asarray(value))
         got = evaluated(FUNCTIONS[name], value)
     np.testing.assert_array_equal(np.float64(got), np.float64(want))
+
+
+def assert_computed(name: str, function: Callable[[Any], Any]) -> None:
+    """Compare what a compiler made of a function with what arrays make of it."""
+    values = np.array(VALUES)
+    with np.errstate(all="ignore"):
+        want = [float(FUNCTIONS[name](value)) for value in values]
+    got = [function(float(value)) for value in values]
+    np.testing.assert_allclose(got, want, rtol=tolerances.rounding("float64", operations=10))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_numba_computes_what_is_written(name: str) -> None:
+    numba = pytest.importorskip("numba")
+    program, result = traced(FUNCTIONS[name], "float64")
+    lines = PYTHON.lines(program.once + program.each)
+    names: dict[str, Any] = {"np": np, "math": math}
+    exec("\n    ".join(["def f(x):", *lines, f"return {PYTHON.written(result)}"]), names)
+    assert_computed(name, numba.njit("float64(float64)", error_model="numpy")(names["f"]))
+
+
+@pytest.fixture(scope="module")
+def of_c(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a library of all functions, compiled as C++."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler is found")
+    text = ["#include <cmath>"]
+    for index, function in enumerate(FUNCTIONS.values()):
+        program, result = traced(function, "float64")
+        lines = " ".join(C.lines(program.once + program.each))
+        text.append(
+            f'extern "C" double f{index}(double x) {{ {lines} return {C.written(result)}; }}'
+        )
+    path: Path = tmp_path_factory.mktemp("c")
+    (path / "f.cpp").write_text("\n".join(text))
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror"]
+    subprocess.run([compiler, *flags, "-o", path / "f.so", path / "f.cpp"], check=True)
+    return ctypes.CDLL(f"{path}/f.so")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_c_compiler_computes_what_is_written(name: str, of_c: Any) -> None:
+    function = of_c[f"f{list(FUNCTIONS).index(name)}"]
+    function.argtypes, function.restype = [ctypes.c_double], ctypes.c_double
+    assert_computed(name, function)
 
 
 @pytest.mark.parametrize("count", [1.0, 2.0, 1000.0])
@@ -97,6 +166,26 @@ def test_numbers_are_rounded_once() -> None:
     assert "1.0f / 0.0f" in second
 
 
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda n: n + 0.5, "combines int32 with 0.5"),
+        (lambda n: n + 2**31, "combines int32 with 2147483648"),
+        (lambda n: n + True, "combines int32 with True"),
+        (lambda n: n / 2, "takes / of int32"),
+        (lambda n: n * 2, r"takes \* of int32"),
+        (lambda n: n**2, "takes pow of int32"),
+        (lambda n: abs(n), "takes abs of int32"),
+        (lambda n: -n, "takes neg of int32"),
+        (lambda n: n < 2.0, "combines int32 with 2.0"),
+    ],
+)
+def test_counts_are_only_counted(function: Callable[[Any], Any], why: str) -> None:
+    """Languages differ in what integers come to: 7 / 2, the size that overflows, abs."""
+    with pytest.raises(UntraceableError, match=why):
+        traced(function, "int32")
+
+
 def test_integers_stay_integers_until_they_are_cast() -> None:
     program, result = traced(lambda x: namespace(x).astype(x + 1, "float32") - 1.0, "int32")
     assert C.lines(program.each) == [
@@ -114,11 +203,40 @@ def test_integers_stay_integers_until_they_are_cast() -> None:
         (lambda x: max(x, 0.0), "branches on a value"),
         (lambda x: namespace(x).sum(x), "calls sum"),
         (lambda x: namespace(x).linalg.norm(x), "calls linalg"),
-        (lambda x: x + np.ones(3), "combines entries with numpy.ndarray"),
-        (lambda x: x * "a", "combines entries with builtins.str"),
+        (lambda x: x + np.ones(3), "combines float64 with numpy.ndarray"),
+        (lambda x: x * "a", "combines float64 with builtins.str"),
         (lambda x: x + namespace(x).astype(x, "float32"), "combines dtypes: float32, float64"),
         (lambda x: namespace(x).where(x > 0.0, 1.0, 0.0), "combines dtypes: numbers alone"),
-        (lambda x: namespace(x).astype(x, "int32") * 0.5, "combines integers with 0.5"),
+        (lambda x: namespace(x).astype(x, "int32"), "casts float64 to int32"),
+        (lambda x: namespace(x).astype(x, np.float64), "compares a dtype with <class"),
+        (lambda x: namespace(x).astype(x > 0.0, "float16"), "casts bool to float16"),
+        (lambda x: -namespace(x).astype(x, "float16"), "takes neg of float16"),
+        (
+            lambda x: namespace(x).where(x > 0.0, namespace(x).astype(x, "float16"), 0.0),
+            "takes where of float16",
+        ),
+        (lambda x: (x > 0.0) * 2.0, r"takes \* of bool"),
+        (lambda x: (x > 0.0) + (x > 1.0), r"takes \+ of bool"),
+        (lambda x: (x > 0.0) < 0.5, "takes < of bool"),
+        (lambda x: (x > 0.0) == 2.0, "combines bool with 2.0"),
+        (lambda x: (x > 0.0) * x, "combines dtypes: bool, float64"),
+        (lambda x: x & (x > 0.0), "combines dtypes: bool, float64"),
+        (lambda x: x | 1, r"takes \| of float64"),
+        (lambda x: ~x, "takes not of float64"),
+        (lambda x: x * True, "combines float64 with True"),
+        (lambda x: x + np.int64(2), "combines float64 with np.int64"),
+        (lambda x: namespace(x).astype(x, "float32") * np.float64(0.5), "combines float32 with"),
+        (lambda x: namespace(x).where(x, x, 0.0), "chooses by what is no boolean"),
+        (lambda x: namespace(x).exp(x > 0.0), "takes exp of bool"),
+        (lambda x: namespace(x).zeros_like(x, dtype="bool"), "combines bool with 0"),
+        (lambda x: x * 2.0 if x.ndim else x, "asks an array for its ndim"),
+        (lambda x: x / math.sqrt(math.prod(x.shape)), "asks an array for its shape"),
+        (lambda x: x / x.size, "asks an array for its size"),
+        (lambda x: x * (2.0 if hasattr(x, "device") else 3.0), "asks an array for its device"),
+        (lambda x: x * len(x), "asks an array for its length"),
+        (lambda x: x * x.T, "asks an array for its T"),
+        (lambda x: x * 2.0 if x.dtype == np.float64 else x, "compares a dtype with <class"),
+        (lambda x: x * 2.0 if np.float64 != x.dtype else x, "compares a dtype with <class"),
     ],
 )
 def test_what_is_no_formula_is_refused(function: Callable[[Any], Any], why: str) -> None:

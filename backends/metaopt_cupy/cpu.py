@@ -1,22 +1,18 @@
 """Kernels for NumPy arrays, compiled by numba from the traced source."""
 
-import threading
 from typing import Any
 
 import numpy as np
 
 from metaopt.tracer import PYTHON
-from metaopt_cupy.programs import Traced
+from metaopt_cupy.programs import GIVEN, Traced
 
 __all__ = ["Cpu", "source"]
 
-#: Serializes parallel regions: one of numba's threading layers ends the process where two meet.
-_lock = threading.Lock()
-_compiled: dict[str, Any] = {}
-
 TEMPLATE = """\
-def block(fixed, given, lrs, counts, discount_, row, start, stop, first):
-    if given[0, row] == 0:
+def block(fixed, given, counts, discount_, row, start, stop, first):
+    told = given[row]
+    if told.grad == 0:
         return 0.0
     n = stop - start
     {inputs}
@@ -34,13 +30,12 @@ def source(traced: Traced, compute: str, *, per_weight: bool) -> str:
     """Return the source of a function that steps the weights from `start` to `stop` of a leaf.
 
     It returns the sum of their products, which it writes in place of that where step sizes differ
-    from weight to weight. Rows of `fixed` and `given` hold the addresses of arrays: in the order
-    of `Traced.arrays` but for the gradient, and grad, value, rate, meta_grad, product.
+    from weight to weight. Rows of `fixed` hold the addresses of the arrays of `Traced.arrays` that
+    `given`, of dtype `ROW`, does not.
     """
-    given = ("grad", "value", "rate", "meta_grad")
-    fixed = [name for name in traced.arrays if name not in given]
+    fixed = [name for name in traced.arrays if name not in GIVEN]
     numbers = {
-        "lr": f"np.{compute}(lrs[row])",
+        "lr": f"np.{compute}(told.lr)",
         "count": "counts[row]",
         "discount": f"np.{compute}(discount_)",
     }
@@ -49,13 +44,13 @@ def source(traced: Traced, compute: str, *, per_weight: bool) -> str:
         if name in numbers:
             inputs.append(f"{name} = {numbers[name]}")
             continue
-        table = f"given[{given.index(name)}" if name in given else f"fixed[{fixed.index(name)}"
-        offset = "first" if name in given[1:] else "start"
-        array = f"carray(pointer({table}, row] + {offset} * {_size(dtype)}), n, np.{dtype})"
+        at = f"told.{name}" if name in GIVEN else f"fixed[{fixed.index(name)}, row]"
+        offset = "first" if name in ("value", "rate", "meta_grad") else "start"
+        array = f"carray(pointer({at} + {offset} * {_size(dtype)}), n, np.{dtype})"
         one = name in traced.shared
         inputs.append(f"{name} = {array}[0]" if one else f"{name}_ = {array}")
     if per_weight:
-        address = f"given[4, row] + start * {_size(compute)}"
+        address = f"told.product + start * {_size(compute)}"
         inputs.append(f"product_ = carray(pointer({address}), n, np.{compute})")
     product = PYTHON.written(traced.product)
     stores = [f"{name}_[i] = {PYTHON.written(value)}" for name, value in traced.written.items()]
@@ -96,10 +91,7 @@ class Cpu:
 
     def kernel(self, traced: Traced, compute: str, *, per_weight: bool) -> Any:
         """Return the compiled kernel of a traced step."""
-        text = source(traced, compute, per_weight=per_weight)
-        if text not in _compiled:
-            _compiled[text] = self._tools.compiled(text)
-        return _compiled[text]
+        return self._tools.compiled(source(traced, compute, per_weight=per_weight))
 
     def table(self, array: Any) -> Any:
         """Return a table of integers where kernels read it."""
@@ -109,20 +101,14 @@ class Cpu:
         """Return the blocks of chunks as `gathered` takes them."""
         return blocks
 
-    def multiplier(self, lr: Any, dtype: Any) -> tuple[float, Any]:  # noqa: ARG002
-        """Return a multiplier as a number, and None where it could be an array."""
-        return float(lr), None
-
-    def run(self, kernel: Any, group: Any, given: Any, lrs: Any, discount: float) -> None:
+    def run(self, kernel: Any, group: Any, given: Any, discount: float) -> None:
         """Step the leaves of a group."""
-        with _lock:
-            self._tools.run(
-                kernel,
-                group.weights,
-                *(group.fixed, given, np.array(lrs), group.counts, discount),
-                *(group.chunks, group.sums),
-            )
-        group.counts += given[0] != 0
+        self._tools.run(
+            kernel,
+            group.weights,
+            *(group.fixed, given, group.counts, discount, group.chunks, group.sums),
+        )
+        group.counts += given["grad"] != 0
 
     def gathered(self, groups: Any, size: int, dtype: Any) -> Any:
         """Return the sums of all chunks by block."""

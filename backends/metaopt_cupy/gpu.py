@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 
 from metaopt.tracer import C
-from metaopt_cupy.programs import Traced
+from metaopt_cupy.programs import GIVEN, ROW, Traced
 
 __all__ = ["Gpu", "source"]
 
 #: Leaves of one launch: a kernel's arguments may have 4096 bytes, and a leaf's take 56.
 ROWS = 64
+#: The struct that a launch is passed by value, as CuPy takes one: in an array of one entry.
+AT = np.dtype([("at", ROW, ROWS)])
 #: Threads of a block, a power of two.
 THREADS = 256
-
-GIVEN = ("grad", "value", "rate", "meta_grad", "product", "lr_at")
-ROW = np.dtype([*((name, np.int64) for name in GIVEN), ("lr", np.float64)])
 
 HEADER = """\
 struct Row {{ long long {given}; double lr; }};
@@ -101,9 +100,10 @@ def source(traced: Traced, compute: str, *, per_weight: bool) -> str:
         if name in numbers:
             inputs.append(f"const {kind} {name} = {numbers[name]};")
             continue
-        at = f"row.{name}" if name in GIVEN else f"fixed[{fixed.index(name)} * leaves + leaf]"
-        offset = "chunk[3]" if name in GIVEN[1:] else "start"
-        constant = "const " if name in GIVEN else ""
+        told = name in GIVEN
+        at = f"row.{name}" if told else f"fixed[{fixed.index(name)} * leaves + leaf]"
+        offset = "chunk[3]" if name in ("value", "rate", "meta_grad") else "start"
+        constant = "const " if told else ""
         pointer = f"({constant}{kind}*){at} + {offset}"
         if name in traced.shared:
             inputs.append(f"const {kind} {name} = *({pointer});")
@@ -175,23 +175,14 @@ class Gpu:
         order = np.argsort(blocks, kind="stable")
         return self.table(order), self.table(np.searchsorted(blocks[order], np.arange(size + 1)))
 
-    def multiplier(self, lr: Any, dtype: Any) -> tuple[float, Any]:
-        """Return a multiplier as a number, or as an array where it is one of the device."""
-        if isinstance(lr, self.xp.ndarray):
-            return 0.0, lr.astype(dtype, copy=False)
-        return float(lr), None
-
-    def run(self, kernel: Any, group: Any, given: Any, lrs: Any, discount: float) -> None:
+    def run(self, kernel: Any, group: Any, given: Any, discount: float) -> None:
         """Step the leaves of a group."""
         step, advance = kernel
         leaves, done = len(group.names), 0
         for row_0 in range(0, leaves, ROWS):
             stop = min(row_0 + ROWS, leaves)
-            rows = np.zeros((1, ROWS), dtype=ROW)
-            for name, values in zip(GIVEN, given, strict=True):
-                rows[name][0, : stop - row_0] = values[row_0:stop]
-            rows["lr"][0, : stop - row_0] = lrs[row_0:stop]
-            by_value = rows.view(np.dtype((np.void, rows.nbytes))).reshape(1)
+            rows = np.zeros(1, dtype=AT)
+            rows["at"][0, : stop - row_0] = given[row_0:stop]
             span = np.int32(row_0), np.int32(leaves)
             end = int(group.ends[stop - 1])
             if end > done:
@@ -199,7 +190,7 @@ class Gpu:
                     (end - done,),
                     (THREADS,),
                     (
-                        by_value,
+                        rows,
                         *span,
                         group.fixed,
                         group.counts,
@@ -208,7 +199,7 @@ class Gpu:
                         group.sums[done:end],
                     ),
                 )
-            advance((1,), (ROWS,), (by_value, *span, group.counts))
+            advance((1,), (ROWS,), (rows, *span, group.counts))
             done = end
 
     def gathered(self, groups: Any, size: int, dtype: Any) -> Any:

@@ -1,12 +1,11 @@
 """Where arrays lie in memory."""
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Occupied", "address", "check_writable", "contiguous", "span"]
+__all__ = ["Occupied", "address", "check_writable", "contiguous", "overlaps_itself", "span"]
 
 
 def address(array: Any) -> int:
@@ -34,19 +33,40 @@ def span(array: Any) -> tuple[int, int]:
     return start, stop + array.dtype.itemsize
 
 
-def check_writable(params: Mapping[str, Any]) -> None:
+def overlaps_itself(array: Any) -> bool:
+    """Say whether entries of an array may share memory with each other.
+
+    None do where each axis strides over all that the shorter strides reach.
+    """
+    axes = [(abs(step), n) for n, step in zip(array.shape, array.strides, strict=True) if n > 1]
+    reach = array.dtype.itemsize
+    for stride, length in sorted(axes):
+        if stride < reach:
+            return bool(array.size)
+        reach += (length - 1) * stride
+    return False
+
+
+def check_writable(params: Mapping[str, Any], xp: Any) -> None:
     """Raise ValueError where parameters cannot be written to, each without the others."""
     spans = []
     for name, param in params.items():
         if not getattr(param.flags, "writeable", True):
             msg = f"`params[{name!r}]` is read-only, but steps write to it; pass a copy."
             raise ValueError(msg)
-        if contiguous(param) and param.size:  # others can be interleaved
-            spans.append((*span(param), name))
-    for (_, stop, name), (start, _, other) in itertools.pairwise(sorted(spans)):
-        if start < stop:
-            msg = f"`params` must lie apart; {name!r} and {other!r} share memory."
+        if overlaps_itself(param):
+            msg = f"`params[{name!r}]` shares memory among its own entries; pass a copy."
             raise ValueError(msg)
+        if param.size:
+            spans.append((*span(param), name))
+    reaching: list[tuple[int, str]] = []  # into what comes next
+    for start, stop, name in sorted(spans):
+        reaching = [(end, other) for end, other in reaching if end > start]
+        for _, other in reaching:
+            if xp.shares_memory(params[name], params[other]):
+                msg = f"`params` must lie apart; {other!r} and {name!r} share memory."
+                raise ValueError(msg)
+        reaching.append((stop, name))
 
 
 class Occupied:
@@ -54,9 +74,10 @@ class Occupied:
 
     def __init__(self, params: Mapping[str, Any]) -> None:
         spans = sorted(span(param) for param in params.values())
-        self._starts, self._stops = np.array(spans, dtype=np.int64).T
+        self._starts, stops = np.array(spans, dtype=np.int64).T
+        self._reached = np.maximum.accumulate(stops)
 
     def holds(self, start: Any, stop: Any) -> Any:
-        """Say whether any of it lies between two addresses, elementwise."""
+        """Say whether any of it, or a gap within a parameter, lies between two addresses."""
         before = np.searchsorted(self._starts, stop) - 1
-        return (before >= 0) & (self._stops[before] > start)
+        return (before >= 0) & (self._reached[before] > start)

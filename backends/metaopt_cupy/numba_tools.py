@@ -1,12 +1,17 @@
 """What needs numba, imported where it is used."""
 
+import functools
 import math
+import os
+import threading
 from typing import Any
 
 import numba
 import numpy as np
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from metaopt_cupy.programs import ROW
 
 __all__ = ["compiled", "run"]
 
@@ -26,12 +31,38 @@ def pointer(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
 
 TABLE = types.int64[:, ::1]
 BLOCK = types.float64(
-    *(TABLE, TABLE, types.float64[::1], types.int32[::1], types.float64),
+    *(TABLE, numba.from_dtype(ROW)[::1], types.int32[::1], types.float64),
     *(types.int64, types.int64, types.int64, types.int64),
 )
 
 
+#: How many compiled formulas are kept for optimizers to come; those in use are kept by them.
+KEPT = 64
+
+# Held while threads of numba run, for one of its threading layers ends the process where two such
+# regions meet, and while it compiles.
+_running, _compiling = threading.Lock(), threading.Lock()
+_forked = False
+
+
+def _after_fork() -> None:
+    """Step on one thread from now on: those of the parent are gone, with what they held."""
+    global _running, _compiling, _forked
+    _running, _compiling, _forked = threading.Lock(), threading.Lock(), True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def compiled(source: str) -> Any:
+    """Return a block function, compiled."""
+    with _compiling:
+        return _compiled(source)
+
+
+@functools.lru_cache(KEPT)
+def _compiled(source: str) -> Any:
     """Compile a block function.
 
     Sums may be reordered, or they could not be vectorized; no value may be assumed finite.
@@ -43,39 +74,42 @@ def compiled(source: str) -> Any:
 
 
 def run(block: Any, weights: int, *arguments: Any) -> None:
-    """Call a block function on all chunks, by as many threads as the weights are worth."""
-    own = numba.get_num_threads()
-    numba.set_num_threads(max(1, min(own, weights // WORTH_A_THREAD)))
-    try:
-        _run(block, *arguments)
-    finally:
-        numba.set_num_threads(own)
+    """Call a block function on all chunks, by as many threads as the weights are worth.
+
+    One thread is this one: numba starts its own only where they are needed, since a process that
+    has them can no longer be forked into such that use them.
+    """
+    worth = 1 if _forked else min(numba.config.NUMBA_NUM_THREADS, weights // WORTH_A_THREAD)
+    if worth <= 1:
+        _loop(parallel=False)(block, *arguments)
+        return
+    with _running:
+        loop, own = _loop(parallel=True), numba.get_num_threads()
+        numba.set_num_threads(min(own, worth))
+        try:
+            loop(block, *arguments)
+        finally:
+            numba.set_num_threads(own)
 
 
-@numba.njit(  # type: ignore[untyped-decorator]
-    types.void(types.FunctionType(BLOCK), *BLOCK.args[:5], TABLE, types.float64[::1]),
-    parallel=True,
-    nogil=True,
-)
-def _run(
-    block: Any,
-    fixed: Any,
-    given: Any,
-    lrs: Any,
-    counts: Any,
-    discount: float,
-    chunks: Any,
-    sums: Any,
-) -> None:
-    for index in numba.prange(len(chunks)):
-        sums[index] = block(
-            fixed,
-            given,
-            lrs,
-            counts,
-            discount,
-            chunks[index, 0],
-            chunks[index, 1],
-            chunks[index, 2],
-            chunks[index, 3],
-        )
+@functools.cache
+def _loop(*, parallel: bool) -> Any:
+    """Return the loop over chunks, compiled."""
+    signature = types.void(types.FunctionType(BLOCK), *BLOCK.args[:4], TABLE, types.float64[::1])
+
+    def loop(
+        block: Any, fixed: Any, given: Any, counts: Any, discount: float, chunks: Any, sums: Any
+    ) -> None:
+        for index in numba.prange(len(chunks)):
+            sums[index] = block(
+                fixed,
+                given,
+                counts,
+                discount,
+                chunks[index, 0],
+                chunks[index, 1],
+                chunks[index, 2],
+                chunks[index, 3],
+            )
+
+    return numba.njit(signature, parallel=parallel, nogil=True)(loop)

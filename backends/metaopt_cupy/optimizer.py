@@ -3,15 +3,17 @@
 import contextlib
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
+from array_api_compat import is_torch_array
 
 import metaopt as mo
-from metaopt.arrays import map_leaves, solid
+from metaopt.arrays import is_number, map_leaves, solid
 from metaopt.inputs import check_grads, multipliers
 from metaopt_cupy.memory import check_writable
 from metaopt_cupy.pool import Pool
@@ -24,16 +26,17 @@ class MetaOptimizer:
     """MetaOptimize in place, on arrays of CuPy or NumPy; docs/mathematics.md sections 2 to 11.
 
     A step passes over memory once: kernels that are generated from the core's own formulas, for
-    CuPy in CUDA, for NumPy by numba, compute all of it for each weight. They are exactly as exact;
-    a trace whose meta-gradient was not finite restarts one step later (section 11). Where there
-    can be no such kernel the core makes the step, and `unfused` says why.
+    CuPy in CUDA, for NumPy by numba, compute all of it for each weight, to the core's numbers but
+    for rounding. Where a meta-gradient is not finite, though, the trace restarts one step later,
+    and what the step in between made of it is lost (section 11). Where there can be no such kernel
+    the core makes the step, and `unfused` says why.
 
     Parameters
     ----------
     params : mapping of name to array, or sequence of arrays
         Real and floating, all on one device; those of a sequence are called "0", "1", and so on.
-        Steps write to these very arrays. Tensors of other libraries are taken as well, by DLPack,
-        where their memory can be written to.
+        Steps write to these very arrays. Tensors of PyTorch are taken as well, by DLPack, as long
+        as they stay where they lie.
     base, meta : Rule
         As in `metaopt.MetaOptimize`.
     fused : bool, optional
@@ -88,28 +91,38 @@ class MetaOptimizer:
         config: mo.MetaOptimize,
         fused: bool | None,
         state: mo.State | None = None,
+        stacklevel: int = 3,
     ) -> None:
-        self._xp, self._params = _adopted(_named("params", params))
+        params_by_name = _named("params", params)
+        self._xp, self._params = _adopted(params_by_name)
+        self._tensors = {
+            name: (param, param.data_ptr())
+            for name, param in params_by_name.items()
+            if is_torch_array(param)
+        }
         self._by_position = not isinstance(params, Mapping)
         self._fused, self.config = fused, config
         self._pool: Pool | None = None
         with self._device():
             state = config.init(self._params) if state is None else state
             self._plan = config.plan(self._params)
-            check_writable(self._params)
+            check_writable(self._params, self._xp)
             chosen = "`fused` is False" if fused is False else _needs_more(config, self._plan)
             missing = "" if chosen else _missing(self._xp)
             self._state, self.unfused = state, dict.fromkeys(self._params, chosen or missing)
             if not chosen and not missing:
                 self._pool = self._pooled(state)
                 self.unfused = self._pool.unfused
+            if self._xp is not np:  # steps may be on other streams than what is made here
+                self._xp.cuda.get_current_stream().synchronize()
         if fused and self.unfused:
             name, reason = next(iter(self.unfused.items()))
             msg = f"`fused` is True, but there is no kernel for {name!r}: {reason}."
             raise ValueError(msg)
         if not chosen:
             for reason in dict.fromkeys(self.unfused.values()):
-                warnings.warn(f"the core makes steps in place of a kernel: {reason}", stacklevel=3)
+                msg = f"the core makes steps in place of a kernel: {reason}"
+                warnings.warn(msg, stacklevel=stacklevel)
 
     def _pooled(self, state: mo.State) -> Pool:
         own = {
@@ -153,8 +166,9 @@ class MetaOptimizer:
         Parameters
         ----------
         grads : mapping of name to array or None, or a sequence where `params` was one
-            Of the shapes of `params`, any floating dtype. Arrays of other libraries on the same
-            device are read in place, by DLPack. A leaf with None rests.
+            Of the shapes of `params`, any floating dtype of NumPy. Arrays of other libraries on
+            the same device are read in place, by DLPack; bfloat16 cannot be. A leaf with None
+            rests.
         lr, hvp, third, hessian_diagonal
             As in `metaopt.MetaOptimize.step`.
 
@@ -162,12 +176,19 @@ class MetaOptimizer:
         ------
         ValueError
             If names, shapes or devices do not fit, `lr` is negative, or what `curvature` needs is
-            not given. Nothing is changed then.
+            not given, or a tensor among `params` has been given other memory.
         TypeError
             If a gradient is no dense, real floating array, or cannot be read.
+
+        Notes
+        -----
+        These errors come before anything is changed. A meta rule of your own is called once when
+        the optimizer is made; what it raises only in a later step, it raises when the parameters
+        have moved.
         """
+        self._check_tensors()
         with self._device():
-            found = self._read("grads", grads)
+            found, lrs = self._read("grads", grads), self._multipliers(lr)
             if self._pool is None:
                 if hessian_diagonal is not None:
                     hessian_diagonal = self._read("hessian_diagonal", hessian_diagonal)
@@ -175,7 +196,7 @@ class MetaOptimizer:
                     self._params,
                     found,
                     self._state,
-                    lr=lr,
+                    lr=lrs,
                     hvp=hvp,
                     third=third,
                     hessian_diagonal=hessian_diagonal,
@@ -184,7 +205,36 @@ class MetaOptimizer:
                     param[...] = params[name]
             else:
                 check_grads(found, self._params, self._plan.shapes)
-                self._pool.step(found, multipliers(lr, self._plan.shapes))
+                self._pool.step(found, lrs)
+        for name, (tensor, _) in self._tensors.items():
+            if found[name] is not None and not tensor.is_inference():
+                # or autograd would go backward through what is no longer there
+                sys.modules["torch"].autograd.graph.increment_version(tensor)
+
+    def _check_tensors(self) -> None:
+        """Raise where a tensor of torch has been given other memory than steps write to."""
+        for name, (tensor, pointer) in self._tensors.items():
+            if tensor.data_ptr() != pointer:
+                msg = (
+                    f"`params[{name!r}]` lies elsewhere than when this optimizer was made: its "
+                    "`data` has been replaced. Make one for the parameters as they are, by `save` "
+                    "and `MetaOptimizer.load`."
+                )
+                raise ValueError(msg)
+
+    def _multipliers(self, lr: Any) -> Any:
+        """Return multipliers by leaf: floats where the host has them, arrays of the device."""
+        found = multipliers(lr, self._plan.shapes)
+        if is_number(lr):
+            return found
+        like = next(iter(self._params.values()))
+        for name, array in found.items():
+            if isinstance(array, float) or not hasattr(array, "__dlpack_device__"):
+                continue
+            what = f"lr[{name!r}]" if isinstance(lr, Mapping) else "lr"
+            on_host = device_of(array) == "cpu"
+            found[name] = float(array) if on_host else shared(what, array, like, self._xp)
+        return multipliers(found, self._plan.shapes)
 
     def _read(self, what: str, arrays: Any) -> Any:
         """Return a mapping of arrays as this library's."""
@@ -202,7 +252,8 @@ class MetaOptimizer:
 
     def __reduce__(self) -> Any:
         """Copy and pickle by what the optimizer consists of: kernels hold addresses."""
-        params = list(self._params.values()) if self._by_position else self._params
+        by_name = self._params | {name: tensor for name, (tensor, _) in self._tensors.items()}
+        params = list(by_name.values()) if self._by_position else by_name
         return _restored, (type(self), params, self.config, self._fused, self.state)
 
     def step_sizes(self) -> dict[str, Any]:
@@ -250,14 +301,19 @@ class MetaOptimizer:
         """
         _, arrays = _adopted(_named("params", params))
         config, state = mo.load(path, arrays, config)
-        return _restored(cls, params, config, fused, state)
+        return _restored(cls, params, config, fused, state, stacklevel=4)
 
 
 def _restored(
-    cls: type[Any], params: Any, config: mo.MetaOptimize, fused: bool | None, state: mo.State
+    cls: type[Any],
+    params: Any,
+    config: mo.MetaOptimize,
+    fused: bool | None,
+    state: mo.State,
+    stacklevel: int = 3,
 ) -> Any:
     self: Any = object.__new__(cls)
-    self._prepare(params, config, fused, state)
+    self._prepare(params, config, fused, state, stacklevel)
     return self
 
 

@@ -5,6 +5,7 @@ optimizer lies where it lay in the step before, and its addresses are handed ove
 and arrays of the blocks, come anew with every step.
 """
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,14 +13,14 @@ from typing import Any
 import numpy as np
 
 import metaopt as mo
-from metaopt.arrays import Leaves, map_leaves, namespace, per_leaf, solid
+from metaopt.arrays import Leaves, cast, map_leaves, namespace, per_leaf, solid
 from metaopt.passes import Leaf, LeafStep, one_pass
 from metaopt.plan import Plan
 from metaopt.step import awake_leaves
 from metaopt.tracer import UntraceableError
 from metaopt_cupy.chunks import cut, lies_per_weight
 from metaopt_cupy.memory import Occupied, address, contiguous
-from metaopt_cupy.programs import Spec, trace
+from metaopt_cupy.programs import ROW, Spec, trace
 
 __all__ = ["Group", "Pool"]
 
@@ -47,7 +48,7 @@ class Group:
     sums : float64 (chunks,)
         Sums of products; kernels write them.
     own, sizes, starts, products : integers (leaves,)
-        On the host: the address of the parameter, its bytes, its first block, and the address its
+        On the host: the address of the parameter, its size, its first block, and the address its
         products go to where step sizes differ from weight to weight.
     kernels : dict of str to kernel
         By the gradient's dtype.
@@ -105,22 +106,31 @@ class Pool:
             spec = self._spec(name, rule)
             if spec is None:
                 continue
-            try:
-                trace(spec)
-            except UntraceableError as error:
-                self.unfused[name] = f"{rule!r} cannot be traced: {error}"
-                continue
             # by identity: a rule of a user's own need not be hashable, nor its equality a bool
             key = (id(rule), spec.param, spec.compute, spec.per_weight)
             members.setdefault(key, (spec, []))[1].append(name)
         counts: dict[str, Any] = {}
-        self._groups = [self._group(*member, state, counts) for member in members.values()]
-        for group in self._groups:
-            self._kernel(group, group.spec.param)
+        self._groups: list[Group] = []
+        for spec, names in members.values():
+            try:
+                kernel = self._compiled(spec)
+            except UntraceableError as error:
+                reason = f"{spec.rule!r} cannot be traced: {error}"
+            except Exception as error:  # of whatever kind a compiler raises
+                shown = textwrap.shorten(str(error), 300)
+                reason = f"{spec.rule!r} cannot be compiled: {type(error).__name__}: {shown}"
+            else:
+                group = self._group(spec, names, state, counts)
+                group.kernels[spec.grad] = kernel
+                self._groups.append(group)
+                continue
+            self.unfused |= dict.fromkeys(names, reason)
         self.state = replace(
             state, count=per_leaf((name, counts.get(name, state.count[name])) for name in params)
         )
         self._occupied = Occupied(params)
+        # once all that follows the kernels in a step: what fails there, fails before any step
+        config.meta_step(plan, self.state, self._summed({}), per_leaf((n, True) for n in params))
 
     def _spec(self, name: str, rule: Any) -> Spec | None:
         """Return what the kernel of a leaf depends on; None where there can be none."""
@@ -182,7 +192,7 @@ class Pool:
             blocks=engine.blocks(np.concatenate(blocks), plan.blocks.size),
             sums=xp.zeros(len(table), dtype=xp.float64),
             own=addresses[0].copy(),
-            sizes=np.array([self._params[name].nbytes for name in names]),
+            sizes=np.array([self._params[name].size for name in names]),
             starts=np.array(starts),
             products=np.array(products),
         )
@@ -195,9 +205,10 @@ class Pool:
         grads : mapping of leaf to array or None
             Of the library and shapes of the parameters.
         lrs : mapping of leaf to multiplier
-            As `metaopt.inputs.multipliers` returns them.
+            As `metaopt.inputs.multipliers` returns them; arrays of the parameters' library.
         """
-        plan, state, xp = self._plan, self.state, self._xp
+        plan, state = self._plan, self.state
+        lrs = _rounded(lrs, plan.dtypes)
         awake = awake_leaves(grads, lrs)
         value, rate = (map_leaves(solid, part) for part in self._config.slopes(state.beta))
         of_blocks = {"value": value, "rate": rate, "meta_grad": state.meta_grad}
@@ -207,11 +218,11 @@ class Pool:
             for name in self.unfused
             if grads[name] is not None
         }  # before anything is written
-        for group, (kernel, given, multipliers, _) in zip(self._groups, work, strict=True):
+        for group, (kernel, given, _) in zip(self._groups, work, strict=True):
             buffered = [name for name in group.names if name in self._buffers]
             for name in buffered:
                 self._buffers[name][...] = self._params[name]
-            self._engine.run(kernel, group, given, multipliers, self._config.discount)
+            self._engine.run(kernel, group, given, self._config.discount)
             for name in buffered:
                 self._params[name][...] = self._buffers[name]
         partials = {name: self._written(name, *found) for name, found in loose.items()} | {
@@ -219,48 +230,44 @@ class Pool:
             for name, product in self._products.items()
             if grads[name] is not None
         }
-        z = None
+        self.state = self._config.meta_step(plan, state, self._summed(partials), awake)
+
+    def _summed(self, partials: Mapping[str, Any]) -> Any:
+        """Return the meta-gradient, of the sums of chunks and of parts that leaves have."""
+        plan, z = self._plan, None
         if not plan.blocks.partition.per_leaf:
             z = self._engine.gathered(self._groups, plan.blocks.size, plan.beta_dtype)
         if partials:
             rest = plan.blocks.gather(partials)
             z = rest if z is None else z + rest
-        if z is None:
-            z = map_leaves(xp.zeros_like, state.beta)
-        self.state = self._config.meta_step(plan, state, z, awake)
+        return map_leaves(self._xp.zeros_like, self.state.beta) if z is None else z
 
     def _work(
         self, group: Group, grads: Mapping[str, Any], lrs: Leaves[Any], of_blocks: dict[str, Any]
-    ) -> tuple[Any, Any, list[Any], list[Any]]:
-        """Return the kernel, addresses by row, multipliers, and what has to live until it ran."""
-        engine, spec = self._engine, group.spec
-        given = np.zeros((6, len(group.names)), dtype=np.int64)
+    ) -> tuple[Any, Any, list[Any]]:
+        """Return the kernel, what it is told, and the arrays that have to live until it ran."""
+        given = np.zeros(len(group.names), dtype=ROW)
         grad, arrays = self._readable(group, [grads[name] for name in group.names])
-        for row, array in enumerate(arrays):
-            if array is not None:
-                given[0, row] = address(array) or 1  # an empty array may lie nowhere
-        begin, end = given[0], given[0] + group.sizes
+        # an empty array may lie nowhere
+        begin = np.array([0 if array is None else address(array) or 1 for array in arrays])
+        end = begin + group.sizes * np.dtype(grad).itemsize
         # one that lies in its own parameter, entry by entry, is read before that is written
-        inside = (begin != 0) & (begin != group.own) & self._occupied.holds(begin, end)
+        own = (begin == group.own) & (grad == group.spec.param)
+        inside = (begin != 0) & ~own & self._occupied.holds(begin, end)
         for row in np.nonzero(inside)[0].tolist():
             arrays[row] = self._xp.array(arrays[row], copy=True)
-            given[0, row] = address(arrays[row])
-        for column, values in enumerate(of_blocks.values(), start=1):
+            begin[row] = address(arrays[row])
+        given["grad"] = begin
+        for part, values in of_blocks.items():
             if isinstance(values, Mapping):
-                given[column] = [address(values[name]) for name in group.names]
+                given[part] = [address(values[name]) for name in group.names]
             else:
-                given[column] = address(values) + group.starts * values.dtype.itemsize
-        given[4] = group.products
-        multipliers, compute = [], getattr(self._xp, spec.compute)
-        for row, name in enumerate(group.names):
-            lr = lrs[name]
-            if not isinstance(lr, float):
-                lr, array = engine.multiplier(lr, compute)
-                if array is not None:
-                    arrays.append(array)
-                    given[5, row] = address(array)
-            multipliers.append(lr)
-        return self._kernel(group, grad), given, multipliers, arrays
+                given[part] = address(values) + group.starts * values.dtype.itemsize
+        given["product"] = group.products
+        own_lrs = [lrs[name] for name in group.names]
+        given["lr"] = [lr if isinstance(lr, float) else 0.0 for lr in own_lrs]
+        given["lr_at"] = [0 if isinstance(lr, float) else address(lr) for lr in own_lrs]
+        return self._kernel(group, grad), given, arrays
 
     def _readable(self, group: Group, grads: list[Any]) -> tuple[str, list[Any]]:
         """Return gradients as one kernel can read them: their dtype, and contiguous arrays."""
@@ -280,11 +287,11 @@ class Pool:
     def _kernel(self, group: Group, grad: str) -> Any:
         """Return the kernel of a group for gradients of a dtype, compiled."""
         if grad not in group.kernels:
-            spec = replace(group.spec, grad=grad)
-            group.kernels[grad] = self._engine.kernel(
-                trace(spec), spec.compute, per_weight=spec.per_weight
-            )
+            group.kernels[grad] = self._compiled(replace(group.spec, grad=grad))
         return group.kernels[grad]
+
+    def _compiled(self, spec: Spec) -> Any:
+        return self._engine.kernel(trace(spec), spec.compute, per_weight=spec.per_weight)
 
     def _by_core(
         self, name: str, grad: Any, lr: Any, of_blocks: dict[str, Any]
@@ -315,3 +322,16 @@ class Pool:
             array[...] = step.slots[slot]
         state.count[name][...] += 1
         return self._plan.blocks.partial(product, name, self._plan.beta_dtype)
+
+
+def _rounded(lrs: Leaves[Any], dtypes: Leaves[Any]) -> Leaves[Any]:
+    """Return multipliers in the leaves' compute dtypes; an array of several leaves is cast once."""
+    known: dict[Any, Any] = {}
+    rounded = per_leaf(lrs.items())
+    for name, lr in lrs.items():
+        if not isinstance(lr, float):
+            key = id(lr), dtypes[name]
+            if key not in known:
+                known[key] = cast(lr, dtypes[name])
+            rounded[name] = known[key]
+    return rounded

@@ -3,10 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from metaopt.passes import Leaf, one_pass
 from metaopt.tracer import Program, Scalar, UntraceableError
 
-__all__ = ["Spec", "Traced", "trace"]
+__all__ = ["GIVEN", "ROW", "Spec", "Traced", "trace"]
+
+#: Arrays of which a kernel is told anew in every step where they lie, 0 where there is none.
+GIVEN = ("grad", "value", "rate", "meta_grad", "product", "lr_at")
+#: What a kernel is told of a leaf anew in every step; `lr` counts where `lr_at` is 0.
+ROW = np.dtype([*((name, np.int64) for name in GIVEN), ("lr", np.float64)])
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 from metaopt_cupy.chunks import cut
 from metaopt_cupy.memory import address
 from metaopt_cupy.pool import Group
-from metaopt_cupy.programs import Spec, Traced
+from metaopt_cupy.programs import ROW, Spec, Traced
 
 from metaopt.rules.move import move
 from metaopt.tracer import Program, Scalar
@@ -74,10 +74,10 @@ class PlainSteps:
     def step(self) -> None:
         """Make a step."""
         self._count += 1
-        given = np.zeros((6, len(self._grads)), dtype=np.int64)
-        given[0] = [address(grad) for grad in self._grads.values()]
-        lrs = [1e-4] * len(self._grads)
-        self._engine.run(self._kernel, self._group, given, lrs, float(self._count))
+        given = np.zeros(len(self._grads), dtype=ROW)
+        given["grad"] = [address(grad) for grad in self._grads.values()]
+        given["lr"] = 1e-4
+        self._engine.run(self._kernel, self._group, given, float(self._count))
 
     def params(self) -> list[Any]:
         """Return the parameters, in the order of the gradients."""
