@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("jax")
 pytest.importorskip("optax")
 
-from metaopt_conformance.backends import find  # noqa: E402
-from metaopt_conformance.cases import Case  # noqa: E402
-from metaopt_conformance.jax_adapter import Optimizer  # noqa: E402
-from metaopt_conformance.suite import run  # noqa: E402
+from metaopt_conformance.backends import find
+from metaopt_conformance.cases import Case
+from metaopt_conformance.jax_adapter import Optimizer
+from metaopt_conformance.suite import run
 
 CASES = [
     "base=AdamW,meta=Adam,curvature=exact,approximation=2x2,blocks=tensor,steps=3",

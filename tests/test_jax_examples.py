@@ -1,6 +1,10 @@
 """Every example with JAX runs, and trains as a plain loop does."""
 
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,8 @@ import metaopt as mo  # noqa: E402
 
 jnp = jax.numpy
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "jax"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples" / "jax"
 STEPS = 10
 #: Float32 runs whose sums may be taken in another order.
 ALLOWED = rounding("float32", operations=60, steps=STEPS)
@@ -130,3 +135,19 @@ def test_a_model_of_flax_trains_as_a_plain_loop(curvature: str) -> None:
     assert list(found) == list(sizes) == ["inner", "outer"]
     assert float(tx.diagnostics(optimizer.opt_state)["trace_norm"]["inner"]) > 0.0
     assert int(state.count) == STEPS
+
+
+def test_the_page_runs_as_it_is_printed() -> None:
+    """Block after block, in one process of its own, where warnings are errors."""
+    pytest.importorskip("orbax.checkpoint")
+    page = (ROOT / "docs" / "jax.md").read_text(encoding="utf-8")
+    program = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'backends'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'weight': " in done.stdout

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -227,6 +228,22 @@ def test_it_can_be_differentiated() -> None:
     size, h = jnp.asarray(1e-2), 1e-4
     slope = (after(size + h) - after(size - h)) / (2 * h)
     assert relative_error(jax.jit(jax.grad(after))(size), slope) < 1e-2
+
+
+# --- files of the core
+
+
+@pytest.mark.parametrize("name", ["named", "weight", "rules", "exact"])
+def test_a_run_goes_on_from_a_file_of_the_core(name: str, tmp_path: Path) -> None:
+    tx, params = metaopt_jax.metaoptimize(**options_of(name)), start()
+    step = jax.jit(lambda params, state: update(tx, params, state))
+    params, state = step(params, tx.init(params))
+    mo.save(tmp_path / "run.safetensors", tx.opt, tx.core_state(state))
+    opt, core = mo.load(tmp_path / "run.safetensors", tx.named(params))
+    again = metaopt_jax.transformation(opt).from_core_state(core, params)
+    assert jax.tree.map(jax.typeof, again) == jax.tree.map(jax.typeof, state)
+    pairs = zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True)
+    assert all(np.asarray(one).tobytes() == np.asarray(other).tobytes() for one, other in pairs)
 
 
 # --- pytrees
