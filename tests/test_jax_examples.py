@@ -37,8 +37,8 @@ def single_precision() -> Iterator[None]:
 
 def example(name: str, *needs: str) -> Any:
     """Return an example as a module, or skip where it needs what is not installed."""
-    for module in needs:
-        pytest.importorskip(module)
+    for need in needs:
+        pytest.importorskip(need)
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
