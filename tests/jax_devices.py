@@ -60,7 +60,8 @@ def whole(leaf: Any) -> Any:
 
 def of_parts(leaf: Any) -> Any:
     """Return the sum of a leaf over the devices that have parts of it."""
-    varying = jax.typeof(leaf).manual_axis_type.varying
+    kind = jax.typeof(leaf)
+    varying = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
     return jax.lax.psum(jnp.sum(leaf), tuple(sorted(varying))) if varying else jnp.sum(leaf)
 
 
