@@ -30,6 +30,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from metaopt_jax import metaoptimize
 
+import metaopt as mo
 from tests.jax_problem import by_name, close, options_of
 
 STEPS = 4
@@ -59,7 +60,8 @@ def whole(leaf: Any) -> Any:
 
 def of_parts(leaf: Any) -> Any:
     """Return the sum of a leaf over the devices that have parts of it."""
-    varying = jax.typeof(leaf).manual_axis_type.varying
+    kind = jax.typeof(leaf)
+    varying = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
     return jax.lax.psum(jnp.sum(leaf), tuple(sorted(varying))) if varying else jnp.sum(leaf)
 
 
@@ -235,6 +237,15 @@ def axis_names() -> None:
 
     with pytest.raises(ValueError, match="`axis_name` has 'y', over which no parameter is sharded"):
         jax.shard_map(local, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))(params, state)
+    divided = metaoptimize(**options_of("bare") | {"blocks": mo.blocks.node(0)}, axis_name="x")
+    square = {"w": jnp.ones((8, 8))}
+    state = divided.init({"w": jnp.ones((2, 8))})
+
+    def parts(params: Any, state: Any) -> Any:
+        return divided.update(params, state, params)[0]
+
+    with pytest.raises(ValueError, match="`blocks` divides 'w', of which devices have parts"):
+        jax.shard_map(parts, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))(square, state)
     with pytest.raises(ValueError, match='`axis_name` does not go with `blocks="weight"`'):
         metaoptimize(**options_of("weight"), axis_name="x")
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 #: Scenarios of jax_devices.py, in the order in which they run.
 SCENARIOS = [
     *(f"auto,{name}" for name in ("scalar", "node", "weight", "exact")),
-    *(f"explicit,{name}" for name in ("node", "weight", "skip", "exact", "diagonal")),
+    *(f"explicit,{name}" for name in ("node", "weight", "exact", "diagonal")),
     *("injected,auto", "injected,explicit"),
     *(f"shard_map,{name}" for name in ("scalar", "skip", "exact")),
     "axis_names",

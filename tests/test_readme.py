@@ -56,7 +56,7 @@ def test_jax() -> None:
     "page",
     [
         *("README.md", "docs/mathematics.md", "docs/conformance.md", "docs/cupy.md"),
-        "docs/torch.md",
+        *("docs/torch.md", "docs/jax.md"),
         "backends/README.md",
     ],
 )

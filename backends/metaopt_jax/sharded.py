@@ -11,20 +11,23 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
+from metaopt.blocks import Blocks
+
 __all__ = ["by_compiler", "by_types", "in_types", "on_each", "sums_over"]
 
 Reduce = Callable[[list[Any]], list[Any]]
 
 
 def sums_over(
-    axis_name: str | tuple[str, ...] | None, params: Mapping[str, Any]
+    axis_name: str | tuple[str, ...] | None, params: Mapping[str, Any], blocks: Blocks
 ) -> tuple[Reduce | None, dict[str, int]]:
     """Return the core's `reduce` over mesh axes and its `copies`, for leaves not sharded over all.
 
     Raises
     ------
     ValueError
-        If there is an axis over which no leaf varies.
+        If there is an axis over which no leaf varies, or a sharded leaf has several blocks, of
+        which a device may have some alone.
     """
     if axis_name is None:
         return None, {}
@@ -36,6 +39,14 @@ def sums_over(
                 f"`axis_name` has {axis!r}, over which no parameter is sharded. Leave it out where "
                 "parameters are replicated, and call jax.shard_map with check_vma=True, which "
                 "tells the ones from the others."
+            )
+            raise ValueError(msg)
+    for name, over in varying.items():
+        if over.intersection(axes) and math.prod(blocks.views[name]) > 1:
+            msg = (
+                f"`blocks` divides {name!r}, of which devices have parts, into blocks of the shape "
+                f"{blocks.views[name]}. With `axis_name` a block must hold whole leaves; use "
+                "jax.jit with shardings."
             )
             raise ValueError(msg)
     copies = {

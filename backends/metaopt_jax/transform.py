@@ -49,6 +49,14 @@ class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
         own = _own(state)
         return to_core(own, self.opt, Structure.of(own.trace))
 
+    def from_core_state(self, state: mo.State, params: Any) -> MetaOptimizeState:
+        """Return a state of the core, of these parameters, as this transformation's."""
+        return from_core(state, self.opt.slopes(state.beta)[0], Structure.of(params))
+
+    def named(self, params: Any) -> dict[str, Any]:
+        """Return the leaves of `params` by name, as `metaopt.load` takes them."""
+        return dict(_arrays(Structure.of(params), params, "params"))
+
 
 def _own(state: Any) -> MetaOptimizeState:
     """Return the one state of MetaOptimize within `state`."""
@@ -212,7 +220,7 @@ def transformation(
             return updates, state._replace(count=state.count + 1)
         leaves = _arrays(structure, params, "params")
         plan = opt.plan(leaves)
-        reduce, copies = sums_over(axis_name, leaves)
+        reduce, copies = sums_over(axis_name, leaves, plan.blocks)
         given = derivatives(plan, structure, params, value_fn, hvp, third)
         options = {
             "lr": lr(state.count) if callable(lr) else lr,
