@@ -184,14 +184,28 @@ class Adapter:
         self.opt, self.current = opt, params
         self.kept = opt.init(params)
 
-    def step(self, **inputs: Any) -> None:
-        self.current, self.kept = self.opt.step(self.current, state=self.kept, **inputs)
+    def step(self, grads: Any, lr: Any, hvp: Any) -> None:
+        self.advance(grads, lr=lr, hvp=hvp)
+
+    def advance(self, grads: Any, **inputs: Any) -> None:
+        self.current, self.kept = self.opt.step(self.current, grads, self.kept, **inputs)
 
     def params(self) -> Any:
         return self.current
 
     def state(self) -> Any:
         return self.kept
+
+
+class Whole(Adapter):
+    """One that takes all that the core takes, and changes its parameters in place."""
+
+    def step(self, grads: Any, lr: Any, hvp: Any, **others: Any) -> None:
+        own = self.current
+        self.advance(grads, lr=lr, hvp=hvp, **others)
+        for name, param in own.items():
+            param[...] = self.current[name]
+        self.current = own
 
 
 class Forgetful(Adapter):
@@ -201,13 +215,62 @@ class Forgetful(Adapter):
         super().step(**(inputs | {"lr": 1.0}))
 
 
-@pytest.mark.parametrize(("kind", "status"), [(Adapter, "passed"), (Forgetful, "failed")])
-def test_an_adapter_has_a_column_of_its_own(kind: Any, status: str) -> None:
-    cases = [
-        Case(base="AdamW", meta="Lion", lr="schedule"),
-        Case(base="SGDm", meta="Adam", blocks="node", lr="schedule", curvature="exact"),
-    ]
+class Late(Adapter):
+    """One that starts a meta-parameter too low."""
+
+    def __init__(self, opt: Any, params: Any) -> None:
+        super().__init__(opt, params)
+        self.kept = replace(self.kept, beta=self.kept.beta - 1e-3)
+
+
+class Stateless(Adapter):
+    """One whose state is not in the core's form."""
+
+    def state(self) -> Any:
+        return vars(self.kept)
+
+
+ADAPTED = [
+    Case(base="AdamW", meta="Lion", lr="schedule"),
+    Case(base="SGDm", meta="Adam", blocks="node", lr="schedule", curvature="exact"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "detail"),
+    [
+        (Adapter, ""),
+        (Whole, ""),
+        (Forgetful, "w in step"),
+        (Late, "beta in step 0"),
+        (Stateless, r"must return a metaopt\.State; got <class 'dict'>"),
+    ],
+)
+def test_an_adapter_has_a_column_of_its_own(kind: Any, detail: str) -> None:
     backend = replace(find("numpy"), optimizer=kind)
-    outcomes = list(run(backend, families=["trajectory"], cases=cases))
+    outcomes = list(run(backend, families=["trajectory"], cases=ADAPTED))
     assert [o.status for o in outcomes if o.family == "trajectory"] == ["passed"] * 2
-    assert [o.status for o in outcomes if o.family == "adapter"] == [status] * 2
+    found = [o for o in outcomes if o.family == "adapter"]
+    assert [o.status for o in found] == ["failed" if detail else "passed"] * 2
+    assert all(re.search(detail, o.detail) for o in found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reasons"),
+    [
+        (Whole, set()),
+        (
+            Adapter,
+            {
+                "the adapter's `step` takes no `third`",
+                "the adapter's `step` takes no `hessian_diagonal`",
+            },
+        ),
+    ],
+)
+def test_a_right_adapter_passes_the_quick_part(kind: Any, reasons: set[str]) -> None:
+    backend = replace(find("numpy"), optimizer=kind)
+    outcomes = list(run(backend, families=["trajectory"], quick=True))
+    assert {o.status for o in outcomes} == {"passed"} | ({"skipped"} if reasons else set())
+    assert {o.detail for o in outcomes if o.status == "skipped"} == reasons
+    assert len([o for o in outcomes if o.family == "adapter" and o.status == "passed"]) > 15

@@ -53,9 +53,11 @@ class Backend:
     settle : callable, default identity
         Computes what is lazy; the suite calls it after every step.
     optimizer : callable or None, default None
-        From a `metaopt.MetaOptimize` and params to an object with `params()`, `state()`, a
-        `metaopt.State`, and `step(grads, lr, hvp, third, hessian_diagonal)`, the arguments those of
-        the core's by name: an adapter to check as well.
+        From a `metaopt.MetaOptimize` and params to an adapter to check as well: an object with
+        `params()`, by name; `state()`, a `metaopt.State`; and `step(grads, lr, hvp)`, to which the
+        suite passes by name what `metaopt.MetaOptimize.step` takes. Where `step` has parameters
+        `third` and `hessian_diagonal` too, or takes any keyword, these are passed as well; where
+        not, the cases that need them are skipped. It may change params in place: they are its own.
     plain : callable or None, default None
         From a `metaopt` rule and params to a function from gradients and a step size to the params
         after a step of the library's own optimizer, or None where it has no such rule.

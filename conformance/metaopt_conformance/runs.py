@@ -1,5 +1,6 @@
 """A run of the library under test, step by step in the oracle's terms."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -179,20 +180,39 @@ class Under:
         """Yield params and state before each step and after the last; `opt` is the case's own."""
         opt = case.opt() if opt is None else opt
         params = self.arrays(case.subject.start(), case)
-        adapter = None
         if self.adapter:
-            assert self.backend.optimizer is not None
-            adapter = self.backend.optimizer(opt, params)
+            yield from self._steps_of_adapter(case, opt, params)
+            return
         state = opt.init(params)
         yield params, state
         for t in range(case.steps):
             inputs = self.inputs(case, t, self.vector(params, case))
-            if adapter is None:
-                params, state = self.backend.settle(opt.step(params, state=state, **inputs))
-            else:
-                adapter.step(**inputs)
-                params, state = adapter.params(), adapter.state()
+            params, state = self.backend.settle(opt.step(params, state=state, **inputs))
             yield params, state
+
+    def _steps_of_adapter(
+        self, case: Case, opt: mo.MetaOptimize, params: Any
+    ) -> Iterator[tuple[Any, mo.State]]:
+        """Yield what `steps` yields, of the backend's own adapter."""
+        assert self.backend.optimizer is not None
+        adapter = self.backend.optimizer(opt, params)
+        taken = _taken(adapter.step)
+        for name, needed in (
+            ("third", case.approximation == "full"),
+            ("hessian_diagonal", case.curvature in ("diagonal", "rectified")),
+        ):
+            if needed and name not in taken:
+                msg = f"the adapter's `step` takes no `{name}`"
+                raise Skip(msg)
+        for t in range(case.steps + 1):
+            params, state = adapter.params(), adapter.state()
+            if not isinstance(state, mo.State):
+                msg = f"`state()` of an adapter must return a metaopt.State; got {type(state)}"
+                raise Failure(msg)
+            yield params, state
+            if t < case.steps:
+                inputs = self.inputs(case, t, self.vector(params, case))
+                adapter.step(**{name: inputs[name] for name in inputs if name in taken})
 
     def inputs(self, case: Case, t: int, w: Any) -> dict[str, Any]:
         """Return what step t is given at the weights w."""
@@ -228,6 +248,15 @@ def as_oracle_state(case: Case, found: Mapping[str, Any], step: int) -> oracle.S
 def wanted(case: Case, state: oracle.State, key: str) -> Any:
     """Return the oracle's value of what `Under.translated` calls `key`."""
     return expected(state, key, case.subject.shapes)
+
+
+def _taken(step: Callable[..., Any]) -> set[str]:
+    """Return the arguments that an adapter's `step` takes: the three it has to, and others."""
+    parameters = inspect.signature(step).parameters.values()
+    named = {parameter.name for parameter in parameters}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        named |= {"third", "hessian_diagonal"}
+    return named | {"grads", "lr", "hvp"}
 
 
 def _columns(arrays: Mapping[str, Any]) -> int:
