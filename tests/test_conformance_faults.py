@@ -206,6 +206,198 @@ FAULTS = {
         "            count[name] = state.count[name] + 1\n"
         "            grads[name][...] = 0.5 * grads[name]\n",
     ),
+    "moments of the meta update changed in place": Fault(
+        "passes.py",
+        "    return _Piece(\n        xp.where(moves, new_beta, beta),",
+        "    for slot in slots:\n"
+        "        slots[slot][...] = xp.where(moves, new_slots[slot], slots[slot])\n"
+        "    return _Piece(\n        xp.where(moves, new_beta, beta),",
+    ),
+    "beta changed in place": Fault(
+        "metaoptimize.py",
+        "        new_state = State(\n            step=state.step + 1,",
+        "        if not isinstance(state.beta, Mapping):\n"
+        "            state.beta[...] = meta.beta\n"
+        "        new_state = State(\n            step=state.step + 1,",
+    ),
+    "sums in the order of the gradients": Fault(
+        "step.py",
+        "    for name, moves in awake.items():\n        if moves is False:",
+        "    for name in arrays:\n        moves = awake[name]\n        if moves is False:",
+    ),
+    "multipliers by position": Fault(
+        "inputs.py",
+        'return per_leaf((name, _multiplier(f"lr[{name!r}]", lr[name])) for name in names)',
+        'return per_leaf((name, _multiplier("lr", part)) for name, part in zip(names, lr.values()))',
+    ),
+    "a diagonal by position": Fault(
+        "step.py",
+        "else cast(hessian_diagonal[name], plan.dtypes[name]) * hats[name].trace,",
+        "else cast(dict(zip(hats, hessian_diagonal.values()))[name], plan.dtypes[name])\n"
+        "                * hats[name].trace,",
+    ),
+    "Hessian products by position": Fault(
+        "step.py",
+        "    products = hvp(tangents)\n",
+        "    products = dict(zip(tangents, hvp(tangents).values()))\n",
+    ),
+    "leaf at rest by an array in the meta-gradient": Fault(
+        "step.py",
+        "            part = namespace(part).where(moves, part, 0.0)\n",
+        "            pass\n",
+    ),
+    "discount on a leaf at rest by an array": Fault(
+        "step.py",
+        "return xp.where(moves, filled(moves, (), discount, dtype), filled(moves, (), 1.0, dtype))",
+        "return filled(moves, (), discount, dtype)",
+    ),
+    "a block rests with its first leaf": Fault(
+        "step.py",
+        "flags[key] = xp.logical_or(flags[key], moves)",
+        "flags[key] = xp.logical_and(flags[key], moves)",
+    ),
+    "an array of 0 taken for awake": Fault(
+        "step.py",
+        "grads[name] is not None and lr != 0.0)",
+        "grads[name] is not None and (not isinstance(lr, float) or lr != 0.0))",
+    ),
+    "rectifier without weight decay": Fault(
+        "passes.py",
+        "retain = namespace(param).clip(1.0 - lr * (rule.weight_decay + rectified), min=0.0)",
+        "retain = namespace(param).clip(1.0 - lr * rectified, min=0.0) - lr * rule.weight_decay",
+    ),
+    "slope of the reciprocal": Fault(
+        "numerics.py",
+        "chained(x, inverse, -(inverse * inverse), bend)",
+        "chained(x, inverse, -inverse, bend)",
+    ),
+    "curvature of the reciprocal": Fault(
+        "numerics.py",
+        "-inverse * crossed(x.first, first)",
+        "-0.5 * inverse * crossed(x.first, first)",
+    ),
+    "bias always corrected": Fault(
+        "rules/rmsprop.py",
+        "        if self.bias_correction:",
+        "        if True:",
+    ),
+    "infinite meta-gradients used": Fault(
+        "passes.py",
+        "return xp.abs(z) < (2.0**511 if z.dtype == xp.float64 else 2.0**63)",
+        "return xp.abs(z) == xp.abs(z)",
+    ),
+    "meta-gradients used whose square overflows": Fault(
+        "passes.py",
+        "return xp.abs(z) < (2.0**511 if z.dtype == xp.float64 else 2.0**63)",
+        "return xp.isfinite(z)",
+    ),
+    "no restart of the trace": Fault(
+        "rules/move.py",
+        "return xp.where(keep, trace, 0.0) * factor if scaled else xp.where(keep, trace, 0.0)",
+        "return trace * factor if scaled else trace",
+    ),
+    "no restart of Y": Fault(
+        "step.py",
+        "        held[key] = map_leaves(restarted, trace, keep, target)",
+        "        held[key] = trace",
+    ),
+    "a pair restarts with its first column alone": Fault(
+        "step.py",
+        "third = hat(hat(third, factor, keep), 1.0, keep[:, None, ...])",
+        "third = hat(third, factor, keep)",
+    ),
+    "overflow of a leaf at rest in the tangents": Fault(
+        "step.py",
+        "    return xp.where(keep if moves is False else keep | moves, trace, 0.0)",
+        "    return trace",
+    ),
+    "restarts not counted": Fault(
+        "passes.py",
+        "restarts + (blocks.total(lost)",
+        "restarts + 0 * (blocks.total(lost)",
+    ),
+    "no step is skipped": Fault(
+        "metaoptimize.py",
+        "return new_params, new_state, None if lost is None else lost == 0.0",
+        "return new_params, new_state, None",
+    ),
+    "steps counted by two": Fault(
+        "metaoptimize.py",
+        "            step=state.step + 1,",
+        "            step=state.step + 2,",
+    ),
+    "narrow parameters drift": Fault(
+        "metaoptimize.py",
+        "cast(cast(params[name], dtype) - result.delta, params[name].dtype)",
+        "cast(\n"
+        "                cast(params[name], dtype)\n"
+        "                * (0.998 if params[name].dtype == xp.float16 else 1.0)\n"
+        "                - result.delta,\n"
+        "                params[name].dtype,\n"
+        "            )",
+    ),
+    "narrow parameters moved in their own dtype": Fault(
+        "metaoptimize.py",
+        "cast(cast(params[name], dtype) - result.delta, params[name].dtype)",
+        "params[name] - cast(result.delta, params[name].dtype)",
+    ),
+    "parameters in the dtype of the first": Fault(
+        "metaoptimize.py",
+        "cast(cast(params[name], dtype) - result.delta, params[name].dtype)",
+        "cast(\n"
+        "                cast(params[name], dtype) - result.delta, next(iter(params.values())).dtype\n"
+        "            )",
+    ),
+    "beta in the dtype of the first leaf": Fault(
+        "plan.py",
+        "beta_dtype = xp.float64 if xp.float64 in compute.values() else xp.float32",
+        "beta_dtype = next(iter(compute.values()))",
+    ),
+    "plans kept whatever the dtypes": Fault(
+        "metaoptimize.py",
+        "key = (xp.__name__, tuple(shapes.items()), tuple(dtypes.values()))",
+        "key = (xp.__name__, tuple(shapes.items()))",
+    ),
+    "literal bias correction": Fault(
+        "numerics.py",
+        "        return -xp.expm1(count * math.log(beta))",
+        "        return 1.0 - beta**count",
+    ),
+    "nodes along the first axis": Fault(
+        "blocks.py",
+        "        axis = self.axis % len(shape)",
+        "        axis = 0",
+    ),
+    "the first step size for all blocks": Fault(
+        "metaoptimize.py",
+        "size = to_numpy(sizes[key] if isinstance(sizes, Mapping) else sizes)",
+        "size = to_numpy(next(iter(sizes.values())) if isinstance(sizes, Mapping) else sizes)",
+    ),
+    "bounds on one side ignored": Fault(
+        "passes.py",
+        "if lo is not None or hi is not None:",
+        "if lo is not None and hi is not None:",
+    ),
+    "half a central difference": Fault(
+        "curvature.py",
+        "return change / cast(2.0 * eps, dtype)",
+        "return change / cast(eps, dtype)",
+    ),
+    "the sum of the probes": Fault(
+        "curvature.py",
+        "else namespace(probe).mean(probe * products[name], axis=0),",
+        "else namespace(probe).sum(probe * products[name], axis=0),",
+    ),
+    "a norm without its root": Fault(
+        "metaoptimize.py",
+        "norms = map_leaves(xp.sqrt, plan.layout.gather(squares))",
+        "norms = plan.layout.gather(squares)",
+    ),
+    "step sizes under each other's names": Fault(
+        "blocks.py",
+        "            key: values[family.start]\n            if family.single",
+        "            key: values[self.size - 1 - family.start]\n            if family.single",
+    ),
 }
 
 

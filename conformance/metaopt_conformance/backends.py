@@ -1,7 +1,7 @@
 """What the suite asks of an array library, and how it finds one.
 
-A backend is an object with the members of `Backend`: most are told by the defaults. It is found by
-name, as `module:attribute`, or under the entry point group "metaopt_conformance.backends".
+A backend is a `Backend`, of which most is told by the defaults. It is found by name, as
+`module:attribute`, or under the entry point group "metaopt_conformance.backends".
 """
 
 import contextlib
@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BACKENDS", "Backend", "UnavailableError", "find"]
+__all__ = ["BACKENDS", "DTYPES", "Backend", "UnavailableError", "find", "names"]
 
 GROUP = "metaopt_conformance.backends"
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 class UnavailableError(Exception):
@@ -42,7 +43,8 @@ class Backend:
     to_numpy : callable
         Back to NumPy, whatever the device; bfloat16 as float32.
     dtypes : tuple of str, default ("float64", "float32")
-        Those to check, of "float64", "float32", "float16" and "bfloat16".
+        Those to check, of "float64", "float32", "float16" and "bfloat16", at least one. Without
+        "float64" what is compared in that alone is skipped: whole runs, traces, laws.
     devices : callable, default none
         Returns the names of devices that can be asked for.
     compile : callable or None, default None
@@ -64,6 +66,11 @@ class Backend:
     slow : bool, default False
         Take the quick part for the whole: for libraries in which a step of a dozen numbers takes a
         tenth of a second.
+
+    Raises
+    ------
+    ValueError
+        If `dtypes` is not as described.
     """
 
     name: str
@@ -77,6 +84,17 @@ class Backend:
     optimizer: Callable[[Any, Any], Any] | None = None
     plain: Callable[[Any, Mapping[str, Any]], Any] | None = None
     slow: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.dtypes or not set(self.dtypes) <= set(DTYPES):
+            msg = f"`dtypes` must be some of {', '.join(DTYPES)}; got {self.dtypes!r}."
+            raise ValueError(msg)
+
+
+def names() -> tuple[str, ...]:
+    """Return the backends that are known by name: those here, and all entry points."""
+    points = (point.name for point in entry_points(group=GROUP))
+    return tuple(dict.fromkeys([*BACKENDS, *points]))
 
 
 def find(name: str) -> Backend:
@@ -93,25 +111,34 @@ def find(name: str) -> Backend:
     UnavailableError
         If the library is not installed.
     LookupError
-        If there is no such backend.
+        If there is no such backend, or it cannot be loaded.
     """
-    if name in BACKENDS:
-        return BACKENDS[name]()
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ModuleNotFoundError, AttributeError) as error:
-            msg = f"`backend` {name!r} cannot be loaded: {error}."
-            raise LookupError(msg) from error
-    else:
-        points = {point.name: point for point in entry_points(group=GROUP)}
-        if name not in points:
-            known = ", ".join([*BACKENDS, *points])
-            msg = f"`backend` must be one of {known}, or module:attribute; got {name!r}."
-            raise LookupError(msg)
-        found = points[name].load()
-    return found if hasattr(found, "asarray") else found()
+    points = {point.name: point for point in entry_points(group=GROUP)}
+    if ":" not in name and name not in names():
+        msg = f"`backend` must be one of {', '.join(names())}, or module:attribute; got {name!r}."
+        raise LookupError(msg)
+    try:
+        if name in BACKENDS:
+            found: Any = BACKENDS[name]
+        else:
+            found = points[name].load() if name in points else _attribute(*name.split(":", 1))
+        if callable(found):
+            found = found()
+    except UnavailableError:
+        raise
+    except Exception as error:  # a module of somebody else's may raise any
+        msg = f"`backend` {name!r} cannot be loaded: {type(error).__name__}: {error}"
+        raise LookupError(msg) from error
+    if not isinstance(found, Backend):
+        msg = (
+            f"`backend` {name!r} must be a Backend, or a function that returns one; got {found!r}."
+        )
+        raise LookupError(msg)
+    return found
+
+
+def _attribute(module: str, attribute: str) -> Any:
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _numpy() -> Backend:
