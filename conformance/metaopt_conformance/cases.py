@@ -262,6 +262,9 @@ class Case:
             return "step_size each needs more than one block"
         if self.faulty == "curvature" and (self.curvature == "none" or self.discount == 0.0):
             return "faulty curvature needs curvature, and a discount above 0"
+        if self.faulty == "curvature" and self.eps == 0.0:
+            # a derivative of 0 times what is not finite: the order of operations says what it is
+            return "faulty curvature needs eps above 0"
         if self.faulty == "huge" and not self.wide:
             if self.dtype == "float16" or self.first_leaf != "same":
                 return "faulty huge needs leaves of one dtype with room for it"
