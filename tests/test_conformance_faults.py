@@ -228,7 +228,7 @@ FAULTS = {
     "multipliers by position": Fault(
         "inputs.py",
         'return per_leaf((name, _multiplier(f"lr[{name!r}]", lr[name])) for name in names)',
-        'return per_leaf((name, _multiplier("lr", part)) for name, part in zip(names, lr.values()))',
+        'return per_leaf((name, _multiplier("lr", one)) for name, one in zip(names, lr.values()))',
     ),
     "a diagonal by position": Fault(
         "step.py",
@@ -345,7 +345,8 @@ FAULTS = {
         "metaoptimize.py",
         "cast(cast(params[name], dtype) - result.delta, params[name].dtype)",
         "cast(\n"
-        "                cast(params[name], dtype) - result.delta, next(iter(params.values())).dtype\n"
+        "                cast(params[name], dtype) - result.delta,\n"
+        "                next(iter(params.values())).dtype,\n"
         "            )",
     ),
     "beta in the dtype of the first leaf": Fault(

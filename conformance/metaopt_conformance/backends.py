@@ -207,6 +207,7 @@ def _torch() -> Backend:
         devices=lambda: ("cpu", *(("cuda",) if torch.cuda.is_available() else ())),
         compile=compiled if torch.cuda.is_available() or _has_cpp_compiler() else None,
         differentiate=torch.func.grad,
+        optimizer=_adapter("torch_adapter"),
         plain=lambda rule, params: _torch_optimizer(torch, rule, params),
     )
 
@@ -267,15 +268,16 @@ def _jax() -> Backend:
         devices=lambda: tuple(dict.fromkeys(device.platform for device in jax.devices())),
         compile=jax.jit,
         differentiate=jax.grad,
-        optimizer=_optax_adapter(),
+        optimizer=_adapter("jax_adapter"),
         plain=_optax_optimizer,
     )
 
 
-def _optax_adapter() -> Any:
+def _adapter(module: str) -> Any:
+    """Return the adapter here of this name, or None where what it needs is not installed."""
     try:
-        return importlib.import_module("metaopt_conformance.jax_adapter").Optimizer
-    except ModuleNotFoundError:  # of optax
+        return importlib.import_module(f"metaopt_conformance.{module}").Optimizer
+    except ModuleNotFoundError:
         return None
 
 

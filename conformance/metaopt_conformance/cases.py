@@ -250,6 +250,9 @@ class Case:
                 return f"{name} changes neither {self.base} nor {self.meta}"
         if self.eps != plain.eps and not hasattr(BASES[self.base], "eps"):
             return f"eps needs base RMSprop or AdamW, not {self.base}"
+        if self.eps == 0.0 and self.delayed and "RMSprop" in (self.base, self.meta):
+            # a gradient over the root of older ones alone, which may be as small as they like
+            return "delayed RMSprop needs eps above 0"
         if self.approximation == "full" and (self.curvature != "exact" or self.meta_first):
             return "approximation full needs curvature exact, and no meta_first"
         if self.trace == "gradient" and (

@@ -125,7 +125,7 @@ def _of_compilers(dtypes: Dtypes, quick: bool) -> Iterator[Case]:
     plain: dict[str, Any] = {"lr": "constant", "missing": False, "faulty": "nothing"}
     plain |= {"problem": "logcosh", "dtype": dtypes[0], "steps": 6}
     cases = dict.fromkeys(replace(case, **plain) for case in _quickly())
-    yield from list(cases)[:: 8 if quick else 1]  # each takes ten seconds to compile
+    yield from list(cases)[:: 16 if quick else 1]  # each takes ten seconds to compile
 
 
 def _of_purity(dtypes: Dtypes, quick: bool) -> Iterator[Case]:

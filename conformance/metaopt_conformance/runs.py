@@ -181,8 +181,8 @@ class Under:
     ) -> Iterator[tuple[Any, mo.State]]:
         """Yield what `steps` yields, of the backend's own adapter."""
         assert self.backend.optimizer is not None
-        in_one_pass = case.curvature == "none" and not (case.meta_first or case.skip_nonfinite)
-        if case.faulty != "nothing" and in_one_pass:
+        two_passes = config(case).follows_hessian or case.meta_first or case.skip_nonfinite
+        if case.faulty != "nothing" and not two_passes:
             msg = "an adapter may restart a trace one step later (docs/mathematics.md section 11)"
             raise Skip(msg)
         adapter = self.backend.optimizer(opt, params)

@@ -15,7 +15,7 @@ from metaopt_conformance.report import Outcome
 from metaopt_conformance.runs import Under
 from metaopt_conformance.verdicts import Failure, Skip
 
-__all__ = ["run"]
+__all__ = ["ADAPTED", "run"]
 
 #: The families that check an adapter too, and its columns in the report.
 ADAPTED = {"trajectory": "adapter", "step": "adapter's step"}
