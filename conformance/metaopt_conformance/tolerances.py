@@ -58,7 +58,7 @@ def trajectory(steps: int) -> float:
 def single_step(*, wide: bool) -> float:
     """Return the allowance for one step from a given state, in float64 if `wide`, else in float32.
 
-    Some 60 roundings of half an eps each, if all go the same way: a third of that was seen.
+    Some 60 roundings of half an eps each, if all go the same way; half of that was seen.
     Everything is computed in one of these; what narrower parameters lose beyond it is `spacing`.
     """
     return 60 * 0.5 * eps("float64" if wide else "float32")
