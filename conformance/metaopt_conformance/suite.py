@@ -72,6 +72,9 @@ def run(
     TypeError
         If several jobs are to find a backend that is no str.
     """
+    if jobs > 1 and not isinstance(backend, str):
+        msg = f"`backend` must be a name where `jobs` is more than 1; got {backend!r}."
+        raise TypeError(msg)
     found = find(backend) if isinstance(backend, str) else backend
     part = "quick" if quick or found.slow else "whole"
     if cases is not None:
@@ -84,14 +87,12 @@ def run(
             FAMILIES[name].cases(found.dtypes, part == "quick") if cases is None else cases
         )
     ]
-    if jobs == 1:
-        name = backend if isinstance(backend, str) else backend.name
-        outcomes: Iterator[Outcome] = (_outcome(found, name, device, task) for task in tasks)
-    elif not isinstance(backend, str):
-        msg = f"`backend` must be a name where `jobs` is more than 1; got {backend!r}."
-        raise TypeError(msg)
-    else:
-        outcomes = _shared(found, backend, device, tasks, jobs)
+    name = backend if isinstance(backend, str) else backend.name
+    outcomes: Iterator[Outcome] = (
+        (_outcome(found, name, device, task) for task in tasks)
+        if jobs == 1
+        else _shared(found, name, device, tasks, jobs)
+    )
     for outcome in outcomes:
         progress(outcome)
         yield outcome
