@@ -66,6 +66,8 @@ class Backend:
     slow : bool, default False
         Take the quick part for the whole: for libraries in which a step of a dozen numbers takes a
         tenth of a second.
+    slow_optimizer : bool, default False
+        Take the quick part for the whole of `optimizer`'s: where it is compiled for every case.
 
     Raises
     ------
@@ -84,6 +86,7 @@ class Backend:
     optimizer: Callable[[Any, Any], Any] | None = None
     plain: Callable[[Any, Mapping[str, Any]], Any] | None = None
     slow: bool = False
+    slow_optimizer: bool = False
 
     def __post_init__(self) -> None:
         if not self.dtypes or not set(self.dtypes) <= set(DTYPES):
@@ -269,6 +272,7 @@ def _jax() -> Backend:
         compile=jax.jit,
         differentiate=jax.grad,
         optimizer=_adapter("jax_adapter"),
+        slow_optimizer=True,
         plain=_optax_optimizer,
     )
 

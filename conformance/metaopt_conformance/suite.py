@@ -76,15 +76,13 @@ def run(
         msg = f"`backend` must be a name where `jobs` is more than 1; got {backend!r}."
         raise TypeError(msg)
     found = find(backend) if isinstance(backend, str) else backend
-    part = "quick" if quick or found.slow else "whole"
-    if cases is not None:
-        part = "chosen"
+    quick = quick or found.slow
     tasks = [
-        _Task(family=name, case=case, part=part, adapter=adapter)
+        task
         for name in families
         for adapter in _subjects(found, name)
-        for case in (
-            FAMILIES[name].cases(found.dtypes, part == "quick") if cases is None else cases
+        for task in _tasks(
+            found, name, cases, adapter=adapter, quick=quick or (adapter and found.slow_optimizer)
         )
     ]
     name = backend if isinstance(backend, str) else backend.name
@@ -98,6 +96,17 @@ def run(
         yield outcome
         if stop and outcome.status == "failed":
             return
+
+
+def _tasks(
+    backend: Backend, family: str, cases: Sequence[Case] | None, *, adapter: bool, quick: bool
+) -> Iterator[_Task]:
+    """Yield the checks of a family on the cases given, or its own."""
+    part = "quick" if quick else "whole"
+    if cases is not None:
+        part = "chosen"
+    for case in FAMILIES[family].cases(backend.dtypes, quick) if cases is None else cases:
+        yield _Task(family=family, case=case, part=part, adapter=adapter)
 
 
 def _subjects(backend: Backend, family: str) -> tuple[bool, ...]:
