@@ -11,6 +11,7 @@ from typing import Any
 __all__ = ["Outcome", "as_json", "as_markdown", "as_text", "overview"]
 
 DISTRIBUTIONS = (
+    "metaoptimize",
     "numpy",
     "array-api-compat",
     "array-api-strict",
@@ -19,6 +20,7 @@ DISTRIBUTIONS = (
     "optax",
     "cupy",
     "dask",
+    "numba",
 )
 
 
