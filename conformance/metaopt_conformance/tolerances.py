@@ -58,10 +58,11 @@ def trajectory(steps: int) -> float:
 def single_step(*, wide: bool) -> float:
     """Return the allowance for one step from a given state, in float64 if `wide`, else in float32.
 
-    Some 60 roundings of half an eps each, if all go the same way; half of that was seen.
-    Everything is computed in one of these; what narrower parameters lose beyond it is `spacing`.
+    Some 60 roundings of half an eps each, if all go the same way; half of that was seen. In float64
+    the oracle rounds too, in the literal 1 - 0.999**t by 1e3 eps. Everything is computed in one of
+    these; what narrower parameters lose beyond it is `spacing`.
     """
-    return 60 * 0.5 * eps("float64" if wide else "float32")
+    return 1e3 * eps("float64") if wide else 60 * 0.5 * eps("float32")
 
 
 def sign_margin(*, wide: bool) -> float:
