@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from metaopt.arrays import Leaves, cast, filled, kind_of, map_leaves, namespace, per_leaf
@@ -107,8 +108,9 @@ def hatted(
         slots: Mapping[str, Any] = state.slot_traces.get(name, {})
         third: Any = state.third_trace.get(name)
         if moves is not True:  # its overflow, no part of z, would spread through the Hessian
-            trace, slots = finite_part(trace), map_leaves(finite_part, slots)
-            third = None if third is None else finite_part(third)
+            carried = partial(carried_on, moves)
+            trace, slots = carried(trace), map_leaves(carried, slots)
+            third = None if third is None else carried(third)
         if third is not None:  # a pair restarts with either of its columns
             third = hat(hat(third, factor, keep), 1.0, keep[:, None, ...])
         result[name] = Hatted(
@@ -119,10 +121,11 @@ def hatted(
     return result
 
 
-def finite_part(array: Any) -> Any:
-    """Return `array` with 0 in place of what is not finite."""
-    xp = namespace(array)
-    return xp.where(xp.isfinite(array), array, 0.0)
+def carried_on(moves: Any, trace: Any) -> Any:
+    """Return a trace with 0 in place of what is not finite, unless its leaf moves."""
+    xp = namespace(trace)
+    keep = xp.isfinite(trace)
+    return xp.where(keep if moves is False else keep | moves, trace, 0.0)
 
 
 def hatted_beta_trace(

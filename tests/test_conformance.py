@@ -1,24 +1,24 @@
-"""The suite as its users meet it: the command line, a backend of their own, cases that cover."""
+"""The suite as its users meet it: the command line, its reports, cases that cover."""
 
 import itertools
 import json
 import random
-import re
-import shlex
-import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from metaopt_conformance import backends
 from metaopt_conformance.__main__ import main
 from metaopt_conformance.backends import BACKENDS, UnavailableError, find
-from metaopt_conformance.cases import BASES, METAS, OPTIONS, Case, covering
-from metaopt_conformance.suite import run
+from metaopt_conformance.cases import BASES, METAS, OPTIONS, Case
+from metaopt_conformance.covering import covering
+from metaopt_conformance.families import FAMILIES
+from metaopt_conformance.suite import ADAPTED, run
 
-ROOT = Path(__file__).parents[1]
+NUMPY = find("numpy")
 
 
 @pytest.mark.parametrize("name", ["numpy", "strict", "torch", "jax"])
@@ -27,23 +27,22 @@ def test_the_quick_part_passes(name: str, tmp_path: Path, capsys: Any) -> None:
         find(name)
     except UnavailableError as error:
         pytest.skip(str(error))
-    # compiled steps have tests of their own, with more configurations
-    families = ["trajectory", "step", "traces", "jets", "optimizer", "special", "laws"]
-    chosen = itertools.chain.from_iterable(("--family", family) for family in families)
-    status = main(["--backend", name, "--quick", "--output", str(tmp_path), *chosen])
+    status = main(["--backend", name, "--quick", "--output", str(tmp_path)])
     assert status == 0, capsys.readouterr().out
     found = json.loads((tmp_path / f"conformance_{name}.json").read_text())["outcomes"]
     # an adapter, where the library has one, is checked beside the core
-    assert {entry["family"] for entry in found} - {"adapter"} == set(families)
+    adapted = {entry["family"] for entry in found} - set(FAMILIES)
+    assert adapted == set(ADAPTED.values() if find(name).optimizer is not None else ())
     passed = [entry for entry in found if entry["status"] == "passed"]
     assert len(passed) > 150
     assert {entry["pair"] for entry in passed if entry["family"] == "traces"} == {
         f"{base} + {meta}" for base in BASES for meta in METAS
     }
     reasons = {entry["detail"] for entry in found if entry["status"] == "skipped"}
-    assert all(reason.startswith("the library has no") for reason in reasons)
+    explained = "the library has no", "an adapter may restart a trace one step later"
+    assert all(reason.startswith(explained) for reason in reasons)
     page = (tmp_path / f"conformance_{name}.md").read_text()
-    assert page.startswith("| base + meta | trajectory |")
+    assert page.startswith(f"# {name}, default device, quick cases\n")
 
 
 def test_dask_passes_some() -> None:
@@ -52,66 +51,6 @@ def test_dask_passes_some() -> None:
     cases += ["base=Lion,meta=Lion,blocks=weight,lr=by name,steps=3", "plain"]
     arguments = itertools.chain.from_iterable(("--case", case) for case in cases)
     assert main(["--backend", "dask", "--family", "trajectory", *arguments]) == 0
-
-
-DOCUMENTED = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
-THIRD_PARTY = re.findall(r"```python\n(.*?)```", DOCUMENTED, re.DOTALL)[0] + textwrap.dedent(
-    """
-
-    def broken():
-        def asarray(array, device):
-            return np.array(array) * (1 + 1e-6)
-
-        return Backend(name="broken", asarray=asarray, to_numpy=np.array)
-    """
-)
-
-
-def outside(tmp_path: Path, *arguments: str) -> Any:
-    """Run the suite from a folder that is not the project's."""
-    (tmp_path / "thin.py").write_text(THIRD_PARTY)
-    paths = f"{tmp_path}:{ROOT}:{ROOT / 'conformance'}"
-    return subprocess.run(
-        [sys.executable, "-m", "metaopt_conformance", *arguments],
-        cwd=tmp_path,
-        env={"PYTHONPATH": paths, "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_a_backend_of_ones_own_is_checked_from_outside(tmp_path: Path) -> None:
-    families = ("--family", "trajectory", "--family", "jets")
-    done = outside(tmp_path, "--backend", "thin:backend", "--quick", *families)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "AdamW + Adam" in done.stdout
-    assert " 0 failed" in done.stdout
-
-
-def test_a_failure_prints_the_command_that_repeats_its_smallest_case(tmp_path: Path) -> None:
-    arguments = ("--backend", "thin:broken", "--quick", "--family", "trajectory", "--stop")
-    done = outside(tmp_path, *arguments)
-    assert done.returncode == 1
-    assert "FAILED trajectory " in done.stdout
-    (command,) = [line for line in done.stdout.splitlines() if "python -m" in line]
-    python, m, module, *again = shlex.split(command)
-    assert (python, m, module) == ("python", "-m", "metaopt_conformance")
-    case = again[-1]
-    assert Case.parse(case).steps == 1
-    assert len(case.split(",")) <= 2  # steps, and nothing else that is not at its default
-    assert outside(tmp_path, *again).returncode == 1
-
-
-def test_several_processes_find_what_one_does(tmp_path: Path) -> None:
-    found = []
-    for jobs in ("1", "2"):
-        folder = tmp_path / jobs
-        arguments = ("--backend", "thin:broken", "--family", "jets", "--family", "special")
-        done = outside(tmp_path, *arguments, "--jobs", jobs, "--output", str(folder))
-        assert done.returncode == 1, done.stderr
-        found.append(json.loads((folder / "conformance_broken.json").read_text())["outcomes"])
-    assert found[0] == found[1]
 
 
 def test_several_processes_need_a_name() -> None:
@@ -130,7 +69,22 @@ def test_several_processes_need_a_name() -> None:
         (("--backend", "no_such_module:x"), "cannot be loaded"),
         (("--backend", "numpy", "--device", "cuda"), "--device must be one of none but"),
         (("--backend", "numpy", "--case", "speed=3"), "`case` must be name=value"),
-        (("--backend", "numpy", "--case", "steps=x"), "invalid literal"),
+        (("--backend", "numpy", "--case", "steps=x"), "must be an integer of at least 1; got 'x'"),
+        (("--backend", "numpy", "--case", "steps=0"), "must be an integer of at least 1; got '0'"),
+        (("--backend", "numpy", "--case", "missing=yes"), "must be one of False, True; got 'yes'"),
+        (("--backend", "numpy", "--case", "delayed=1"), "must be one of False, True; got '1'"),
+        (("--backend", "numpy", "--case", "base=Foo"), "must be one of SGD, SGDm, RMSprop"),
+        (("--backend", "numpy", "--case", "discount=1.5"), "must be a number in [0, 1]; got '1.5'"),
+        (("--backend", "numpy", "--case", "eps=nan"), "must be at least 0; got 'nan'"),
+        (
+            ("--backend", "numpy", "--case", "approximation=full"),
+            "is not defined: approximation full needs curvature exact",
+        ),
+        (
+            ("--backend", "numpy", "--case", "delayed=True"),
+            "is not defined: delayed changes neither SGD nor SGD",
+        ),
+        (("--backend", "numpy", "--output", __file__), "--output must be a folder"),
     ],
 )
 def test_bad_options_are_refused(arguments: Any, message: str, capsys: Any) -> None:
@@ -148,11 +102,75 @@ def test_a_library_that_is_missing_is_named(monkeypatch: Any, capsys: Any) -> No
     assert "cupy" in BACKENDS
 
 
+@pytest.mark.parametrize(
+    ("family", "case", "reason"),
+    [
+        ("special", "base=AdamW", "no special case is called ''"),
+        ("laws", "name=gravity", "no law is called 'gravity'"),
+        ("traces", "plain", "without exact curvature the traces are no derivatives"),
+        ("traces", "curvature=exact,lr=schedule", "differences are taken of runs with lr=constant"),
+        ("traces", "curvature=exact,missing=True", "of runs with missing=False"),
+        ("trajectory", "dtype=float32", "trajectory is compared in float64 alone"),
+        ("step", "dtype=bfloat16", "the library has no bfloat16"),
+    ],
+)
+def test_where_nothing_was_checked_the_status_says_so(
+    family: str, case: str, reason: str, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(BACKENDS, "numpy", lambda: replace(NUMPY, optimizer=None))
+    assert main(["--backend", "numpy", "--family", family, "--case", case]) == 2
+    out = capsys.readouterr().out
+    assert reason in out
+    assert "nothing was checked" in out
+
+
+class Point:
+    """An entry point, as a package declares it for a backend of its own."""
+
+    def __init__(self, name: str, factor: float) -> None:
+        self.name = name
+        self.made = replace(
+            NUMPY, name=name, optimizer=None, asarray=lambda array, _: np.array(array) * factor
+        )
+
+    def load(self) -> Any:
+        return self.made
+
+
+def test_all_has_entry_points_and_ends_with_the_first_failure(
+    monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> None:
+    points = [Point("good", 1.0), Point("bad/ly", 1.0 + 1e-6), Point("worse", 2.0)]
+    monkeypatch.setattr(backends, "entry_points", lambda group: points if group else [])
+    for name in [*BACKENDS]:
+        monkeypatch.delitem(BACKENDS, name)
+    arguments = ["--family", "trajectory", "--case", "plain", "--output", str(tmp_path)]
+    assert main(["--all", *arguments]) == 1
+    page = (tmp_path / "conformance.md").read_text()
+    for name in ("good", "bad/ly", "worse"):
+        assert f"| {name} (default device, chosen) | " in page
+    assert main(["--all", "--stop", *arguments]) == 1
+    page = (tmp_path / "conformance.md").read_text()
+    assert "bad/ly" in page
+    assert "worse" not in page
+    assert main(["--backend", "bad/ly", *arguments]) == 1
+    assert (tmp_path / "conformance_bad_ly.md").is_file()
+    capsys.readouterr()
+
+
+def test_a_report_names_the_device(monkeypatch: Any, tmp_path: Path) -> None:
+    backend = replace(NUMPY, optimizer=None, devices=lambda: ("cpu",))
+    monkeypatch.setitem(BACKENDS, "numpy", lambda: backend)
+    arguments = ["--family", "jets", "--case", "plain", "--output", str(tmp_path)]
+    assert main(["--backend", "numpy", "--device", "cpu", *arguments]) == 0
+    page = (tmp_path / "conformance_numpy_cpu.md").read_text()
+    assert page.startswith("# numpy, cpu, chosen cases\n")
+
+
 def test_list_says_what_is_checked(capsys: Any) -> None:
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
-    for family in ("trajectory", "step", "traces", "jets", "optimizer", "special", "laws"):
-        assert family in out
+    assert [line.split()[0] for line in out.splitlines()] == list(FAMILIES)
 
 
 def test_cases_are_written_and_read() -> None:
@@ -175,39 +193,3 @@ def test_any_two_values_that_go_together_meet(pair: tuple[str, str]) -> None:
         if case.possible():
             for a, b in itertools.combinations(OPTIONS, 2):
                 assert (a, getattr(case, a), b, getattr(case, b)) in met
-
-
-class Adapter:
-    """An optimizer object around the core, as an adapter of a framework is."""
-
-    def __init__(self, opt: Any, params: Any) -> None:
-        self.opt, self.current = opt, params
-        self.kept = opt.init(params)
-
-    def step(self, **inputs: Any) -> None:
-        self.current, self.kept = self.opt.step(self.current, state=self.kept, **inputs)
-
-    def params(self) -> Any:
-        return self.current
-
-    def state(self) -> Any:
-        return self.kept
-
-
-class Forgetful(Adapter):
-    """One that drops the multiplier."""
-
-    def step(self, **inputs: Any) -> None:
-        super().step(**(inputs | {"lr": 1.0}))
-
-
-@pytest.mark.parametrize(("kind", "status"), [(Adapter, "passed"), (Forgetful, "failed")])
-def test_an_adapter_has_a_column_of_its_own(kind: Any, status: str) -> None:
-    cases = [
-        Case(base="AdamW", meta="Lion", lr="schedule"),
-        Case(base="SGDm", meta="Adam", blocks="node", lr="schedule", curvature="exact"),
-    ]
-    backend = replace(find("numpy"), optimizer=kind)
-    outcomes = list(run(backend, families=["trajectory"], cases=cases))
-    assert [o.status for o in outcomes if o.family == "trajectory"] == ["passed"] * 2
-    assert [o.status for o in outcomes if o.family == "adapter"] == [status] * 2

@@ -359,6 +359,25 @@ def test_a_schedule_of_arrays_equals_one_of_numbers(backend: Any) -> None:
     np.testing.assert_equal(ends[2], ends[0])
 
 
+@numpy_may_warn
+@pytest.mark.parametrize("number", [1.0, 0.0])
+@quick_backends
+def test_an_array_and_a_number_do_the_same_with_traces_that_are_not_finite(
+    backend: Any, number: float
+) -> None:
+    """Section 11: only those of a leaf at rest are left out; the trace of a moment has no z."""
+    opt = configured("momentum", "Adam", blocks="tensor", curvature="diagonal")
+    params, state = warmed_up(opt, backend.tree(START))
+    spoilt = backend.asarray(np.full(3, np.inf))
+    slot_traces = state.slot_traces | {"b": {"exp_avg": spoilt}}
+    state = replace(state, slot_traces=slot_traces)
+    ends = [
+        as_numpy(backend, stepped(opt, params, state, lr=lr)[1])
+        for lr in (number, backend.asarray(np.asarray(number)))
+    ]
+    np.testing.assert_equal(ends[1], ends[0])
+
+
 def test_a_multiplier_multiplies_the_step_and_its_derivative() -> None:
     """Section 1: alpha = lr sigma(beta), and so sigma' times lr; by hand for one SGD step."""
     opt = configured("SGD", "SGD", sigma="softplus", curvature="none")

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from metaopt_conformance.backends import UnavailableError, find
 from metaopt_conformance.cases import BASES, METAS, OPTIONS, Case
-from metaopt_conformance.checks import FAMILIES
+from metaopt_conformance.families import FAMILIES
 from metaopt_conformance.runs import Under
 
 CASES = [

@@ -1,7 +1,7 @@
 """What the suite asks of an array library, and how it finds one.
 
-A backend is an object with the members of `Backend`: most are told by the defaults. It is found by
-name, as `module:attribute`, or under the entry point group "metaopt_conformance.backends".
+A backend is a `Backend`, of which most is told by the defaults. It is found by name, as
+`module:attribute`, or under the entry point group "metaopt_conformance.backends".
 """
 
 import contextlib
@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BACKENDS", "Backend", "UnavailableError", "find"]
+__all__ = ["BACKENDS", "DTYPES", "Backend", "UnavailableError", "find", "names"]
 
 GROUP = "metaopt_conformance.backends"
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 class UnavailableError(Exception):
@@ -42,7 +43,8 @@ class Backend:
     to_numpy : callable
         Back to NumPy, whatever the device; bfloat16 as float32.
     dtypes : tuple of str, default ("float64", "float32")
-        Those to check, of "float64", "float32", "float16" and "bfloat16".
+        Those to check, of "float64", "float32", "float16" and "bfloat16", at least one. Without
+        "float64" what is compared in that alone is skipped: whole runs, traces, laws.
     devices : callable, default none
         Returns the names of devices that can be asked for.
     compile : callable or None, default None
@@ -53,15 +55,24 @@ class Backend:
     settle : callable, default identity
         Computes what is lazy; the suite calls it after every step.
     optimizer : callable or None, default None
-        From a `metaopt.MetaOptimize` and params to an object with `params()`, `state()`, a
-        `metaopt.State`, and `step(grads, lr, hvp, third, hessian_diagonal)`, the arguments those of
-        the core's by name: an adapter to check as well.
+        From a `metaopt.MetaOptimize` and params to an adapter to check as well: an object with
+        `params()`, by name; `state()`, a `metaopt.State`; and `step(grads, lr, hvp)`, to which the
+        suite passes by name what `metaopt.MetaOptimize.step` takes. Where `step` has parameters
+        `third` and `hessian_diagonal` too, or takes any keyword, these are passed as well; where
+        not, the cases that need them are skipped. It may change params in place: they are its own.
     plain : callable or None, default None
         From a `metaopt` rule and params to a function from gradients and a step size to the params
         after a step of the library's own optimizer, or None where it has no such rule.
     slow : bool, default False
         Take the quick part for the whole: for libraries in which a step of a dozen numbers takes a
         tenth of a second.
+    slow_optimizer : bool, default False
+        Take the quick part for the whole of `optimizer`'s: where it is compiled for every case.
+
+    Raises
+    ------
+    ValueError
+        If `dtypes` is not as described.
     """
 
     name: str
@@ -75,6 +86,18 @@ class Backend:
     optimizer: Callable[[Any, Any], Any] | None = None
     plain: Callable[[Any, Mapping[str, Any]], Any] | None = None
     slow: bool = False
+    slow_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.dtypes or not set(self.dtypes) <= set(DTYPES):
+            msg = f"`dtypes` must be some of {', '.join(DTYPES)}; got {self.dtypes!r}."
+            raise ValueError(msg)
+
+
+def names() -> tuple[str, ...]:
+    """Return the backends that are known by name: those here, and all entry points."""
+    points = (point.name for point in entry_points(group=GROUP))
+    return tuple(dict.fromkeys([*BACKENDS, *points]))
 
 
 def find(name: str) -> Backend:
@@ -91,25 +114,34 @@ def find(name: str) -> Backend:
     UnavailableError
         If the library is not installed.
     LookupError
-        If there is no such backend.
+        If there is no such backend, or it cannot be loaded.
     """
-    if name in BACKENDS:
-        return BACKENDS[name]()
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ModuleNotFoundError, AttributeError) as error:
-            msg = f"`backend` {name!r} cannot be loaded: {error}."
-            raise LookupError(msg) from error
-    else:
-        points = {point.name: point for point in entry_points(group=GROUP)}
-        if name not in points:
-            known = ", ".join([*BACKENDS, *points])
-            msg = f"`backend` must be one of {known}, or module:attribute; got {name!r}."
-            raise LookupError(msg)
-        found = points[name].load()
-    return found if hasattr(found, "asarray") else found()
+    points = {point.name: point for point in entry_points(group=GROUP)}
+    if ":" not in name and name not in names():
+        msg = f"`backend` must be one of {', '.join(names())}, or module:attribute; got {name!r}."
+        raise LookupError(msg)
+    try:
+        if name in BACKENDS:
+            found: Any = BACKENDS[name]
+        else:
+            found = points[name].load() if name in points else _attribute(*name.split(":", 1))
+        if callable(found):
+            found = found()
+    except UnavailableError:
+        raise
+    except Exception as error:  # a module of somebody else's may raise any
+        msg = f"`backend` {name!r} cannot be loaded: {type(error).__name__}: {error}"
+        raise LookupError(msg) from error
+    if not isinstance(found, Backend):
+        msg = (
+            f"`backend` {name!r} must be a Backend, or a function that returns one; got {found!r}."
+        )
+        raise LookupError(msg)
+    return found
+
+
+def _attribute(module: str, attribute: str) -> Any:
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _numpy() -> Backend:
@@ -178,6 +210,7 @@ def _torch() -> Backend:
         devices=lambda: ("cpu", *(("cuda",) if torch.cuda.is_available() else ())),
         compile=compiled if torch.cuda.is_available() or _has_cpp_compiler() else None,
         differentiate=torch.func.grad,
+        optimizer=_adapter("torch_adapter"),
         plain=lambda rule, params: _torch_optimizer(torch, rule, params),
     )
 
@@ -238,15 +271,17 @@ def _jax() -> Backend:
         devices=lambda: tuple(dict.fromkeys(device.platform for device in jax.devices())),
         compile=jax.jit,
         differentiate=jax.grad,
-        optimizer=_optax_adapter(),
+        optimizer=_adapter("jax_adapter"),
+        slow_optimizer=True,
         plain=_optax_optimizer,
     )
 
 
-def _optax_adapter() -> Any:
+def _adapter(module: str) -> Any:
+    """Return the adapter here of this name, or None where what it needs is not installed."""
     try:
-        return importlib.import_module("metaopt_conformance.jax_adapter").Optimizer
-    except ModuleNotFoundError:  # of optax
+        return importlib.import_module(f"metaopt_conformance.{module}").Optimizer
+    except ModuleNotFoundError:
         return None
 
 

@@ -1,14 +1,21 @@
-"""What is checked: configurations as data, and which of their combinations."""
+"""What is checked: configurations as data, and what happens to them during a run."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
-import metaopt as mo
-from metaopt_conformance.problems import PROBLEMS, Problem
+import numpy as np
 
-__all__ = ["BASES", "METAS", "OPTIONS", "Case", "covering", "pairs"]
+import metaopt as mo
+from metaopt_conformance.backends import DTYPES
+from metaopt_conformance.oracle import Matrix
+from metaopt_conformance.problems import PROBLEMS, Problem
+from metaopt_conformance.translate import block_index
+from metaopt_conformance.updates import Vector
+
+__all__ = ["BASES", "METAS", "OPTIONS", "SCHEDULE", "Case", "pairs"]
 
 # eps is large enough that rounding is not amplified where a gradient is small
 BASES: dict[str, Any] = {
@@ -24,11 +31,43 @@ METAS: dict[str, Any] = {
     "Adam": mo.AdamW(betas=(0.8, 0.9), eps=1e-2),
     "Lion": mo.Lion(betas=(0.8, 0.9)),
 }
+#: The rules above forget within a dozen steps; these are the decay rates that are used.
+USUAL: dict[type, dict[str, Any]] = {
+    mo.RMSprop: {"beta2": 0.999},
+    mo.AdamW: {"betas": (0.9, 0.999)},
+    mo.Lion: {"betas": (0.9, 0.99)},
+}
 STEP_SIZES = {"SGD": 0.15, "SGDm": 0.2, "RMSprop": 0.05, "AdamW": 0.05, "Lion": 0.05}
 META_LRS = {"SGD": 0.1, "RMSprop": 0.1, "Adam": 0.15, "Lion": 0.05}
-GROUPS: dict[str, Any] = {"biases": ("*bias",), "rest": "*"}
+BLOCKS: dict[str, Any] = {name: name for name in ("scalar", "tensor", "node", "weight")} | {
+    "last node": mo.blocks.node(axis=-1),
+    "groups": {"biases": ("*bias",), "rest": "*"},
+}
 SIGMAS: dict[str, Any] = {name: name for name in ("exp", "identity", "softplus")} | {
-    "sigmoid": mo.Sigmoid(1e-3, 0.5)
+    "sigmoid": mo.Sigmoid(3e-4, 0.5)
+}
+SCHEDULE = (1.0, 0.5, 0.0, 1.0, 0.25)
+
+OPTIONS: Mapping[str, Sequence[Any]] = {
+    "problem": tuple(PROBLEMS),
+    "curvature": ("none", "diagonal", "exact", "rectified"),
+    "approximation": ("l", "2x2", "full"),
+    "blocks": tuple(BLOCKS),
+    "sigma": tuple(SIGMAS),
+    "discount": (1.0, 0.9, 0.0),
+    "eps": (1e-2, 0.0),
+    "decays": ("fast", "usual"),
+    "bias_correction": (True, False),
+    "delayed": (False, True),
+    "meta_first": (False, True),
+    "trace": ("update", "gradient"),
+    "step_size": ("one", "each"),
+    "bounds": ("none", "all", "one", "upper"),
+    "lr": ("constant", "schedule", "by name", "arrays"),
+    "missing": (False, True),
+    "faulty": ("nothing", "gradient", "huge", "curvature"),
+    "skip_nonfinite": (False, True),
+    "mixed": (False, True),
 }
 
 
@@ -36,7 +75,36 @@ SIGMAS: dict[str, Any] = {name: name for name in ("exp", "identity", "softplus")
 class Case:
     """A configuration and what happens to it during a run; every field has a plain default.
 
-    `name` tells checks apart that are no matter of configuration: special cases and laws.
+    Parameters
+    ----------
+    name : str
+        Tells checks apart that are no matter of configuration: special cases and laws.
+    base, meta, problem, curvature, blocks, sigma : str
+        Keys of the tables here, and of `PROBLEMS`; "rectified" is a curvature of its own.
+    approximation, discount, trace, meta_first, skip_nonfinite
+        As `metaopt.MetaOptimize` takes them.
+    eps, bias_correction, delayed
+        Of the rules that have them, in either role.
+    decays : {"fast", "usual"}
+        Decay rates of moments: such that they change within a dozen steps, or the most used.
+    step_size : {"one", "each"}
+        The same for all blocks at the start, or another for each.
+    bounds : {"none", "all", "one", "upper"}
+        On no step size, on all, on those of the first name, or from above alone.
+    lr : {"constant", "schedule", "by name", "arrays"}
+        The multiplier: 1, or a schedule with zeros, by leaf, by leaf as arrays.
+    missing : bool
+        Whether gradients are absent now and then.
+    faulty : {"nothing", "gradient", "huge", "curvature"}
+        What of the first weight is not finite, or too large: its gradient in the last step, or
+        its entry on the Hessian's diagonal half way.
+    mixed : bool
+        Whether some leaves have another rule.
+    dtype : str
+        Of the parameters; what they are computed in may be wider.
+    first_leaf : {"same", "float32"}
+        Dtype of the first leaf.
+    steps : int
     """
 
     name: str = ""
@@ -48,14 +116,21 @@ class Case:
     blocks: str = "scalar"
     sigma: str = "exp"
     discount: float = 1.0
+    eps: float = 1e-2
+    decays: str = "fast"
+    bias_correction: bool = True
     delayed: bool = False
     meta_first: bool = False
     trace: str = "update"
+    step_size: str = "one"
     bounds: str = "none"
     lr: str = "constant"
     missing: bool = False
+    faulty: str = "nothing"
+    skip_nonfinite: bool = False
     mixed: bool = False
     dtype: str = "float64"
+    first_leaf: str = "same"
     steps: int = 12
 
     def __str__(self) -> str:
@@ -71,15 +146,19 @@ class Case:
     @staticmethod
     def parse(text: str) -> "Case":
         """Return the case that `str` wrote; raise ValueError for anything else."""
-        plain, values = Case(), dict[str, Any]()
+        values = dict[str, Any]()
         for part in [] if text == "plain" else text.split(","):
             name, found, value = part.partition("=")
             if not found or name not in Case.__dataclass_fields__:
                 msg = f"`case` must be name=value,...; got {part!r}."
                 raise ValueError(msg)
-            kind = type(getattr(plain, name))
-            values[name] = value == "True" if kind is bool else kind(value)
-        return replace(plain, **values)
+            values[name] = _parsed(name, value)
+        case = Case(**values)
+        refusal = case.refusal()
+        if refusal is not None:
+            msg = f"`case` is not defined: {refusal}; got {text!r}."
+            raise ValueError(msg)
+        return case
 
     @property
     def subject(self) -> Problem:
@@ -91,161 +170,208 @@ class Case:
         """Base and meta update, or the name."""
         return self.name or f"{self.base} + {self.meta}"
 
-    def opt(self) -> mo.MetaOptimize:
-        """Return the configuration in the library."""
-        base, meta = BASES[self.base], METAS[self.meta]
-        if self.delayed:
-            base, meta = delay(base), delay(meta)
-        step_size, meta_lr = STEP_SIZES[self.base], META_LRS[self.meta]
-        if self.sigma == "identity":
-            meta_lr *= 0.05
-        return mo.MetaOptimize(
-            base={"*weight": mo.SGD(), "*": base} if self.mixed else base,
-            meta=meta,
-            step_size=step_size,
-            meta_lr=meta_lr,
-            discount=self.discount,
-            blocks=GROUPS if self.blocks == "groups" else self.blocks,
-            sigma=SIGMAS[self.sigma],
-            bounds=self._bounds(step_size),
-            approximation=self.approximation,
-            curvature=mo.curvature.Diagonal(rectified=True)
-            if self.curvature == "rectified"
-            else self.curvature,
-            trace=self.trace,
-            meta_first=self.meta_first,
-        )
+    def dtype_of(self, leaf: str) -> str:
+        """Return the dtype of a leaf."""
+        first = next(iter(self.subject.shapes))
+        return self.dtype if self.first_leaf == "same" or leaf != first else self.first_leaf
 
-    def _bounds(self, step_size: float) -> Any:
-        """Return bounds that are soon touched, for all blocks or those of one name."""
-        pair = (0.9 * step_size, 1.1 * step_size)
-        first = {"scalar": "all", "groups": "biases"}.get(
-            self.blocks, next(iter(self.subject.shapes))
-        )
-        return {"none": None, "all": pair, "one": {first: pair}}[self.bounds]
+    @property
+    def wide(self) -> bool:
+        """Whether everything is computed in float64."""
+        return self.dtype == "float64" and self.first_leaf == "same"
+
+    def rules(self) -> tuple[Any, Any]:
+        """Return base and meta update."""
+        base, meta = (self._varied(rule) for rule in (BASES[self.base], METAS[self.meta]))
+        return base, meta
+
+    def _varied(self, rule: Any) -> Any:
+        changes: dict[str, Any] = {} if self.decays == "fast" else dict(USUAL.get(type(rule), {}))
+        options = {"eps": self.eps, "bias_correction": self.bias_correction}
+        if rule.slots:
+            options["delayed"] = self.delayed
+        changes |= {name: value for name, value in options.items() if hasattr(rule, name)}
+        return replace(rule, **changes)
+
+    def opt(self) -> mo.MetaOptimize:
+        """Return the configuration in the library: one object for all its runs, in any dtype."""
+        plain = Case()
+        return _opt(replace(self, **{name: getattr(plain, name) for name in OF_A_RUN}))
 
     def multiplier(self, t: int) -> Any:
-        """Return what `lr` is in step t."""
+        """Return what `lr` is in step t, numbers."""
         if self.lr == "constant":
             return 1.0
-        schedule = (1.0, 0.5, 0.0, 1.0, 0.25)
         if self.lr == "schedule":
-            return schedule[t % 5]
+            return SCHEDULE[t % 5]
         names = list(self.subject.shapes)
-        return {name: schedule[(t + index) % 5] for index, name in enumerate(names)}
+        return {name: SCHEDULE[(t + index) % 5] for index, name in enumerate(names)}
 
     def absent(self, t: int) -> frozenset[str]:
-        """Return the leaves without a gradient in step t."""
+        """Return the leaves without a gradient in step t: one to three of the first."""
         names = list(self.subject.shapes)
-        if not self.missing or t % 4 != 2:
+        if not self.missing or t % 3 != 1:
             return frozenset()
-        return frozenset(names[: t // 4 + 1])
+        return frozenset(names[: t // 3 % 3 + 1])
+
+    def grad(self, t: int, w: Vector) -> Vector:
+        """Return the gradient of step t, with what is faulty in it."""
+        grad = self.subject.grad(t, w)
+        if self.faulty in ("gradient", "huge") and t == self.steps - 1:
+            # such that its product with the trace is finite, but not the square of that
+            huge = 1e155 if self.dtype == "float64" else 1e22
+            grad[0] = np.inf if self.faulty == "gradient" else huge
+        return grad
+
+    def hessian(self, t: int, w: Vector) -> Matrix:
+        """Return the Hessian of step t, with what is faulty in it."""
+        hessian = self.subject.hessian(t, w)
+        if self.faulty == "curvature" and t == self.steps // 2:
+            hessian[0, 0] = np.inf
+        return hessian
+
+    def hessian_diagonal(self, t: int, w: Vector) -> Vector:
+        """Return the Hessian's diagonal in step t, stretched until the rectifier is at work."""
+        return np.diag(self.hessian(t, w)) * (8.0 if self.curvature == "rectified" else 1.0)
 
     def possible(self) -> bool:
-        """Say whether the library defines this combination."""
-        pair = BASES[self.base], METAS[self.meta]
-        if self.delayed and tuple(map(delay, pair)) == pair:
-            return False
+        """Say whether the library defines this combination, and every option has a meaning."""
+        return self.refusal() is None
+
+    def refusal(self) -> str | None:
+        """Return what is amiss with a combination that is not possible, else None."""
+        plain = Case()
+        for name in ("delayed", "decays", "bias_correction"):
+            usual = getattr(plain, name)
+            if (
+                getattr(self, name) != usual
+                and self.rules() == replace(self, **{name: usual}).rules()
+            ):
+                return f"{name} changes neither {self.base} nor {self.meta}"
+        if self.eps != plain.eps and not hasattr(BASES[self.base], "eps"):
+            return f"eps needs base RMSprop or AdamW, not {self.base}"
+        if self.eps == 0.0 and self.delayed and "RMSprop" in (self.base, self.meta):
+            # a gradient over the root of older ones alone, which may be as small as they like
+            return "delayed RMSprop needs eps above 0"
         if self.approximation == "full" and (self.curvature != "exact" or self.meta_first):
-            return False
+            return "approximation full needs curvature exact, and no meta_first"
         if self.trace == "gradient" and (
             self.curvature != "none" or self.delayed or self.base == "Lion"
         ):
-            return False
-        return self.curvature != "rectified" or self.base == "SGD"
+            return "trace gradient needs curvature none, and neither delayed nor base Lion"
+        if self.curvature == "rectified" and self.base != "SGD":
+            return f"curvature rectified needs base SGD, not {self.base}"
+        if self.step_size == "each" and self.blocks == "scalar":
+            return "step_size each needs more than one block"
+        if self.faulty == "curvature" and (self.curvature == "none" or self.discount == 0.0):
+            return "faulty curvature needs curvature, and a discount above 0"
+        if self.faulty == "curvature" and self.eps == 0.0:
+            # a derivative of 0 times what is not finite: the order of operations says what it is
+            return "faulty curvature needs eps above 0"
+        if self.faulty == "huge" and not self.wide:
+            if self.dtype == "float16" or self.first_leaf != "same":
+                return "faulty huge needs leaves of one dtype with room for it"
+            if hasattr(BASES[self.base], "eps"):
+                return "faulty huge, in float32, needs a base that does not square it"
+        if self.first_leaf == self.dtype:
+            return f"first_leaf is {self.dtype} already"
+        return None
 
 
-def delay(rule: Any) -> Any:
-    """Return the rule with delayed moments, itself where it has none to delay."""
-    return replace(rule, delayed=True) if rule.slots and hasattr(rule, "delayed") else rule
-
-
-OPTIONS: Mapping[str, Sequence[Any]] = {
-    "problem": tuple(PROBLEMS),
-    "curvature": ("none", "diagonal", "exact", "rectified"),
-    "approximation": ("l", "2x2", "full"),
-    "blocks": ("scalar", "tensor", "node", "weight", "groups"),
-    "sigma": tuple(SIGMAS),
-    "discount": (1.0, 0.9, 0.0),
-    "delayed": (False, True),
-    "meta_first": (False, True),
-    "trace": ("update", "gradient"),
-    "bounds": ("none", "all", "one"),
-    "lr": ("constant", "schedule", "by name"),
-    "missing": (False, True),
-    "mixed": (False, True),
+#: What the fields that are no numbers may be.
+CHOICES: Mapping[str, Sequence[Any]] = {
+    "base": tuple(BASES),
+    "meta": tuple(METAS),
+    **{name: values for name, values in OPTIONS.items() if name not in ("discount", "eps")},
+    "dtype": DTYPES,
+    "first_leaf": ("same", "float32"),
 }
+#: Fields that are no part of the configuration.
+OF_A_RUN = ("name", "lr", "missing", "faulty", "dtype", "first_leaf", "steps")
+
+
+@cache
+def _opt(case: Case) -> mo.MetaOptimize:
+    base, meta = case.rules()
+    step_size = STEP_SIZES[case.base] * _shortening(base)
+    meta_lr = META_LRS[case.meta] * _shortening(meta)
+    if case.sigma == "identity":  # step sizes move by differences, and z is by them
+        meta_lr *= 0.05 * _shortening(base) ** 2
+    shapes, blocks = case.subject.shapes, BLOCKS[case.blocks]
+    _, names = block_index(blocks, shapes)
+    return mo.MetaOptimize(
+        base={"*weight": mo.SGD(), "*": base} if case.mixed else base,
+        meta=meta,
+        step_size=_each(step_size, names, shapes, case.blocks)
+        if case.step_size == "each"
+        else step_size,
+        meta_lr=meta_lr,
+        discount=case.discount,
+        blocks=blocks,
+        sigma=SIGMAS[case.sigma],
+        bounds=_bounds(case, step_size, names[0]),
+        approximation=case.approximation,
+        curvature=mo.curvature.Diagonal(rectified=True)
+        if case.curvature == "rectified"
+        else case.curvature,
+        trace=case.trace,
+        meta_first=case.meta_first,
+        skip_nonfinite=case.skip_nonfinite,
+    )
+
+
+def _shortening(rule: Any) -> float:
+    """Return the inverse of a direction's length in the first steps."""
+    if getattr(rule, "bias_correction", True):
+        return 1.0
+    return float(np.sqrt(1.0 - rule.beta2))
+
+
+def _each(step_size: float, names: list[str], shapes: Any, blocks: str) -> dict[str, Any]:
+    """Return step sizes around one, another for each block, by name."""
+    sizes = step_size * np.linspace(0.93, 1.07, len(names))
+    by_name: dict[str, Any] = {}
+    for name in dict.fromkeys(names):
+        own = sizes[[other == name for other in names]]
+        if blocks == "weight":
+            by_name[name] = own.reshape(shapes[name])
+        else:
+            by_name[name] = own if own.size > 1 else own[0]
+    return by_name
+
+
+def _parsed(name: str, value: str) -> Any:
+    """Return the value of a field from its text, or raise ValueError."""
+    choices = CHOICES.get(name)
+    if name == "name":
+        return value
+    if choices is not None:
+        found = {str(choice): choice for choice in choices}
+        if value not in found:
+            msg = f"`{name}` of a case must be one of {', '.join(found)}; got {value!r}."
+            raise ValueError(msg)
+        return found[value]
+    kind, least = (int, 1) if name == "steps" else (float, 0.0)
+    try:
+        number = kind(value)
+    except ValueError:
+        number = -1
+    if not least <= number < np.inf or (name == "discount" and number > 1.0):
+        what = {"steps": "an integer of at least 1", "discount": "a number in [0, 1]"}
+        msg = f"`{name}` of a case must be {what.get(name, 'at least 0')}; got {value!r}."
+        raise ValueError(msg)
+    return number
+
+
+def _bounds(case: Case, step_size: float, first: str) -> Any:
+    """Return bounds that are soon touched."""
+    lo, hi = 0.9 * step_size, 1.1 * step_size
+    least = {"identity": -np.inf, "sigmoid": SIGMAS["sigmoid"].lo}.get(case.sigma, 0.0)
+    return {"none": None, "all": (lo, hi), "one": {first: (lo, hi)}, "upper": (least, hi)}[
+        case.bounds
+    ]
 
 
 def pairs() -> Iterator[tuple[str, str]]:
     """Yield every base with every meta update."""
     return itertools.product(BASES, METAS)
-
-
-def covering(plain: Case, options: Mapping[str, Sequence[Any]] = OPTIONS) -> list[Case]:
-    """Return cases in which any two values of two options that go together meet at least once.
-
-    Greedy: a case starts from a pair of values not yet met, and takes for every other option, in
-    turn, the value by which most new pairs meet. Deterministic.
-    """
-    names = list(options)
-    open_pairs = {
-        (a, x, b, y)
-        for a, b in itertools.combinations(names, 2)
-        for x in options[a]
-        for y in options[b]
-    }
-    order = sorted(
-        open_pairs, key=lambda p: (names.index(p[0]), str(p[1]), names.index(p[2]), str(p[3]))
-    )
-    cases: list[Case] = []
-    for pair in order:
-        if pair not in open_pairs:
-            continue
-        a, x, b, y = pair
-        case = _completed(plain, {a: x, b: y}, options, open_pairs)
-        open_pairs.discard(pair)
-        if case is not None:
-            cases.append(case)
-            open_pairs -= _met(case, names)
-    return cases
-
-
-def _completed(plain: Case, fixed: dict[str, Any], options: Any, open_pairs: Any) -> Case | None:
-    """Return a possible case with the fixed values, or None if there is none."""
-    names = list(options)
-    chosen = dict(fixed)
-    if not _completable(plain, chosen):
-        return None
-    for name in names:
-        if name in chosen:
-            continue
-        trials = [chosen | {name: value} for value in options[name]]
-        for trial in sorted(trials, key=lambda trial: -_new(trial, open_pairs)):
-            if _completable(plain, trial):
-                chosen = trial
-                break
-        else:
-            return None
-    case = replace(plain, **chosen)
-    return case if case.possible() else None
-
-
-def _new(chosen: dict[str, Any], open_pairs: Any) -> int:
-    """Return how many pairs of values not yet met the choice has."""
-    return sum(1 for a, x, b, y in open_pairs if _has(chosen, a, x) and _has(chosen, b, y))
-
-
-def _has(chosen: dict[str, Any], name: str, value: Any) -> bool:
-    return name in chosen and chosen[name] == value
-
-
-def _completable(plain: Case, chosen: dict[str, Any]) -> bool:
-    """Say whether a choice is possible, or will be by the values of options left."""
-    if chosen.get("approximation") == "full":  # what it needs need not be chosen yet
-        chosen = {"curvature": "exact"} | chosen
-    return replace(plain, **chosen).possible()
-
-
-def _met(case: Case, names: list[str]) -> set[tuple[str, Any, str, Any]]:
-    return {(a, getattr(case, a), b, getattr(case, b)) for a, b in itertools.combinations(names, 2)}

@@ -1,8 +1,10 @@
-r"""The traces by central differences of whole trajectories: no derivative, analytic or not.
+r"""The traces by central differences of whole trajectories.
 
 docs/mathematics.md section 4. A run is recorded; then every past beta is moved a little, the run
 repeated from there with what the approximation holds fixed at its recorded values, and the
-changes of the last state are combined with the weights of section 3.
+changes of the last state are combined with the weights of section 3. No derivative takes part,
+but for "full": there the trace H is itself a part of what is run again, and its recursion has the
+first partial derivatives in it (the differences then give the second).
 """
 
 from collections.abc import Sequence

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from metaopt_jax import transformation
@@ -87,14 +88,16 @@ def _as_array(function: Callable[..., Any], params: Any, axes: int) -> Any:
 
 def _as_functions(params: Any, **arrays: Any) -> dict[str, Any]:
     """Return what `update` takes: functions of tangents like `params` from their arrays."""
-    _, unravel = ravel_pytree(params)
+    stops = np.cumsum([param.size for param in params.values()])
 
     def contraction(array: Any) -> Callable[..., Any]:
         def contracted(*tangents: Any) -> Any:
             product = array
             for tangent in tangents:
                 product = jnp.tensordot(ravel_pytree(tangent)[0], product, axes=1)
-            return unravel(product)
+            # not unraveled, which would round to the dtypes of the parameters
+            parts = zip(params.items(), jnp.split(product, stops[:-1]), strict=True)
+            return OrderedDict((name, part.reshape(param.shape)) for (name, param), part in parts)
 
         return contracted
 

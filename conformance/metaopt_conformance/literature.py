@@ -8,7 +8,8 @@ import numpy as np
 
 import metaopt as mo
 from metaopt_conformance.cases import Case
-from metaopt_conformance.runs import Skip, Under
+from metaopt_conformance.runs import Under
+from metaopt_conformance.verdicts import Skip
 
 __all__ = ["FORMS", "Form"]
 

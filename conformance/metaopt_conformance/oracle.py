@@ -5,7 +5,7 @@ matrix: rows are weights or meta-parameters, columns the blocks whose past value
 One function an equation. Meant to be read beside the mathematics, and to be compared with.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,17 @@ from metaopt_conformance.updates import (
     partials,
 )
 
-__all__ = ["Config", "State", "first", "init", "inverse", "second", "sigma", "step"]
+__all__ = [
+    "Config",
+    "Matrix",
+    "State",
+    "first",
+    "init",
+    "inverse",
+    "second",
+    "sigma",
+    "step",
+]
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -37,6 +47,8 @@ class Config:
     meta : Update
     block_of : integers, shape (n,)
         The block of each weight.
+    family_of : integers, shape (m,)
+        Which blocks have a meta count in common (section 6).
     step_size : array (m,)
         Initial step sizes.
     meta_lr, discount : float
@@ -46,12 +58,15 @@ class Config:
     curvature : {"none", "diagonal", "exact"}
     rectified : bool
     trace : {"update", "gradient"}
-    meta_first : bool
+    meta_first, skip_nonfinite : bool
+    largest : float
+        Meta-gradients from here on count as not finite (section 11).
     """
 
     base: tuple[tuple[Update, slice], ...]
     meta: Update
     block_of: Any
+    family_of: Any
     step_size: Vector
     meta_lr: float
     discount: float = 1.0
@@ -62,6 +77,8 @@ class Config:
     rectified: bool = False
     trace: str = "update"
     meta_first: bool = False
+    skip_nonfinite: bool = False
+    largest: float = 2.0**511
 
     @property
     def blocks(self) -> int:
@@ -69,9 +86,28 @@ class Config:
         return len(self.step_size)
 
     @property
+    def follows_beta(self) -> bool:
+        """Whether Y can feed back: z changes with the weights, and a direction with z."""
+        changes = self.curvature != "none" and self.discount > 0.0
+        return changes and self.approximation != "l" and self.meta.kind != "lion"
+
+    @property
     def follows_third(self) -> bool:
         """Whether Z can feed back: it reaches z, and z the derivative of a direction."""
-        return self.approximation == "full" and self.discount > 0.0 and self.meta.kind != "lion"
+        return self.follows_beta and self.approximation == "full"
+
+    @property
+    def follows_hessian(self) -> bool:
+        """Whether anything that feeds back changes with the gradient."""
+        changes = self.curvature != "none" and self.discount > 0.0
+        return changes and (self.follows_beta or any(rule.kind != "lion" for rule, _ in self.base))
+
+    @property
+    def own(self) -> Flags:
+        """Where weights (rows) can depend on blocks: on their own alone, or on all (section 4)."""
+        if self.curvature == "exact" and self.follows_hessian:
+            return np.ones((len(self.block_of), self.blocks), dtype=bool)
+        return np.asarray(self.block_of)[:, None] == np.arange(self.blocks)
 
     @property
     def weight_decay(self) -> Vector:
@@ -84,9 +120,9 @@ class State:
     """Everything carried from step to step.
 
     `w`, `m`, `v`, `count` have a value per weight; `beta`, `meta_m`, `meta_v`, `meta_count`, `z`,
-    `restarts` one per block. `H`, `M`, `V` are the rows of w, m and v of the trace X (n by m);
-    `B`, `Bm`, `Bv` the rows of beta and the meta moments of Y (m by m). `Z[k, i, j]` is how entry
-    (k, i) of H depends on block j (n by m by m).
+    `restarts` one per block; `step` and `skipped` are numbers. `H`, `M`, `V` are the rows of w, m
+    and v of the trace X (n by m); `B`, `Bm`, `Bv` the rows of beta and the meta moments of Y (m by
+    m). `Z[k, i, j]` is how entry (k, i) of H depends on block j (n by m by m).
     """
 
     w: Vector
@@ -106,7 +142,8 @@ class State:
     Z: Any
     z: Vector
     restarts: Vector
-    step: int = field(default=0)
+    step: Any = 0
+    skipped: Any = 0
 
 
 def init(config: Config, w: Vector) -> State:
@@ -159,14 +196,18 @@ def step(
     lr, present = np.broadcast_to(lr, grad.shape), np.broadcast_to(present, grad.shape)
     grad = np.where(present, grad, 0.0)
     awake = present & (lr != 0.0)
-    z = meta_gradient(state, grad, awake)
-    finite = np.isfinite(z)
+    z = meta_gradient(config, state, grad, awake)
+    usable = np.abs(z) < config.largest
 
-    hatted = hats(config, state, awake, finite)
+    hatted = hats(config, state, awake, usable)
     grad_trace = curvature_term(config, hessian, hatted.H)
-    moves = finite & np.array([np.any(awake[config.block_of == j]) for j in range(config.blocks)])
+    if config.skip_nonfinite and not np.all(np.isfinite([grad, *grad_trace.T])[:, present]):
+        return replace(state, skipped=state.skipped + 1)
+    moves = usable & np.array([np.any(awake[config.block_of == j]) for j in range(config.blocks)])
     after_meta = meta_update(config, state, hatted, np.where(moves, z, 0.0), moves)
-    after_meta = meta_traces(config, state, hatted, after_meta, grad, z, moves, awake, grad_trace)
+    after_meta = meta_traces(
+        config, state, hatted, after_meta, grad, z, usable, moves, awake, grad_trace
+    )
 
     beta, B = (after_meta.beta, after_meta.B) if config.meta_first else (state.beta, hatted.B)
     after_base = base_update(config, state, after_meta, grad, lr, beta)
@@ -176,33 +217,32 @@ def step(
     if config.follows_third:
         Z = third_trace(config, state, hatted, grad, lr, awake, grad_trace, hessian, third)
         after_base = replace(after_base, Z=Z)
-    after_base = keep_absent(state, after_base, present)
+    after_base = only_own(config, keep_absent(state, after_base, present))
     return replace(
-        after_base, z=z, restarts=state.restarts + np.logical_not(finite), step=state.step + 1
+        after_base, z=z, restarts=state.restarts + np.logical_not(usable), step=state.step + 1
     )
 
 
-def meta_gradient(state: State, grad: Vector, awake: Flags) -> Vector:
-    """Return z = H^T g, summed over the weights that move (sections 2 and 7)."""
-    return np.sum(np.where(awake[:, None], state.H * grad[:, None], 0.0), axis=0)
+def meta_gradient(config: Config, state: State, grad: Vector, awake: Flags) -> Vector:
+    """Return z = H^T g, summed over the weights that move (sections 2, 4 and 7)."""
+    return np.sum(np.where(awake[:, None] & config.own, state.H * grad[:, None], 0.0), axis=0)
 
 
-def hats(config: Config, state: State, awake: Flags, finite: Flags) -> State:
+def hats(config: Config, state: State, awake: Flags, usable: Flags) -> State:
     """Return the traces as gamma (Y, X) + (1 - gamma) (E, 0) (section 3).
 
     Gamma acts as 1 on the rows of weights that rest (section 7), and the columns of blocks whose
-    meta-gradient is not finite start anew, as do numbers that are not finite of weights that rest
-    (section 11).
+    meta-gradient cannot be used start anew, as do, with curvature, numbers that are not finite of
+    weights that rest (section 11).
     """
     gamma, eye = config.discount, np.eye(config.blocks)
     rows = np.where(awake, gamma, 1.0)[:, None]
 
     def x(trace: Matrix) -> Matrix:
-        resting_overflow = np.logical_not(awake[:, None] | np.isfinite(trace))
-        return np.where(finite & ~resting_overflow, rows * trace, 0.0)
+        return np.where(usable & _carried(config, trace, awake[:, None]), rows * trace, 0.0)
 
     def y(trace: Matrix, start: Any) -> Matrix:
-        return np.where(finite, gamma * trace + (1.0 - gamma) * start, start)
+        return np.where(usable, gamma * trace + (1.0 - gamma) * start, start)
 
     return replace(
         state,
@@ -212,30 +252,43 @@ def hats(config: Config, state: State, awake: Flags, finite: Flags) -> State:
         B=y(state.B, eye),
         Bm=y(state.Bm, 0.0),
         Bv=y(state.Bv, 0.0),
-        Z=hat_of_third(config, state, awake, finite),
+        Z=hat_of_third(config, state, awake, usable),
     )
 
 
-def hat_of_third(config: Config, state: State, awake: Flags, finite: Flags) -> Any:
+def hat_of_third(config: Config, state: State, awake: Flags, usable: Flags) -> Any:
     """Return gamma Z; a pair of columns restarts with either of the two (section 11)."""
     rows = np.where(awake, config.discount, 1.0)[:, None, None]
-    resting_overflow = np.logical_not(awake[:, None, None] | np.isfinite(state.Z))
-    keep = finite[:, None] & finite[None, :] & ~resting_overflow
+    keep = usable[:, None] & usable[None, :] & _carried(config, state.Z, awake[:, None, None])
     return np.where(keep, rows * state.Z, 0.0)
+
+
+def _carried(config: Config, trace: Any, awake: Flags) -> Flags:
+    """Say which numbers of a trace may enter the tangents (section 11)."""
+    return awake | np.isfinite(trace) | (not config.follows_hessian)
 
 
 def curvature_term(config: Config, hessian: Matrix, H: Matrix) -> Matrix:
     """Return how the gradient depends on the past: Hessian times H (sections 3 and 4).
 
-    Without a future to follow there is none, even of weights that rest (section 7).
+    Where nothing feeds back there is none: without a future, say, even of weights that rest.
     """
-    if config.discount == 0.0:
+    if not config.follows_hessian:
         return np.zeros_like(H)
     if config.curvature == "exact":
         return hessian @ H
-    if config.curvature == "diagonal":
-        return np.diag(hessian)[:, None] * H
-    return np.zeros_like(H)
+    return np.where(config.own, np.diag(hessian)[:, None] * H, 0.0)
+
+
+def only_own(config: Config, state: State) -> State:
+    """Return the state with zeros where no Hessian mixes the blocks (section 4, *Layouts*)."""
+    rows = config.own
+    columns = np.eye(config.blocks, dtype=bool) | np.all(rows)
+    return replace(
+        state,
+        **{name: np.where(rows, getattr(state, name), 0.0) for name in ("H", "M", "V")},
+        **{name: np.where(columns, getattr(state, name), 0.0) for name in ("B", "Bm", "Bv")},
+    )
 
 
 def base_update(
@@ -268,7 +321,7 @@ def base_traces(
     if config.trace == "gradient":
         followed = _without_momentum(config, state, grad)
     retain = 1.0 - kappa * alpha
-    u_trace = _rows(d.u_g, grad_trace) + _rows(d.u_m, hatted.M) + _rows(d.u_v, hatted.V)
+    u_trace = _chain((d.u_g, grad_trace), (d.u_m, hatted.M), (d.u_v, hatted.V))
     if config.rectified:  # the diagonal is capped: min(alpha d, 1 - kappa alpha), section 12
         retain = np.maximum(0.0, 1.0 - alpha * (kappa + np.diag(hessian)))
         u_trace = np.zeros_like(u_trace)
@@ -311,14 +364,14 @@ def third_trace(
     g_bend = third(hatted.H, hatted.H) + np.einsum("ab,bij->aij", hessian, w_bend)
     G, M, V = grad_trace, hatted.M, hatted.V
 
-    u_trace = _rows(d.u_g, G) + _rows(d.u_m, M) + _rows(d.u_v, V)
-    u_bend = (
-        _all(d.u_g) * g_bend
-        + _all(b.u_gg) * _pairs(G, G)
-        + _all(b.u_gm) * (_pairs(G, M) + _pairs(M, G))
-        + _all(b.u_gv) * (_pairs(G, V) + _pairs(V, G))
-        + _all(b.u_mv) * (_pairs(M, V) + _pairs(V, M))
-        + _all(b.u_vv) * _pairs(V, V)
+    u_trace = _chain((d.u_g, G), (d.u_m, M), (d.u_v, V))
+    u_bend = _chain(
+        (d.u_g, g_bend),
+        (b.u_gg, _pairs(G, G)),
+        (b.u_gm, _pairs(G, M) + _pairs(M, G)),
+        (b.u_gv, _pairs(G, V) + _pairs(V, G)),
+        (b.u_mv, _pairs(M, V) + _pairs(V, M)),
+        (b.u_vv, _pairs(V, V)),
     )
     moved = u_trace + _rows(kappa, hatted.H)
     return (
@@ -333,8 +386,10 @@ def third_trace(
 def meta_update(config: Config, state: State, into: State, z: Vector, moves: Flags) -> State:
     """Return the meta-parameters after beta' = beta - eta u, and the meta moments (section 6).
 
-    Blocks that do not move keep theirs. Bounds project sigma(beta), section 8.
+    Blocks that do not move keep theirs, but for a count that others go on with. Bounds project
+    sigma(beta), section 8.
     """
+    counted = np.isin(config.family_of, config.family_of[moves])
     count = state.meta_count + 1
     u, m, v = direction(config.meta, z, state.meta_m, state.meta_v, count)
     beta = state.beta - config.meta_lr * u
@@ -348,7 +403,7 @@ def meta_update(config: Config, state: State, into: State, z: Vector, moves: Fla
         beta=np.where(moves, beta, state.beta),
         meta_m=np.where(moves, m, state.meta_m),
         meta_v=np.where(moves, v, state.meta_v),
-        meta_count=np.where(moves, count, state.meta_count),
+        meta_count=np.where(counted, count, state.meta_count),
     )
 
 
@@ -359,21 +414,23 @@ def meta_traces(
     into: State,
     grad: Vector,
     z: Vector,
+    usable: Flags,
     moves: Flags,
     awake: Flags,
     grad_trace: Matrix,
 ) -> State:
     """Return Y' = Psi_y Y + Psi_z (term A + term B) (section 3); E where it is not followed."""
-    if config.approximation == "l":
+    if not config.follows_beta:
         eye = np.eye(config.blocks)
         return replace(into, B=eye, Bm=np.zeros_like(eye), Bv=np.zeros_like(eye))
-    held = hats(replace(config, discount=1.0), state, awake, np.isfinite(z))
+    held = hats(replace(config, discount=1.0), state, awake, usable)
     z, count = np.where(moves, z, 0.0), state.meta_count + 1
     d = partials(config.meta, z, state.meta_m, state.meta_v, count)
     term_a = np.where(awake[:, None], state.H, 0.0).T @ np.where(awake[:, None], grad_trace, 0.0)
-    term_b = np.einsum("k,kij->ij", np.where(awake, grad, 0.0), hatted.Z)
-    z_trace = term_a + term_b
-    u_trace = _rows(d.u_g, z_trace) + _rows(d.u_m, hatted.Bm) + _rows(d.u_v, hatted.Bv)
+    z_trace = term_a
+    if config.follows_third:  # term B
+        z_trace = term_a + np.einsum("k,kij->ij", np.where(awake, grad, 0.0), hatted.Z)
+    u_trace = _chain((d.u_g, z_trace), (d.u_m, hatted.Bm), (d.u_v, hatted.Bv))
     # rows of blocks that rest are left as they were, but for columns that start anew
     stays = np.logical_not(moves)[:, None]
     return replace(
@@ -407,7 +464,7 @@ def sigma(kind: Any, beta: Vector) -> Vector:
     if kind == "identity":
         return beta
     if kind == "softplus":
-        return np.log1p(np.exp(beta))
+        return np.logaddexp(beta, 0.0)
     lo, hi = kind
     return np.asarray(lo * (hi / lo) ** (1.0 / (1.0 + np.exp(-beta))))
 
@@ -498,6 +555,16 @@ def _length(part: slice) -> int:
 def _rows(factor: Vector, trace: Matrix) -> Matrix:
     """Multiply every column of a trace by an elementwise factor."""
     return factor[:, None] * trace
+
+
+def _chain(*terms: tuple[Vector, Any]) -> Any:
+    """Return the sum of partial derivatives times traces; what a partial of 0 keeps out is out."""
+
+    def term(partial: Vector, trace: Any) -> Any:
+        factor = partial.reshape(-1, *(1,) * (trace.ndim - 1))
+        return np.where(factor == 0.0, 0.0, factor * trace)
+
+    return sum(term(*pair) for pair in terms)
 
 
 def _all(factor: Vector) -> Any:

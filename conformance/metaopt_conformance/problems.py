@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from metaopt_conformance.oracle import Matrix
+from metaopt_conformance.translate import tree
 from metaopt_conformance.updates import Vector
 
 __all__ = ["PROBLEMS", "SHAPES", "Linear", "Network", "Problem"]
@@ -112,10 +113,7 @@ class Linear(Problem):
         return inputs, np.where(targets > 0.0, 1.0, 0.0) if self.kind == "logistic" else targets
 
     def loss(self, t: int, w: Vector) -> float:  # noqa: D102
-        inputs, targets = self.data(t)
-        stops = np.cumsum([int(np.prod(shape)) for shape in self.shapes.values()])
-        leaves = dict(zip(self.shapes, np.split(w, stops[:-1]), strict=True))
-        return float(self.loss_of(np, leaves, inputs, targets))
+        return float(self.loss_of(np, tree(w, self.shapes), *self.data(t)))
 
     def grad(self, t: int, w: Vector) -> Vector:  # noqa: D102
         inputs, first, _, _ = self._derivatives(t, w)
@@ -209,7 +207,8 @@ class Network(Problem):
 
     def _split(self, w: Matrix) -> tuple[Any, Any, Any, Any]:
         """Return W, b, v and c of vectors of weights along the last axis."""
-        return w[..., :12].reshape(*w.shape[:-1], 3, 4), w[..., 12:15], w[..., 15:18], w[..., 18]
+        weight, bias, v, c = tree(w, self.shapes).values()
+        return weight, bias, v, c
 
     def _forward(self, t: int, w: Vector) -> tuple[Matrix, Matrix, Vector, Any]:
         """Return inputs, gradients of the output, errors, and what derivatives need."""

@@ -11,6 +11,7 @@ from typing import Any
 __all__ = ["Outcome", "as_json", "as_markdown", "as_text", "overview"]
 
 DISTRIBUTIONS = (
+    "metaoptimize",
     "numpy",
     "array-api-compat",
     "array-api-strict",
@@ -19,6 +20,7 @@ DISTRIBUTIONS = (
     "optax",
     "cupy",
     "dask",
+    "numba",
 )
 
 
@@ -29,6 +31,8 @@ class Outcome:
     Parameters
     ----------
     backend, device, family, pair, case : str
+    part : {"quick", "whole", "chosen"}
+        Of which cases it is one: the quick part's, all, or those that were asked for.
     status : {"passed", "failed", "skipped"}
     share : float
         Worst error over its tolerance; infinite where that is not known.
@@ -43,6 +47,7 @@ class Outcome:
     family: str
     pair: str
     case: str
+    part: str
     status: str
     share: float = 0.0
     detail: str = ""
@@ -62,9 +67,12 @@ def as_text(outcomes: Sequence[Outcome]) -> str:
 
 
 def as_markdown(outcomes: Sequence[Outcome]) -> str:
-    """Return the same table in Markdown, with hardware and versions."""
+    """Return the same table in Markdown, with what was checked, hardware and versions."""
+    subjects = dict.fromkeys((some.backend, some.device, some.part) for some in outcomes)
     return "\n".join(
         [
+            *(f"# {backend}, {device}, {part} cases" for backend, device, part in subjects),
+            "",
             *_markdown(_table(outcomes, lambda outcome: outcome.pair)),
             "",
             *_reasons(outcomes),
@@ -76,7 +84,11 @@ def as_markdown(outcomes: Sequence[Outcome]) -> str:
 
 def overview(outcomes: Sequence[Outcome]) -> str:
     """Return a Markdown table of backends by families."""
-    rows = _table(outcomes, lambda outcome: f"{outcome.backend} ({outcome.device})", "backend")
+    rows = _table(
+        outcomes,
+        lambda outcome: f"{outcome.backend} ({outcome.device}, {outcome.part})",
+        "backend (device, cases)",
+    )
     return "\n".join([*_markdown(rows), "", *_reasons(outcomes), "", _where()])
 
 

@@ -2,19 +2,23 @@
 
 import math
 import multiprocessing
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from metaopt_conformance.backends import Backend, find
 from metaopt_conformance.cases import Case
-from metaopt_conformance.checks import FAMILIES, Family
+from metaopt_conformance.families import FAMILIES, Family
 from metaopt_conformance.report import Outcome
-from metaopt_conformance.runs import Failure, Skip, Under
+from metaopt_conformance.runs import Under
+from metaopt_conformance.verdicts import Failure, Skip
 
-__all__ = ["run"]
+__all__ = ["ADAPTED", "run"]
+
+#: The families that check an adapter too, and its columns in the report.
+ADAPTED = {"trajectory": "adapter", "step": "adapter's step"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,13 @@ class _Task:
 
     family: str
     case: Case
+    part: str
     adapter: bool = False
+
+    @property
+    def title(self) -> str:
+        """The column of the report."""
+        return ADAPTED[self.family] if self.adapter else self.family
 
 
 def run(
@@ -49,7 +59,7 @@ def run(
     cases : sequence of Case, optional
         Those to check, in place of the families' own.
     quick : bool, default False
-        Cover pairs of rules together with the other options, a twentieth of all cases.
+        Cover pairs of rules together with the other options, a sixteenth of all cases.
     stop : bool, default False
         End with the first failure.
     jobs : int, default 1
@@ -62,22 +72,25 @@ def run(
     TypeError
         If several jobs are to find a backend that is no str.
     """
+    if jobs > 1 and not isinstance(backend, str):
+        msg = f"`backend` must be a name where `jobs` is more than 1; got {backend!r}."
+        raise TypeError(msg)
     found = find(backend) if isinstance(backend, str) else backend
     quick = quick or found.slow
     tasks = [
-        _Task(family=name, case=case, adapter=adapter)
+        task
         for name in families
         for adapter in _subjects(found, name)
-        for case in (FAMILIES[name].cases(found.dtypes, quick) if cases is None else cases)
+        for task in _tasks(
+            found, name, cases, adapter=adapter, quick=quick or (adapter and found.slow_optimizer)
+        )
     ]
-    if jobs == 1:
-        name = backend if isinstance(backend, str) else backend.name
-        outcomes: Iterator[Outcome] = (_outcome(found, name, device, task) for task in tasks)
-    elif not isinstance(backend, str):
-        msg = f"`backend` must be a name where `jobs` is more than 1; got {backend!r}."
-        raise TypeError(msg)
-    else:
-        outcomes = _shared(backend, device, tasks, jobs)
+    name = backend if isinstance(backend, str) else backend.name
+    outcomes: Iterator[Outcome] = (
+        (_outcome(found, name, device, task) for task in tasks)
+        if jobs == 1
+        else _shared(found, name, device, tasks, jobs)
+    )
     for outcome in outcomes:
         progress(outcome)
         yield outcome
@@ -85,20 +98,46 @@ def run(
             return
 
 
+def _tasks(
+    backend: Backend, family: str, cases: Sequence[Case] | None, *, adapter: bool, quick: bool
+) -> Iterator[_Task]:
+    """Yield the checks of a family on the cases given, or its own."""
+    part = "quick" if quick else "whole"
+    if cases is not None:
+        part = "chosen"
+    for case in FAMILIES[family].cases(backend.dtypes, quick) if cases is None else cases:
+        yield _Task(family=family, case=case, part=part, adapter=adapter)
+
+
 def _subjects(backend: Backend, family: str) -> tuple[bool, ...]:
     """Say for the core, and the backend's adapter where it has one, whether it is the adapter."""
-    return (False, True) if backend.optimizer is not None and family == "trajectory" else (False,)
+    return (False, True) if backend.optimizer is not None and family in ADAPTED else (False,)
 
 
-def _shared(name: str, device: str | None, tasks: Sequence[_Task], jobs: int) -> Iterator[Outcome]:
-    """Yield the outcomes in order, from processes that have the backend each for itself."""
+def _shared(
+    backend: Backend, name: str, device: str | None, tasks: Sequence[_Task], jobs: int
+) -> Iterator[Outcome]:
+    """Yield the outcomes in order, from processes that have the backend each for itself.
+
+    Where one of them dies, the check at which the outcomes end has failed.
+    """
     context = multiprocessing.get_context("spawn")  # a fork of JAX or CUDA may hang
+    done = 0
     with ProcessPoolExecutor(jobs, context, _load, (name, device)) as pool:
         try:
-            yield from pool.map(_work, tasks, chunksize=8)
+            for outcome in pool.map(_work, tasks, chunksize=CHUNK):
+                yield outcome
+                done += 1
+        except BrokenProcessPool:
+            detail = f"a process died at this check, or one of the {jobs * CHUNK} after it"
+            told = _telling(backend, name, device, tasks[done])
+            yield told("failed", math.inf, detail, tasks[done].case)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
+
+#: Checks handed to a process at a time.
+CHUNK = 8
 
 _loaded: dict[str, Any] = {}
 
@@ -114,58 +153,68 @@ def _work(task: _Task) -> Outcome:
 def _outcome(backend: Backend, name: str, device: str | None, task: _Task) -> Outcome:
     family, case = FAMILIES[task.family], task.case
     under = Under(backend, device, adapter=task.adapter)
-    title = "adapter" if task.adapter else task.family
-    where = device or "default device"
+    told = _telling(backend, name, device, task)
+    try:
+        return told("passed", family.run(under, case), "", case)
+    except Skip as skip:
+        return told("skipped", 0.0, str(skip), case)
+    except Exception as error:
+        smallest, detail = _smallest(under, family, case, _described(error))
+        return told("failed", math.inf, detail, smallest)
 
-    def outcome(status: str, share: float, detail: str, case: Case) -> Outcome:
-        command = f"python -m metaopt_conformance --backend {name}"
-        if device:
-            command += f" --device {device}"
+
+def _telling(
+    backend: Backend, name: str, device: str | None, task: _Task
+) -> Callable[[str, float, str, Case], Outcome]:
+    """Return what makes the outcome of a task from status, share, detail and case."""
+    command = f"python -m metaopt_conformance --backend {name}"
+    if device:
+        command += f" --device {device}"
+
+    def told(status: str, share: float, detail: str, case: Case) -> Outcome:
         return Outcome(
             backend=backend.name,
-            device=where,
-            family=title,
-            pair=case.pair,
+            device=device or "default device",
+            family=task.title,
+            pair=task.case.pair,
             case=str(case),
+            part=task.part,
             status=status,
             share=share,
             detail=detail,
-            command=f'{command} --family {family.name} --case "{case}"',
+            command=f'{command} --family {task.family} --case "{case}"',
         )
 
-    try:
-        return outcome("passed", _checked(under, family, case), "", case)
-    except Skip as skip:
-        return outcome("skipped", 0.0, str(skip), case)
-    except Exception as error:
-        smallest, detail = _smallest(under, family, case, error)
-        return outcome("failed", math.inf, detail, smallest)
+    return told
 
 
-def _checked(under: Under, family: Family, case: Case) -> float:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return family.check(under, case)
-
-
-def _smallest(under: Under, family: Family, case: Case, error: Exception) -> tuple[Case, str]:
+def _smallest(under: Under, family: Family, case: Case, detail: str) -> tuple[Case, str]:
     """Return the case with as many fields at their defaults, and as few steps, as still fails."""
-    detail = _described(error)
-    for field in fields(Case):
-        for value in (*(range(1, case.steps) if field.name == "steps" else ()), field.default):
-            if getattr(case, field.name) == value:
-                break
-            trial = replace(case, **{field.name: value})
-            if not trial.possible():
-                continue
-            try:
-                _checked(under, family, trial)
-            except Skip:
-                continue
-            except Exception as smaller:
-                case, detail = trial, _described(smaller)
-                break
+    smaller = None
+    while smaller != case:
+        smaller = case
+        for field in fields(Case):
+            plainer: Any = range(1, case.steps) if field.name == "steps" else (field.default,)
+            for value in plainer:
+                if getattr(case, field.name) == value:
+                    break
+                trial = replace(case, **{field.name: value})
+                failure = _failure(under, family, trial) if trial.possible() else None
+                if failure is not None:
+                    case, detail = trial, failure
+                    break
     return case, detail
+
+
+def _failure(under: Under, family: Family, case: Case) -> str | None:
+    """Return how a case fails, None if it does not."""
+    try:
+        family.run(under, case)
+    except Skip:
+        return None
+    except Exception as error:
+        return _described(error)
+    return None
 
 
 def _described(error: Exception) -> str:

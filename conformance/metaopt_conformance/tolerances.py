@@ -4,6 +4,8 @@ Errors are relative to the largest expected entry of the array compared, as an u
 difference of larger numbers keeps their absolute rounding.
 """
 
+from typing import Any
+
 import numpy as np
 
 #: 50 float64 steps against the framework's own optimizer, which orders its operations otherwise:
@@ -39,6 +41,11 @@ SHOWN = 1e-3
 STEP = float(np.finfo(np.float64).eps) ** (1.0 / 3.0)
 
 
+def optimizer(dtype: str, steps: int) -> float:
+    """Return the allowance for a run against the framework's own optimizer: see `OPTIMIZER`."""
+    return OPTIMIZER * (steps / 50.0) * eps(dtype) / eps("float64")
+
+
 def trajectory(steps: int) -> float:
     """Return the allowance for a float64 run against the oracle.
 
@@ -48,25 +55,42 @@ def trajectory(steps: int) -> float:
     return ORACLE * max(1.0, steps / 12.0)
 
 
-def single_step(dtype: str, quantity: str) -> float:
-    """Return the allowance for one step from a given state, params and state apart.
+def single_step(*, wide: bool) -> float:
+    """Return the allowance for one step from a given state, in float64 if `wide`, else in float32.
 
-    State is held, and everything computed, in float32 where parameters are narrower: only the
-    parameters themselves ("w") are rounded to their own dtype.
+    Some 60 roundings of half an eps each, if all go the same way; half of that was seen. In float64
+    the oracle rounds too, in the literal 1 - 0.999**t by 1e3 eps. Everything is computed in one of
+    these; what narrower parameters lose beyond it is `spacing`.
     """
-    wide = "float64" if dtype == "float64" else "float32"
-    own = rounding(dtype, operations=1) if quantity == "w" else 0.0
-    return max(rounding(wide, operations=60), own)
+    return 1e3 * eps("float64") if wide else 60 * 0.5 * eps("float32")
 
 
-def sign_margin(dtype: str) -> float:
+def sign_margin(*, wide: bool) -> float:
     """Return the share of its terms below which rounding may have made the sign of a sum."""
-    return 64.0 * eps(dtype)
+    return 64.0 * eps("float64" if wide else "float32")
 
 
 def eps(dtype: str) -> float:
     """Return the distance from 1 to the next number."""
     return {"bfloat16": 2.0**-7}.get(dtype) or float(np.finfo(dtype).eps)
+
+
+def spacing(dtype: str, values: Any) -> Any:
+    """Return the distance from each value to the next of a dtype; a rounding is half of that."""
+    least = {"float16": 2.0**-14, "float64": 2.0**-1022}.get(dtype, 2.0**-126)
+    _, exponents = np.frexp(np.maximum(np.abs(values), least))
+    return np.ldexp(eps(dtype), exponents - 1)
+
+
+def without(slack: Any, got: Any, want: Any) -> Any:
+    """Return what was got, moved towards what was wanted by as much as each entry's slack."""
+    error = got - want
+    return np.where(np.abs(error) <= slack, want, got - np.sign(error) * slack)
+
+
+def worst(*errors: float) -> float:
+    """Return the largest of errors, NaN if one is: Python's `max` would drop it."""
+    return float(np.max(errors))
 
 
 def rounding(dtype: str, operations: int, steps: int = 1) -> float:

@@ -8,10 +8,21 @@ import numpy as np
 
 import metaopt as mo
 from metaopt.arrays import map_leaves, to_numpy
-from metaopt_conformance.oracle import Config, Matrix
+from metaopt_conformance.oracle import Config, Matrix, State
 from metaopt_conformance.updates import Update, Vector
 
-__all__ = ["block_index", "config_of", "contents", "dense", "expected", "flat", "slices", "tree"]
+__all__ = [
+    "Shapes",
+    "block_index",
+    "config_of",
+    "contents",
+    "dense",
+    "expected",
+    "flat",
+    "from_dense",
+    "slices",
+    "tree",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -44,11 +55,18 @@ def flat(arrays: Mapping[str, Any], shapes: Shapes, to_numpy: Any = to_numpy) ->
 
 
 def contents(tree: Any, to_numpy: Any = to_numpy) -> Any:
-    """Return names, order, dtypes, shapes and bits of all arrays, to compare with `==`."""
+    """Return names, order, dtypes, shapes and bits of all arrays, to compare with `==`.
+
+    Of states, mappings and lists of arrays, numbers and None.
+    """
     if isinstance(tree, mo.State):
         return contents(vars(tree), to_numpy)
     if isinstance(tree, Mapping):
         return [(name, contents(value, to_numpy)) for name, value in tree.items()]
+    if isinstance(tree, list):
+        return [contents(value, to_numpy) for value in tree]
+    if tree is None or isinstance(tree, float):
+        return tree
     array = to_numpy(tree)
     return (array.dtype.str, array.shape, array.tobytes())
 
@@ -58,6 +76,7 @@ def block_index(blocks: Any, shapes: Shapes) -> tuple[Any, list[str]]:
 
     Blocks of one leaf have its name in common.
     """
+    axis = 0 if blocks == "node" else getattr(blocks, "axis", None)
     index: list[int] = []
     seen: dict[tuple[str, int], int] = {}
     for name, shape in shapes.items():
@@ -66,9 +85,8 @@ def block_index(blocks: Any, shapes: Shapes) -> tuple[Any, list[str]]:
             label = "all"
         elif blocks == "weight":
             keys, label = np.arange(int(np.prod(shape))).reshape(shape), name
-        elif blocks == "node" and len(shape) > 1:
-            units = np.arange(shape[0]).reshape(-1, *(1,) * (len(shape) - 1))
-            keys, label = np.broadcast_to(units, shape), name
+        elif axis is not None and len(shape) > 1:
+            keys, label = np.indices(shape)[axis], name
         elif isinstance(blocks, Mapping):
             keys = np.full(shape, 0)
             label = next(group for group, patterns in blocks.items() if _matches(name, patterns))
@@ -115,9 +133,10 @@ def update_of(rule: Any) -> Update:
     raise TypeError(msg)
 
 
-def config_of(opt: mo.MetaOptimize, shapes: Shapes) -> Config:
+def config_of(opt: mo.MetaOptimize, shapes: Shapes, largest: float = 2.0**511) -> Config:
     """Return a configuration of the library as the oracle's."""
     block_of, names = block_index(opt.blocks, shapes)
+    sizes = opt.step_size
 
     def rule_of(name: str) -> Any:
         if not isinstance(opt.base, Mapping):
@@ -129,7 +148,10 @@ def config_of(opt: mo.MetaOptimize, shapes: Shapes) -> Config:
         base=tuple((update_of(rule_of(name)), at) for name, at in slices(shapes).items()),
         meta=update_of(opt.meta),
         block_of=block_of,
-        step_size=np.full(len(names), opt.step_size, dtype=np.float64),
+        family_of=np.unique(names, return_inverse=True)[1],
+        step_size=np.concatenate([np.ravel(sizes[name]) for name in dict.fromkeys(names)])
+        if isinstance(sizes, Mapping)
+        else np.full(len(names), sizes, dtype=np.float64),
         meta_lr=opt.meta_lr,
         discount=opt.discount,
         sigma=(opt.sigma.lo, opt.sigma.hi) if isinstance(opt.sigma, mo.Sigmoid) else opt.sigma,
@@ -139,6 +161,8 @@ def config_of(opt: mo.MetaOptimize, shapes: Shapes) -> Config:
         rectified=getattr(kind, "rectified", False),
         trace=opt.trace,
         meta_first=opt.meta_first,
+        skip_nonfinite=opt.skip_nonfinite,
+        largest=largest,
     )
 
 
@@ -152,11 +176,18 @@ def dense(
     """Return params and state under the oracle's names, each as far as the library keeps it.
 
     "m", "v", "M" and "V" come by leaf ("m/weight"), for the leaves that have the slot or its trace;
-    `expected` returns the oracle's value of a key.
+    `expected` returns the oracle's value of a key. Nothing here is the state's own memory.
     """
     m, block_of = config.blocks, config.block_of
-    state = mo.State(**{name: map_leaves(to_numpy, value) for name, value in vars(state).items()})
+    state = mo.State(
+        **{
+            name: map_leaves(lambda array: np.array(to_numpy(array)), value)
+            for name, value in vars(state).items()
+        }
+    )
     found: dict[str, Any] = {
+        "step": state.step,
+        "skipped": state.skipped,
         "w": flat(params, shapes, to_numpy),
         "beta": _blocks(state.beta),
         "z": _blocks(state.meta_grad),
@@ -193,14 +224,35 @@ def dense(
         found["meta_count"] = np.repeat(state.meta_count, blocks)
     if len(state.restarts) == m:
         found["restarts"] = state.restarts
+    else:  # by leaf, of which every weight is a block
+        found |= {
+            f"restarts/{name}": count for name, count in zip(shapes, state.restarts, strict=True)
+        }
     return found
 
 
-def expected(oracle_state: Any, key: str, shapes: Shapes) -> Vector:
+def expected(state: State, key: str, shapes: Shapes) -> Any:
     """Return the oracle's value of an entry of `dense`."""
     name, _, leaf = key.partition("/")
-    value = getattr(oracle_state, name)
-    return value[slices(shapes)[leaf]] if leaf else value
+    value = getattr(state, name)
+    if not leaf:
+        return value
+    own = value[slices(shapes)[leaf]]
+    return np.sum(own) if name == "restarts" else own
+
+
+def from_dense(found: Mapping[str, Any], start: State, shapes: Shapes) -> State:
+    """Return as a state of the oracle's what `dense` found, the rest as it is in `start`."""
+    parts: dict[str, Any] = {name: np.array(value) for name, value in vars(start).items()}
+    for key, value in found.items():
+        name, _, leaf = key.partition("/")
+        if not leaf:
+            parts[name] = np.asarray(value, dtype=np.float64)
+        elif name == "restarts":
+            parts[name][slices(shapes)[leaf].start] = value  # which block's is not known
+        else:
+            parts[name][slices(shapes)[leaf]] = value
+    return State(**parts)
 
 
 def _blocks(values: Any) -> Vector:

@@ -133,14 +133,14 @@ def bends(rule: Update, g: Vector, m: Vector, v: Vector, count: Vector) -> Bends
         a_g = zero if rule.delayed else (1.0 - rule.rho) / q.correction
         a_m = (1.0 if rule.delayed else rule.rho) / q.correction
     # s = sqrt(v' / cv), by v' and then, with v' = decay v + (1 - decay) g^2, by g and v
-    some, root = q.root > 0.0, _positive(q.root)
-    slope = np.where(some, 1.0 / (2.0 * q.correction_sq * root), 0.0)
-    bend = np.where(some, -1.0 / (4.0 * q.correction_sq**2 * root**3), 0.0)
+    root = _positive(q.root)
+    slope = np.where(q.root > 0.0, 1.0 / (2.0 * q.correction_sq * root), 0.0)
     by_g, by_gg, by_v = 2.0 * (1.0 - rule.decay_sq) * g, 2.0 * (1.0 - rule.decay_sq), rule.decay_sq
     if rule.delayed:  # s = sqrt(v / cv)
         by_g, by_gg, by_v = zero, 0.0, 1.0
     s_g, s_v = slope * by_g, slope * by_v
-    s_gg, s_gv, s_vv = bend * by_g**2 + slope * by_gg, bend * by_g * by_v, bend * by_v**2
+    # from the second derivative of the root, -slope^2 / root
+    s_gg, s_gv, s_vv = slope * by_gg - s_g**2 / root, -s_g * s_v / root, -(s_v**2) / root
     u_s = -q.numerator / q.divisor**2
     u_as, u_ss = -1.0 / q.divisor**2, 2.0 * q.numerator / q.divisor**3
 

@@ -1,0 +1,179 @@
+"""Runs and single steps against the oracle."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+import metaopt as mo
+from metaopt.arrays import namespace
+from metaopt_conformance import oracle, tolerances
+from metaopt_conformance.cases import Case
+from metaopt_conformance.oracle_runs import by_weight, config, oracle_run, oracle_step, wanted
+from metaopt_conformance.runs import Under
+from metaopt_conformance.translate import block_index, from_dense, slices
+from metaopt_conformance.verdicts import Failure, finite_alike, judged
+
+__all__ = ["single_steps", "trajectory"]
+
+
+def trajectory(under: Under, case: Case) -> float:
+    """Compare a float64 run with the oracle's: params, step sizes, traces, meta state."""
+    worst, scale, allowed = 0.0, dict[str, float](), tolerances.trajectory(case.steps)
+    run = oracle_run(case)
+    for t, (params, state) in enumerate(under.steps(case)):
+        for key, got in under.translated(case, params, state).items():
+            value, where = wanted(case, run[t], key), f"{key} in step {t}"
+            if case.faulty != "nothing":
+                got, value = finite_alike(got, value, where)
+            scale[key] = max(scale.get(key, 0.0), float(np.max(np.abs(value), initial=0.0)))
+            error = tolerances.relative_error(got, value, scale[key])
+            worst = judged(worst, error, allowed, where)
+    for what, got, value in _reported(under, case, state, run[-1]):
+        got, value = finite_alike(got, value, what)
+        worst = judged(worst, tolerances.relative_error(got, value), allowed, what)
+    return worst
+
+
+def _reported(under: Under, case: Case, state: mo.State, want: oracle.State) -> Any:
+    """Yield what a user is told of a state by the names of blocks, and what the oracle has."""
+    opt = case.opt()
+    _, names = block_index(opt.blocks, case.subject.shapes)
+    told = opt.diagnostics(state)
+    sizes = oracle.sigma(config(case).sigma, want.beta)
+    norms = np.sqrt(np.sum(want.H**2, axis=0))
+    for what, by_name, values in (
+        ("step sizes", opt.step_sizes(state), sizes),
+        ("diagnostics of beta", told["beta"], want.beta),
+        ("diagnostics of the meta-gradient", told["meta_grad"], want.z),
+        ("diagnostics of the trace's norm", told["trace_norm"], norms),
+    ):
+        if list(by_name) != list(dict.fromkeys(names)):
+            msg = f"{what}: the names are {list(by_name)}"
+            raise Failure(msg)
+        found = [np.ravel(under.numbers(array)) for array in by_name.values()]
+        yield what, np.concatenate(found), values
+
+
+def single_steps(under: Under, case: Case) -> float:
+    """Compare every step with the oracle's from the same state, in the dtype of the case.
+
+    No error can grow from step to step, so what is allowed is the rounding of one step. Entries
+    where Lion's sign hangs on that rounding are left out.
+    """
+    worst, compared, allowed = 0.0, 0, tolerances.single_step(wide=case.wide)
+    start = before = oracle.init(config(case), case.subject.start())
+    for t, (params, state) in enumerate(under.steps(case)):
+        _see_dtypes(case, params, state)
+        found = under.translated(case, params, state)
+        if t > 0:
+            want = _step_from(under, case, t - 1, before)
+            weights, blocks = _decided(case, t - 1, before, want)
+            compared += int(np.sum(weights))
+            for key, got in found.items():
+                value, where = wanted(case, want, key), f"{key} in step {t - 1}"
+                if key == "w":
+                    slack = _rounding(case, before.w, got, value, adapter=under.adapter)
+                    got = tolerances.without(slack, got, value)
+                firm = {"w": weights, "H": weights, "Z": weights, "beta": blocks}.get(key, ...)
+                got, value = np.asarray(got)[firm], np.asarray(value)[firm]
+                if case.faulty != "nothing":
+                    got, value = finite_alike(got, value, where)
+                error = tolerances.relative_error(got, value, _size(case, t - 1, before, want, key))
+                worst = judged(worst, error, allowed, where)
+        before = from_dense(found, start, case.subject.shapes)
+    if not compared:
+        msg = "every sign hung on rounding: nothing is shown"
+        raise Failure(msg)
+    return worst
+
+
+def _step_from(under: Under, case: Case, t: int, before: oracle.State) -> oracle.State:
+    """Return the oracle's state after step t, from inputs rounded to the dtypes of the case."""
+    return oracle_step(case, t, before, lambda v: under.vector(under.arrays(v, case), case))
+
+
+def _see_dtypes(case: Case, params: Any, state: mo.State) -> None:
+    """Raise unless parameters kept their dtypes, and state has those that it is computed in."""
+    widest = "float64" if "float64" in map(case.dtype_of, params) else "float32"
+    beta = next(iter(state.beta.values())) if isinstance(state.beta, Mapping) else state.beta
+    expected = [("beta", beta, widest)]
+    for name, param in params.items():
+        own = case.dtype_of(name)
+        expected.append((f"params[{name!r}]", param, own))
+        wide = "float64" if own == "float64" else "float32"
+        expected.append((f"the trace of {name!r}", state.trace[name], wide))
+    for what, array, dtype in expected:
+        if array.dtype != getattr(namespace(array), dtype):
+            msg = f"{what} has dtype {array.dtype}; expected {dtype}"
+            raise Failure(msg)
+
+
+def _rounding(case: Case, before: Any, got: Any, want: Any, *, adapter: bool) -> Any:
+    """Return what the last roundings of w - delta may do to each weight.
+
+    That of the difference, and that to the dtype of the leaf. Adapters of frameworks whose
+    optimizers return updates have these in that dtype too, and may round once more.
+    """
+    largest = np.maximum(np.abs(got), np.abs(want))
+    slack = np.zeros_like(largest)
+    for name, at in slices(case.subject.shapes).items():
+        own = case.dtype_of(name)
+        for dtype in (own, "float64" if own == "float64" else "float32"):
+            slack[at] += 0.5 * tolerances.spacing(dtype, largest[at])
+        if adapter:
+            slack[at] += 0.5 * tolerances.spacing(own, np.abs(want - before)[at])
+    return slack
+
+
+def _size(case: Case, t: int, before: oracle.State, after: oracle.State, key: str) -> float:
+    """Return what the entries of a quantity are made of: sums keep the rounding of their terms."""
+    name = key.partition("/")[0]
+    if name == "w":  # the rest is a matter of `_rounding`
+        return _largest(after.w - before.w)
+    size = _largest(wanted(case, before, key), wanted(case, after, key))
+    if name in ("z", "meta_m", "meta_v"):
+        terms = np.sum(_terms(case, t, before), axis=0)
+        size = max(size, _largest(terms**2 if name == "meta_v" else terms))
+    if name in ("B", "Bm", "Bv", "Z"):
+        size = max(size, 1.0)
+    return size
+
+
+def _terms(case: Case, t: int, before: oracle.State) -> Any:
+    """Return the terms whose sums over the weights are the meta-gradient, without their signs."""
+    taken = by_weight(case, {name: name not in case.absent(t) for name in case.subject.shapes})
+    taken &= by_weight(case, case.multiplier(t)) != 0.0
+    products = np.abs(before.H * case.grad(t, before.w)[:, None])
+    return np.where(taken[:, None] & config(case).own, products, 0.0)
+
+
+def _largest(*arrays: Any) -> float:
+    """Return the largest absolute value of the finite entries."""
+    entries = np.concatenate([np.ravel(array) for array in arrays])
+    return float(np.max(np.abs(entries[np.isfinite(entries)]), initial=0.0))
+
+
+def _decided(case: Case, t: int, before: oracle.State, after: oracle.State) -> tuple[Any, Any]:
+    """Say for every weight and block that rounding cannot turn the sign in a Lion's step.
+
+    Nor can it where all is exactly 0, infinite, or not used.
+    """
+    margin = tolerances.sign_margin(wide=case.wide)
+    weights = np.ones(case.subject.size, dtype=bool)
+    grad = case.grad(t, before.w)
+    for rule, at in config(case).base:
+        if rule.kind == "lion":
+            parts = rule.interpolation * before.m[at], (1.0 - rule.interpolation) * grad[at]
+            scale, total = np.max(np.abs(parts), axis=0), np.abs(sum(parts))
+            weights[at] = (total > margin * scale) | (scale == 0.0) | np.isinf(total)
+    blocks, meta = np.ones(len(before.beta), dtype=bool), config(case).meta
+    if meta.kind == "lion":
+        parts = meta.interpolation * before.meta_m, (1.0 - meta.interpolation) * after.z
+        terms = np.sum(_terms(case, t, before), axis=0)
+        scale = np.abs(parts[0]) + (1.0 - meta.interpolation) * terms
+        unused = np.logical_not(np.abs(after.z) < config(case).largest)
+        blocks = (np.abs(sum(parts)) > margin * scale) | (scale == 0.0) | unused
+    if config(case).meta_first:
+        weights &= blocks[config(case).block_of]
+    return weights, blocks
