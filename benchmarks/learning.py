@@ -2,6 +2,7 @@
 
     python benchmarks/learning.py compare --task digits --logs runs
     python benchmarks/learning.py maps --task digits --logs runs
+    python benchmarks/learning.py time --task digits --logs runs
     python benchmarks/learning.py report --logs runs --output benchmarks/results
 
 A run that was killed goes on where it was; what is finished is not run again. Every run's log is a
@@ -19,6 +20,7 @@ from training.console import train
 from training.loop import Job
 from training.studies import SEEDS, comparison, maps
 from training.tasks import TASKS
+from training.timing import time_methods
 
 
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("study", choices=("compare", "maps", "report"))
+    parser.add_argument("study", choices=("compare", "maps", "time", "report"))
     parser.add_argument("--task", action="append", choices=tuple(TASKS))
     parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder (default runs)")
     parser.add_argument("--data", type=Path, help="folder with the data sets")
@@ -55,6 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         report(options.logs, options.output)
         return 0
     torch.set_num_threads(options.threads)
+    if options.study == "time":
+        for task in options.task or TASKS:
+            print(time_methods(task, options.data, options.logs).read_text())
+        return 0
     return train(list(jobs_of(options)), options.logs, options.data)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import metaopt as mo
 from training.tasks import Measures, Task
 
-__all__ = ["PACKAGES", "PEERS", "updater"]
+__all__ = ["PACKAGES", "PEERS", "Torch", "updater"]
 
 #: Distribution that has each of them; hypergradient descent has none and is the preset, which
 #: equals its literature form.
@@ -28,7 +28,7 @@ PACKAGES: dict[str, str | None] = {
 PEERS = tuple(PACKAGES)
 
 
-class _Torch:
+class Torch:
     """A `torch.optim.Optimizer`.
 
     Parameters
@@ -40,6 +40,7 @@ class _Torch:
         self._optimizer = optimizer
 
     def step(self, step: int, forward: Callable[[], Measures]) -> Measures:  # noqa: ARG002
+        """Make a step and return what `forward` returned."""
         self._optimizer.zero_grad()
         measures = forward()
         measures["loss"].sum().backward()
@@ -48,19 +49,23 @@ class _Torch:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
+        """Hold the weights that are to be judged meanwhile."""
         yield
 
     def step_sizes(self) -> dict[str, Tensor]:
+        """Return no step sizes."""
         return {}
 
     def state_dict(self) -> Any:
+        """Return what a run goes on from."""
         return self._optimizer.state_dict()
 
     def load_state_dict(self, state: Any) -> None:
+        """Take what `state_dict` returned."""
         self._optimizer.load_state_dict(state)
 
 
-class _ScheduleFree(_Torch):
+class _ScheduleFree(Torch):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         self._optimizer.eval()
@@ -70,7 +75,7 @@ class _ScheduleFree(_Torch):
             self._optimizer.train()
 
 
-class _Restarting(_Torch):
+class _Restarting(Torch):
     """One whose state cannot be saved, or not completely: its runs start again."""
 
     def state_dict(self) -> Any:
@@ -102,7 +107,7 @@ class _DoG(_Restarting):
                 param.copy_(value)
 
 
-class _Hypergradient(_Torch):
+class _Hypergradient(Torch):
     def step_sizes(self) -> dict[str, Tensor]:
         sizes: dict[str, Tensor] = self._optimizer.step_sizes()
         return sizes
@@ -146,13 +151,13 @@ def updater(name: str, task: Task, start: float) -> Any:
     """
     params = list(task.parameters())
     if name == "Prodigy":
-        return _Torch(importlib.import_module("prodigyopt").Prodigy(params))
+        return Torch(importlib.import_module("prodigyopt").Prodigy(params))
     if name == "schedule-free AdamW":
         optimizer = importlib.import_module("schedulefree").AdamWScheduleFree(params)
         optimizer.train()
         return _ScheduleFree(optimizer)
     if name == "D-Adaptation Adam":
-        return _Torch(importlib.import_module("dadaptation").DAdaptAdam(params))
+        return Torch(importlib.import_module("dadaptation").DAdaptAdam(params))
     if name == "DoG, averaged":
         dog = importlib.import_module("dog")
         return _DoG(dog.DoG(params), task, dog.PolynomialDecayAverager(task))

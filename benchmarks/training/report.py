@@ -14,6 +14,7 @@ from training.methods import Method, Peer
 from training.results import Cell, cells, read
 from training.studies import STARTS
 from training.tasks import TASKS, Task
+from training.timing import milliseconds, read_times
 
 __all__ = ["made_with", "report", "shown"]
 
@@ -47,14 +48,15 @@ def report(logs: Path, output: Path | None) -> None:
         whole = [run for run in results if run.task == name and run.steps == kind.steps]
         if whole:
             tables[name] = cells(whole, kind)
-    summary = "\n".join(_summary(tables)) + "\n"
+    times = {name: read_times(logs, name) for name in tables}
+    summary = "\n".join(_summary(tables, times)) + "\n"
     print(summary)
     if output is None:
         return
     output.mkdir(parents=True, exist_ok=True)
     (output / "learning.md").write_text(summary, encoding="utf-8")
     for name, table in tables.items():
-        text = "\n".join(_everything(name, table)) + "\n"
+        text = "\n".join(_everything(name, table, times[name])) + "\n"
         (output / f"learning_{name}.md").write_text(text, encoding="utf-8")
     for name, kind in TASKS.items():
         figures.maps([run for run in results if run.task == name], kind, output / f"map_{name}.png")
@@ -81,10 +83,13 @@ def _spread(cell: Cell) -> str:
     return f"{factor * cell.spread:.2g}"
 
 
-def _arrival(cell: Cell) -> str:
+def _arrival(cell: Cell, times: Mapping[str, float]) -> str:
+    """Return the median of steps and seconds to the target, and how many got there if not all."""
     if not cell.arrivals:
         return "-"
-    reached = f"{statistics.median(cell.arrivals):g}"
+    median = statistics.median(cell.arrivals)
+    each = milliseconds(times, cell.method)
+    reached = f"{median:g}" if each is None else f"{median:g}, {number(1e-3 * each * median)} s"
     missing = len(cell.results) - len(cell.arrivals)
     return f"{reached} ({len(cell.arrivals)} of {len(cell.results)})" if missing else reached
 
@@ -96,7 +101,7 @@ def _sizes(cell: Cell) -> str:
     return number(low) if number(low) == number(high) else f"{number(low)} to {number(high)}"
 
 
-def _everything(name: str, table: Sequence[Cell]) -> Iterator[str]:
+def _everything(name: str, table: Sequence[Cell], times: dict[str, float]) -> Iterator[str]:
     """Yield the lines of a task's page."""
     kind = table[0].kind
     yield f"# {NAMES[name]}: all runs"
@@ -108,24 +113,17 @@ def _everything(name: str, table: Sequence[Cell]) -> Iterator[str]:
         "clearly short of it. A row with diverged runs has no mean."
     )
     yield ""
-    heads = [
-        "method",
-        "start",
-        "seeds",
-        "result",
-        "sd",
-        "diverged",
-        "lost",
-        "steps to target",
-        "last step sizes",
-    ]
-    yield f"| {' | '.join(heads)} |"
-    yield "|" + " --- |" * len(heads)
+    yield (
+        "| method | start | seeds | result | sd | diverged | lost | steps to target | "
+        "last step sizes |"
+    )
+    yield "|" + " --- |" * 9
     for cell in sorted(table, key=lambda cell: (_rank(cell.method), cell.start)):
         start = number(cell.start) if _has_start(cell.method) else ""
         yield (
             f"| {cell.method.label} | {start} | {len(cell.results)} | {shown(cell.mean, kind)} | "
-            f"{_spread(cell)} | {cell.diverged} | {cell.lost} | {_arrival(cell)} | {_sizes(cell)} |"
+            f"{_spread(cell)} | {cell.diverged} | {cell.lost} | {_arrival(cell, times)} | "
+            f"{_sizes(cell)} |"
         )
 
 
@@ -164,6 +162,12 @@ def _tuned(table: Sequence[Cell]) -> dict[str, list[Cell]]:
     return {label: some for label, some in found.items() if len(some) == len(GOAL)}
 
 
+def _slowness(cell: Cell) -> tuple[int, float]:
+    """Return what sorts by runs that did not arrive, then by steps."""
+    missing = len(cell.results) - len(cell.arrivals)
+    return missing, statistics.median(cell.arrivals) if cell.arrivals else 0.0
+
+
 def _worst(some: Sequence[Cell]) -> Cell:
     worst = some[0]
     for cell in some:
@@ -172,35 +176,39 @@ def _worst(some: Sequence[Cell]) -> Cell:
     return worst
 
 
-def _summary(tables: Mapping[str, Sequence[Cell]]) -> Iterator[str]:
+def _summary(
+    tables: Mapping[str, Sequence[Cell]], times: Mapping[str, dict[str, float]]
+) -> Iterator[str]:
     yield "# Does it learn?"
     yield ""
     yield (
         "Made by `python benchmarks/learning.py compare`, `maps` and `report`; what is compared is "
-        "in `benchmarks/training`. Five seeds of weights and data, the same for all methods; means "
+        "in `benchmarks/training`. Seeds of weights and data are the same for all methods; means "
         "over seeds. Fixed step sizes and peaks of schedules are the best of a grid of nine, by "
         "the very measure that is shown, which flatters them. MetaOptimize starts from 1e-7, 1e-6, "
         "1e-5, 1e-4 and 1e-3; shown are its worst and its best start. Peers are their authors' "
         "packages with the settings that these have. Weight decay of AdamW, Lion and RMSprop is "
         "0.1 for networks, 0 for the two convex tasks; that of SGD is 0. What is missing was not "
-        "run. " + made_with()
+        "run. Seconds are steps times the cost of a step (`learning.py time`): forward pass, "
+        "backward pass and the optimizer, in turns in one process. " + made_with()
     )
     for name, table in tables.items():
-        yield from _section(name, table)
+        yield from _section(name, table, times[name])
     yield from _misses(tables)
 
 
-def _section(name: str, table: Sequence[Cell]) -> Iterator[str]:
-    kind = table[0].kind
+def _section(name: str, table: Sequence[Cell], times: Mapping[str, float]) -> Iterator[str]:
+    kind, seeds = table[0].kind, max(len(cell.results) for cell in table)
     yield ""
     yield f"## {NAMES[name]}"
     yield ""
     yield (
         f"{kind.__doc__.splitlines()[0] if kind.__doc__ else ''} {kind.steps:,} steps; judged by "
-        f"{_judged(kind)}, target {shown(kind.target, kind)}. [All runs](learning_{name}.md)."
+        f"{_judged(kind)}, target {shown(kind.target, kind)}; {seeds} seeds. "
+        f"[All runs](learning_{name}.md)."
     )
     yield ""
-    yield "| method | worst start | best start | diverged | lost | steps to target, worst start |"
+    yield "| method | worst start | best start | diverged | lost | slowest start to target |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for schedule, words in (
         ("constant", "best fixed step size"),
@@ -211,7 +219,7 @@ def _section(name: str, table: Sequence[Cell]) -> Iterator[str]:
             assert best is not None
             yield (
                 f"| {base}, {words}: {number(best.start)} | | {shown(best.mean, kind)} | "
-                f"{best.diverged} | {best.lost} | {_arrival(best)} |"
+                f"{best.diverged} | {best.lost} | {_arrival(best, times)} |"
             )
     for label, some in sorted(_tuned(table).items()):
         worst, found = _worst(some), _best(some)
@@ -220,14 +228,14 @@ def _section(name: str, table: Sequence[Cell]) -> Iterator[str]:
         yield (
             f"| {label} | {shown(worst.mean, kind)} | {shown(found.mean, kind)} | "
             f"{sum(cell.diverged for cell in some)} of {runs} | "
-            f"{sum(cell.lost for cell in some)} | {_arrival(worst)} |"
+            f"{sum(cell.lost for cell in some)} | {_arrival(max(some, key=_slowness), times)} |"
         )
     others = [cell for cell in table if _is_other(cell)]
     for cell in others:
         start = f" from {number(cell.start)}" if _has_start(cell.method) else ""
         yield (
             f"| {cell.method.label}{start} | | {shown(cell.mean, kind)} | {cell.diverged} of "
-            f"{len(cell.results)} | {cell.lost} | {_arrival(cell)} |"
+            f"{len(cell.results)} | {cell.lost} | {_arrival(cell, times)} |"
         )
 
 
