@@ -1,6 +1,7 @@
 """The harness of benchmarks/training: resuming, runs side by side, what is read and reported."""
 
 import json
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -334,3 +335,18 @@ def test_logs_are_read_as_they_were_written(tmp_path: Path) -> None:
     (first, *_), _ = found[0].results, found
     assert first.at == (0, 5, 10, 12)
     assert first.sizes["all"][0] == 1e-3
+
+
+@pytest.mark.parametrize(("classes", "file"), [(10, "cifar10-q95.npz"), (100, "cifar100-jpeg.npz")])
+def test_the_compact_files_hold_all_images(classes: int, file: str) -> None:
+    folder = os.environ.get("METAOPT_DATA")
+    if folder is None or not (Path(folder) / file).is_file():
+        pytest.skip(f"METAOPT_DATA must name a folder with {file}")
+    sets = cifar(Path(folder), classes)
+    assert {split: tuple(images.shape) for split, (images, _) in sets.items()} == {
+        "train": (50_000, 3, 32, 32),
+        "test": (10_000, 3, 32, 32),
+    }
+    for _, labels in sets.values():
+        assert len(set(np.bincount(labels.numpy()))) == 1
+        assert len(np.unique(labels.numpy())) == classes
