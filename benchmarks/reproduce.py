@@ -18,6 +18,15 @@ from paper.settings import EXPERIMENTS, PAPER_TASKS, runs
 from training.console import train
 
 
+def part(text: str) -> tuple[int, int]:
+    """Return "0/4" as two numbers."""
+    first, of = map(int, text.split("/"))
+    if not 0 <= first < of:
+        msg = f"`--part` must be from 0/n to n-1/n; got {text!r}."
+        raise argparse.ArgumentTypeError(msg)
+    return first, of
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Answer the command line."""
     parser = argparse.ArgumentParser(
@@ -31,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of this process (default torch's)")
-    parser.add_argument("--part", default="0/1", help="which of the jobs, such as 0/4")
+    parser.add_argument("--part", type=part, default=(0, 1), help="of the jobs, such as 0/4")
     parser.add_argument("--smoke", action="store_true", help="two steps of each: does it run?")
     options = parser.parse_args(arguments)
     if options.experiment == "report":
@@ -41,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    first, of = map(int, options.part.split("/"))
+    first, of = options.part
     jobs = list(
         runs(
             options.experiment,
@@ -50,7 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
             precision=options.precision,
         )
     )[first::of]
-    return train(jobs, options.logs, options.data, device=options.device, tasks=PAPER_TASKS)
+    # networks side by side see an image a step each: nothing for a GPU
+    together = any(PAPER_TASKS[job.task].replicated for job in jobs)
+    device = "cpu" if together else options.device
+    return train(jobs, options.logs, options.data, device=device, tasks=PAPER_TASKS)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def run(
     kind = (TASKS if tasks is None else tasks)[job.task]
     steps = kind.steps if job.steps is None else job.steps
     starts, seeds = zip(*job.runs, strict=True)
-    _set_precision(job.precision)
+    _prepare(job.precision, device)
     task = kind(seeds, data=data, smoke=job.smoke).to(device)  # type: ignore[call-arg]
     training = _Training(job, task, updater(job.method, task, starts, steps), steps, path)
     training.load()
@@ -124,7 +124,7 @@ def run(
     return path
 
 
-def _set_precision(precision: str) -> None:
+def _prepare(precision: str, device: str) -> None:
     """Let products and convolutions be as precise as asked, and the same every time."""
     if precision not in PRECISIONS:
         msg = f"`precision` must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}."
@@ -133,6 +133,10 @@ def _set_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+    if device != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it takes time
 
 
 def finished(path: Path) -> bool:
@@ -158,7 +162,7 @@ class _Training:
     def load(self) -> None:
         """Go back to the last checkpoint, or to the start."""
         if self._checkpoint.is_file():
-            state = torch.load(self._checkpoint, weights_only=False)
+            state = torch.load(self._checkpoint, weights_only=True)
             self._task.load_state_dict(state["task"])
             self._optimizer.load_state_dict(state["optimizer"])
             self._done, self._seconds = state["done"], state["seconds"]

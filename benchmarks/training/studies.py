@@ -28,6 +28,8 @@ def _grid(lowest: int) -> tuple[float, ...]:
 
 #: Fixed step sizes. The momentum of SGDm is an average, so its steps are ten times smaller.
 GRIDS = {"AdamW": _grid(-5), "Lion": _grid(-6), "RMSprop": _grid(-5), "SGDm": _grid(-3)}
+#: What keeps a step size from running away, on one step size for all weights.
+BOUNDS = (1e-7, 1.0)
 MAP_STARTS = tuple(10.0**power for power in range(-8, 0))
 META_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 MAP_PAIRS = (("AdamW", "Adam"), ("AdamW", "Lion"), ("Lion", "Lion"), ("SGDm", "Adam"))
@@ -77,6 +79,10 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
                 yield _job(task, Peer(name=name), (start,), (seed,))
     for base in bases:
         yield _job(task, Method(base=base, schedule="cosine"), GRIDS[base], seeds)
+    for discount in () if large else (1.0, 0.999):
+        for base, meta in PAIRS[:3]:
+            method = Method(base=base, meta=meta, meta_lr=1e-2, discount=discount, bounds=BOUNDS)
+            yield _job(task, method, STARTS, seeds)
 
 
 def idbd(meta_lr: float) -> Method:
