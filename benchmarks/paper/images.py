@@ -23,6 +23,7 @@ class _Classifier(Task):
     compiled: ClassVar[bool] = True
     metric: ClassVar[str] = "test.accuracy"
     more_is_better: ClassVar[bool] = True
+    judged_by: ClassVar[str] = "test accuracy at the end"
     weight_decay: ClassVar[float] = 0.1
     groups: ClassVar[dict[str, tuple[str, ...]]] = GROUPS
     size: ClassVar[int]

@@ -34,6 +34,7 @@ class TinyStories(Task):
     every: ClassVar[int] = 500
     metric: ClassVar[str] = "test.loss"
     more_is_better: ClassVar[bool] = False
+    judged_by: ClassVar[str] = "test loss at the end"
     target: ClassVar[float] = 1.5
     weight_decay: ClassVar[float] = 0.1
 

@@ -136,7 +136,7 @@ def _draw(found: Sequence[Cell], path: Path) -> None:
         _curve(left, cell, kind, colour, label)
         if isinstance(cell.method, Method) and cell.method.meta:
             _sizes(right, cell, colour)
-    left.set_title(kind.metric.replace(".", " ") + (", running" if kind.judged_over else ""))
+    left.set_title(f"{kind.metric.split('.')[1]}{' so far' if kind.judged_over else ''}")
     right.set_title("step sizes, a line for each block; mean of seeds")
     right.set_yscale("log")
     for axis in (left, right):

@@ -64,10 +64,9 @@ def maps(results: Sequence[Result], kind: type[Task], path: Path) -> None:
         for axis, factor in zip(row, columns, strict=True):
             drawn = _map(axis, table, pair, factor, kind)
             image = drawn or image
-    words = kind.metric.replace(".", " ").replace("train", "training")
-    figure.colorbar(image, ax=axes.ravel().tolist(), label=words, aspect=40)
+    figure.colorbar(image, ax=axes.ravel().tolist(), label=kind.judged_by, aspect=40)
     figure.suptitle(
-        f"{kind.__name__}: {words} by initial step size, {steps:,} steps, mean of "
+        f"{kind.__name__} by initial step size, {steps:,} steps, mean of "
         f"{len(table[0].results)} seeds; x: a run diverged"
     )
     saved(figure, path)

@@ -108,7 +108,7 @@ def _everything(name: str, table: Sequence[Cell], times: dict[str, float]) -> It
     yield ""
     yield (
         f"Made by `python benchmarks/learning.py report`; see [learning.md](learning.md). "
-        f"{kind.steps:,} steps; judged by {_judged(kind)}; target {shown(kind.target, kind)}. "
+        f"{kind.steps:,} steps; judged by {kind.judged_by}; target {shown(kind.target, kind)}. "
         "Mean and standard deviation over seeds; *lost*: runs that reached the target and ended "
         "clearly short of it. A row with diverged runs has no mean."
     )
@@ -125,12 +125,6 @@ def _everything(name: str, table: Sequence[Cell], times: dict[str, float]) -> It
             f"{_spread(cell)} | {cell.diverged} | {cell.lost} | {_arrival(cell, times)} | "
             f"{_sizes(cell)} |"
         )
-
-
-def _judged(kind: type[Task]) -> str:
-    part, measure = kind.metric.split(".")
-    over = {0.0: "at the end", 0.5: "over the second half", 1.0: "over the whole run"}
-    return f"{'training' if part == 'train' else 'test'} {measure} {over[kind.judged_over]}"
 
 
 def _has_start(method: Method | Peer) -> bool:
@@ -204,7 +198,7 @@ def _section(name: str, table: Sequence[Cell], times: Mapping[str, float]) -> It
     yield ""
     yield (
         f"{kind.__doc__.splitlines()[0] if kind.__doc__ else ''} {kind.steps:,} steps; judged by "
-        f"{_judged(kind)}, target {shown(kind.target, kind)}; {seeds} seeds. "
+        f"{kind.judged_by}, target {shown(kind.target, kind)}; {seeds} seeds. "
         f"[All runs](learning_{name}.md)."
     )
     yield ""

@@ -26,6 +26,7 @@ class DigitsNetwork(Task):
     every: ClassVar[int] = 25
     metric: ClassVar[str] = "test.accuracy"
     more_is_better: ClassVar[bool] = True
+    judged_by: ClassVar[str] = "test accuracy at the end"
     target: ClassVar[float] = 0.95
     weight_decay: ClassVar[float] = 0.1
     groups: ClassVar[dict[str, tuple[str, ...]]] = {"hidden": ("0.*", "1.*"), "output": ("2.*",)}

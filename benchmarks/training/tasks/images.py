@@ -32,6 +32,7 @@ class ConvolutionalCifar10(Task):
     every: ClassVar[int] = 100
     metric: ClassVar[str] = "test.accuracy"
     more_is_better: ClassVar[bool] = True
+    judged_by: ClassVar[str] = "test accuracy at the end"
     target: ClassVar[float] = 0.5
     weight_decay: ClassVar[float] = 0.1
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -97,6 +98,7 @@ class ContinualCifar100(Task):
     metric: ClassVar[str] = "train.accuracy"
     more_is_better: ClassVar[bool] = True
     judged_over: ClassVar[float] = 1.0
+    judged_by: ClassVar[str] = "accuracy of predictions, over the whole run"
     target: ClassVar[float] = 0.35
     weight_decay: ClassVar[float] = 0.1
     compiled: ClassVar[bool] = True

@@ -29,6 +29,7 @@ class DriftingRegression(Task):
     metric: ClassVar[str] = "train.loss"
     more_is_better: ClassVar[bool] = False
     judged_over: ClassVar[float] = 0.5
+    judged_by: ClassVar[str] = "half the squared error of predictions, over the second half"
     target: ClassVar[float] = 2.0
 
     inputs: ClassVar[int] = 20
@@ -85,6 +86,7 @@ class LogisticRegression(Task):
     every: ClassVar[int] = 100
     metric: ClassVar[str] = "test.loss"
     more_is_better: ClassVar[bool] = False
+    judged_by: ClassVar[str] = "the objective on all cases at the end"
     target: ClassVar[float] = 0.065
     size: ClassVar[int] = 32
 

@@ -34,6 +34,8 @@ class Task(nn.Module, ABC):
     metric: ClassVar[str]
     more_is_better: ClassVar[bool]
     judged_over: ClassVar[float] = 0.0
+    #: The same in words.
+    judged_by: ClassVar[str]
     #: What counts as having arrived.
     target: ClassVar[float]
     #: Decoupled weight decay of AdamW, Lion and RMSprop; SGD has none.

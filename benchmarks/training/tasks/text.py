@@ -31,6 +31,7 @@ class CharacterModel(Task):
     every: ClassVar[int] = 50
     metric: ClassVar[str] = "test.loss"
     more_is_better: ClassVar[bool] = False
+    judged_by: ClassVar[str] = "test loss at the end"
     target: ClassVar[float] = 2.3
     weight_decay: ClassVar[float] = 0.1
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
