@@ -271,6 +271,14 @@ def test_hooks_run_before_and_after_a_step() -> None:
     assert seen == ["before", "after", "after"]
 
 
+def test_step_sizes_may_be_arrays_of_a_length_for_each_leaf() -> None:
+    params = [("a", torch.zeros(3, 2)), ("b", torch.zeros(4, 2))]
+    sizes = {"a": np.array([0.1, 0.2, 0.3]), "b": np.array([0.1, 0.1, 0.1, 0.4])}
+    opt = made(params, blocks="node", step_size=sizes)
+    for name, size in opt.step_sizes().items():
+        assert relative_error(size.numpy(), sizes[name]) < rounding("float32", operations=4)
+
+
 def test_groups_have_options_of_their_own() -> None:
     net = model(torch.float64)
     named = list(net.named_parameters())

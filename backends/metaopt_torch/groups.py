@@ -210,4 +210,6 @@ def _by_block(
 
 
 def _same(one: Any, other: Any) -> bool:
-    return one is other or bool(np.all(np.asarray(one == other)))
+    if one is other:
+        return True
+    return np.shape(one) == np.shape(other) and bool(np.all(np.asarray(one == other)))

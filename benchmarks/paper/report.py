@@ -1,0 +1,169 @@
+"""The paper's results beside ours: a page, and its figures made from logs."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from training.figures import saved
+from training.loop import finished
+from training.methods import Method
+from training.report import made_with, shown
+from training.results import Cell, cells, read
+from training.tasks import Task
+
+from metaopt.demo.report import number
+from paper.settings import EXPERIMENTS, PAPER_TASKS, runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["report"]
+
+#: What the paper shows, read off its figures by eye; by experiment, base and blocks.
+PAPER: dict[tuple[str, str, str | None], str] = {
+    ("continual-cifar100", "AdamW", "scalar"): "~38.5%",
+    ("continual-cifar100", "AdamW", "groups"): "~39.5%",
+    ("continual-cifar100", "AdamW", None): "~37.5% at 1e-4, the best",
+}
+#: Steps of a task of continual CIFAR-100, and how many before and after a switch are compared.
+TASK, WINDOW = 5000, 1000
+
+
+def report(logs: Path, output: Path | None) -> None:
+    """Write paper.md and a picture for each experiment that was run; print the page.
+
+    Parameters
+    ----------
+    logs : Path
+        Folder of logs.
+    output : Path, optional
+        Folder; without it the page is printed alone.
+    """
+    lines = [
+        "# The paper's experiments",
+        "",
+        "Made by `python benchmarks/reproduce.py report`. Settings of the MetaOptimize paper as "
+        "printed, and as its authors' released code acts (`benchmarks/paper/settings.py`). Mean "
+        "and standard deviation over seeds. *Not run* is what it says. " + made_with(),
+    ]
+    for name in EXPERIMENTS:
+        for released in (False, True):
+            found = _cells(name, released, logs)
+            lines += _section(name, released, found)
+            if found and output is not None:
+                suffix = "_released" if released else ""
+                _draw(found, output / f"paper_{name}{suffix}.png")
+                lines += ["", f"![{name}](paper_{name}{suffix}.png)"]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "paper.md").write_text(text, encoding="utf-8")
+
+
+def _cells(name: str, released: bool, logs: Path) -> list[Cell]:
+    """Return what was run of an experiment."""
+    jobs = list(runs(name, released=released))
+    done = {job.name for job in jobs if finished(logs / f"{job.name}.jsonl")}
+    kind = PAPER_TASKS[jobs[0].task]
+    wanted = {(job.method, start) for job in jobs if job.name in done for start in job.starts}
+    results = [run for run in read(logs) if run.task == jobs[0].task and run.steps == kind.steps]
+    return [cell for cell in cells(results, kind) if (cell.method, cell.start) in wanted]
+
+
+def _section(name: str, released: bool, found: Sequence[Cell]) -> Iterator[str]:
+    yield ""
+    yield f"## {name}, {'as the released code acts' if released else 'as printed'}"
+    yield ""
+    yield "| method | start | seeds | result | sd | the paper's |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    by_key = {(cell.method, cell.start): cell for cell in found}
+    listed = dict.fromkeys(
+        (job.method, start) for job in runs(name, released=released) for start in job.starts
+    )
+    for method, start in listed:
+        cell = by_key.get((method, start))
+        result = "not run | "
+        seeds = ""
+        if cell is not None:
+            factor = 100 if cell.kind.more_is_better else 1
+            result = f"{shown(cell.mean, cell.kind)} | {factor * cell.spread:.2g}"
+            seeds = str(len(cell.results))
+        known = ""
+        if isinstance(method, Method):
+            base = method.base.removesuffix(" as released")
+            known = PAPER.get((name, base, method.blocks if method.meta else None), "")
+        yield f"| {method.label} | {number(start)} | {seeds} | {result} | {known} |"
+    if name == "continual-cifar100":
+        yield from _switches(found)
+
+
+def _switches(found: Sequence[Cell]) -> Iterator[str]:
+    """Yield how step sizes change when a task ends and the next begins."""
+    for cell in found:
+        if not (isinstance(cell.method, Method) and cell.method.meta):
+            continue
+        for block in cell.results[0].sizes:
+            ratios = []
+            for result in cell.results:
+                at, sizes = np.array(result.at), np.array(result.sizes[block])
+                for switch in range(TASK, result.steps, TASK):
+                    before = sizes[(at > switch - WINDOW) & (at <= switch)]
+                    after = sizes[(at > switch) & (at <= switch + WINDOW)]
+                    ratios.append(float(after.mean() / before.mean()))
+            if not ratios:
+                continue
+            rises = sum(ratio > 1 for ratio in ratios)
+            yield ""
+            yield (
+                f"{cell.method.label}, step size of {block!r}: higher in the {WINDOW} steps after "
+                f"a switch than in those before it in {rises} of {len(ratios)} switches, "
+                f"{statistics.geometric_mean(ratios):.2f} times on average."
+            )
+
+
+def _draw(found: Sequence[Cell], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    kind = found[0].kind
+    figure = Figure(figsize=(11, 4), dpi=90, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, cell in enumerate(found):
+        colour = f"C{index % 10}"
+        label = f"{cell.method.label} from {number(cell.start)}"
+        _curve(left, cell, kind, colour, label)
+        if isinstance(cell.method, Method) and cell.method.meta:
+            _sizes(right, cell, colour)
+    left.set_title(f"{kind.metric.split('.')[1]}{' so far' if kind.judged_over else ''}")
+    right.set_title("step sizes, a line for each block; mean of seeds")
+    right.set_yscale("log")
+    for axis in (left, right):
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    if kind.__name__.startswith("Continual"):
+        for axis in (left, right):
+            for switch in range(TASK, kind.steps, TASK):
+                axis.axvline(switch, color="0.85", lw=0.8, zorder=0)
+    left.legend(fontsize=7)
+    saved(figure, path)
+
+
+def _curve(axis: "Axes", cell: Cell, kind: type[Task], colour: str, label: str) -> None:
+    """Draw a measure over steps, its mean so far where the whole run counts; band: over seeds."""
+    at = np.array(cell.results[0].at)
+    values = np.array([result.series[kind.metric] for result in cell.results])
+    if kind.judged_over == 1.0:
+        at, values = at[1:], values[:, 1:]
+        values = np.cumsum(values, axis=1) / np.arange(1, values.shape[1] + 1)
+    mean, spread = values.mean(0), values.std(0)
+    axis.plot(at, mean, color=colour, label=label, lw=1.3)
+    axis.fill_between(at, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
+
+
+def _sizes(axis: "Axes", cell: Cell, colour: str) -> None:
+    styles: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (1, 1)), (0, (5, 1)))
+    for style, block in zip(styles, cell.results[0].sizes, strict=False):
+        values = np.array([result.sizes[block] for result in cell.results])
+        axis.plot(cell.results[0].at, values.mean(0), color=colour, ls=style, lw=1.2)

@@ -1,0 +1,158 @@
+"""Pictures of results: maps of robustness, and how step sizes move."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from metaopt.demo.report import number
+from training.methods import Method
+from training.results import Cell, Result, cells
+from training.tasks import Task
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["maps", "saved"]
+
+#: Settings that a map of start by meta_lr holds still.
+USUAL = Method(base="", meta="")
+#: One factor at a time, with its values from the usual on.
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "discount": (1.0, 0.9999, 0.999, 0.99),
+    "blocks": ("scalar", "tensor", "node", "weight"),
+    "curvature": ("none", "diagonal", "exact"),
+}
+FACTOR_META_LR = 1e-2
+
+
+def maps(results: Sequence[Result], kind: type[Task], path: Path) -> None:
+    """Draw the maps of a task: a row for each pair of rules; nothing where there are no runs.
+
+    Parameters
+    ----------
+    results : sequence of Result
+        Of the task.
+    kind : type of Task
+    path : Path
+        Where to write the picture.
+    """
+    from matplotlib.figure import Figure
+
+    lengths = {
+        run.steps for run in results if isinstance(run.method, Method) and run.start in (1e-8, 0.1)
+        and run.method.meta and run.method.meta_lr not in (1e-2, 1e-3)
+    }  # fmt: skip
+    if not lengths:
+        return
+    steps = min(lengths)
+    table = [
+        cell
+        for cell in cells([run for run in results if run.steps == steps], kind)
+        if isinstance(cell.method, Method) and cell.method.meta
+    ]
+    pairs = list(dict.fromkeys(_pair(cell) for cell in table))
+    pairs = [pair for pair in pairs if len(_grid(table, pair, "meta_lr")[1]) > 2]
+    if not pairs:
+        return
+    columns = ("meta_lr", *FACTORS)
+    figure = Figure(figsize=(4.2 * len(columns), 2.9 * len(pairs)), dpi=80, layout="constrained")
+    axes = figure.subplots(len(pairs), len(columns), squeeze=False)
+    image: Any = None
+    for row, pair in zip(axes, pairs, strict=True):
+        for axis, factor in zip(row, columns, strict=True):
+            drawn = _map(axis, table, pair, factor, kind)
+            image = drawn or image
+    figure.colorbar(image, ax=axes.ravel().tolist(), label=kind.judged_by, aspect=40)
+    figure.suptitle(
+        f"{kind.__name__} by initial step size, {steps:,} steps, mean of "
+        f"{len(table[0].results)} seeds; x: a run diverged"
+    )
+    saved(figure, path)
+
+
+def _pair(cell: Cell) -> tuple[str, str]:
+    assert isinstance(cell.method, Method)
+    return cell.method.base, str(cell.method.meta)
+
+
+def _grid(
+    table: Sequence[Cell], pair: tuple[str, str], factor: str
+) -> tuple[list[float], list[Any], dict[tuple[float, Any], Cell]]:
+    """Return starts, values of a factor, and the cells, all other settings being the usual."""
+    found: dict[tuple[float, Any], Cell] = {}
+    for cell in table:
+        method = cell.method
+        assert isinstance(method, Method)
+        if (method.base, method.meta) != pair:
+            continue
+        others = [name for name in (*FACTORS, "bounds", "sigma", "meta_first") if name != factor]
+        if any(getattr(method, name) != getattr(USUAL, name) for name in others):
+            continue
+        if factor != "meta_lr" and method.meta_lr != FACTOR_META_LR:
+            continue
+        found[cell.start, getattr(method, factor)] = cell
+    values = sorted({value for _, value in found}, key=lambda value: _order(factor, value))
+    return sorted({start for start, _ in found}), values, found
+
+
+def _order(factor: str, value: Any) -> Any:
+    return FACTORS[factor].index(value) if factor in FACTORS else value
+
+
+def _map(
+    axis: "Axes", table: Sequence[Cell], pair: tuple[str, str], factor: str, kind: type[Task]
+) -> Any:
+    starts, values, found = _grid(table, pair, factor)
+    axis.set_title(f"({pair[0]}, {pair[1]})" + ("" if factor == "meta_lr" else f", {factor}"))
+    if len(values) < 2:
+        axis.set_axis_off()
+        return None
+    shown = np.full((len(values), len(starts)), np.nan)
+    for (start, value), cell in found.items():
+        if not cell.diverged:
+            shown[values.index(value), starts.index(start)] = cell.mean
+        else:
+            axis.plot(starts.index(start), values.index(value), "x", color="tab:red", ms=5)
+    low, high = _range(table, kind)
+    image = axis.imshow(
+        np.ma.masked_invalid(shown),
+        aspect="auto",
+        origin="lower",
+        cmap="viridis" if kind.more_is_better else "viridis_r",
+        vmin=low,
+        vmax=high,
+    )
+    axis.set_xticks(range(len(starts)), [number(start) for start in starts], fontsize=7)
+    labels = [number(value) if factor == "meta_lr" else str(value) for value in values]
+    axis.set_yticks(range(len(values)), labels, fontsize=7)
+    axis.set_ylabel(factor, fontsize=8)
+    return image
+
+
+def _range(table: Sequence[Cell], kind: type[Task]) -> tuple[float, float]:
+    """Return the range of colours: from the best to the median of what starts too low."""
+    means = sorted(cell.mean for cell in table if not cell.diverged)
+    if kind.more_is_better:
+        return means[len(means) // 10], means[-1]
+    return means[0], means[9 * len(means) // 10]
+
+
+def saved(figure: Any, path: Path) -> None:
+    """Write a figure as PNG with a palette: a third of the size, and no difference to see.
+
+    Parameters
+    ----------
+    figure : matplotlib Figure
+    path : Path
+    """
+    from io import BytesIO
+
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png")
+    picture = Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    picture.save(path, optimize=True)

@@ -1,0 +1,242 @@
+"""What is compared: a configuration in words, and the optimizer that it means for a task."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from metaopt_torch import MetaOptimizer
+from torch import Tensor
+
+import metaopt as mo
+from training import peers
+from training.replicas import side_by_side, starts_of_blocks
+from training.tasks import Measures, Task
+
+__all__ = ["BASES", "METAS", "Method", "Peer", "Updater", "updater"]
+
+Forward = Callable[[], Measures]
+
+BASES: dict[str, Callable[[float], Any]] = {
+    "AdamW": lambda decay: mo.AdamW(weight_decay=decay),
+    "Lion": lambda decay: mo.Lion(weight_decay=decay),
+    "RMSprop": lambda decay: mo.RMSprop(weight_decay=decay),
+    "SGDm": lambda decay: mo.SGD(momentum=0.9, weight_decay=decay),
+    "SGD": lambda decay: mo.SGD(weight_decay=decay),
+    # As the authors' released code acts, once its step sizes are multiplied by ten for AdamW and
+    # Adam: it sums first moments and has an epsilon of 1e-10 inside of the root; SGDm lags a step.
+    "AdamW as released": lambda decay: mo.AdamW(eps=1e-5, weight_decay=decay),
+    "RMSprop as released": lambda decay: mo.RMSprop(eps=1e-5, weight_decay=decay),
+    "SGDm as released": lambda decay: mo.SGD(momentum=0.9, weight_decay=decay, delayed=True),
+}
+METAS: dict[str, Any] = {
+    "Adam": mo.AdamW(),
+    "Lion": mo.Lion(),
+    "SGD": mo.SGD(),
+    "RMSprop": mo.RMSprop(),
+    "Adam as released": mo.AdamW(eps=1e-5),
+}
+
+
+#: Options that a label mentions where they are not these.
+PLAIN: dict[str, Any] = {
+    "discount": 1.0,
+    "curvature": "none",
+    "bounds": None,
+    "sigma": "exp",
+    "meta_first": False,
+}
+
+
+class Updater(Protocol):
+    """Makes steps, whatever the optimizer asks of the loop around it."""
+
+    def step(self, step: int, forward: Forward) -> Measures:
+        """Make a step and return what `forward` returned."""
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """Hold the weights that are to be judged meanwhile."""
+
+    def step_sizes(self) -> dict[str, Tensor]:
+        """Return the learned step sizes by block, empty where there are none."""
+
+    def state_dict(self) -> Any:
+        """Return what a run goes on from, or None where it has to start again."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take what `state_dict` returned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A base update at fixed, scheduled or learned step sizes.
+
+    Parameters
+    ----------
+    base : str
+        Of `BASES`.
+    meta : str, optional
+        Of `METAS`; without it step sizes stay as they are.
+    meta_lr, discount, blocks, curvature, bounds, meta_first, sigma
+        As for `MetaOptimizer`; `blocks="groups"` stands for those that the task names. Curvature
+        "diagonal" is the task's own where it knows it, and else an estimate from one probe;
+        "rectified" is that of IDBD.
+    schedule : {"constant", "cosine"}
+        "cosine": from 0 up to the step size, then down to 0 by a cosine.
+    warm_up : float
+        Part of the run in which "cosine" goes up.
+    weight_decay : float, optional
+        In place of the task's; the task's is that of all bases but SGD.
+    """
+
+    base: str
+    meta: str | None = None
+    meta_lr: float = 1e-3
+    discount: float = 1.0
+    blocks: str = "scalar"
+    curvature: str = "none"
+    bounds: tuple[float, float] | None = None
+    sigma: str = "exp"
+    meta_first: bool = False
+    schedule: str = "constant"
+    warm_up: float = 0.1
+    weight_decay: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The method in words."""
+        if self.meta is None:
+            words = [self.base, "fixed" if self.schedule == "constant" else "warm-up and cosine"]
+        else:
+            words = [f"({self.base}, {self.meta})", self.blocks, f"meta_lr {self.meta_lr:g}"]
+            for option, plain in PLAIN.items():
+                if getattr(self, option) != plain:
+                    words.append(f"{option} {getattr(self, option)}")
+        if self.weight_decay is not None:
+            words.append(f"weight decay {self.weight_decay:g}")
+        return ", ".join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """An optimizer of others with the settings of its package; see `training.peers`."""
+
+    name: str
+
+    @property
+    def label(self) -> str:
+        """The method in words."""
+        return self.name
+
+
+def updater(method: Method | Peer, task: Task, starts: tuple[float, ...], steps: int) -> Updater:
+    """Return what makes the steps of a run.
+
+    Parameters
+    ----------
+    method : Method or Peer
+    task : Task
+    starts : tuple of float
+        Initial, peak or fixed step size of each run.
+    steps : int
+        Of the whole run, for schedules.
+    """
+    if isinstance(method, Peer):
+        return peers.updater(method.name, task, starts[0])
+    return _Ordinary(method, task, starts, steps)
+
+
+class _Ordinary:
+    def __init__(self, method: Method, task: Task, starts: tuple[float, ...], steps: int) -> None:
+        named = list(task.named_parameters())
+        blocks: Any = dict(task.groups) if method.blocks == "groups" else method.blocks
+        step_size: Any = starts[0]
+        if task.replicated:
+            blocks = side_by_side(blocks)
+            shapes = {name: tuple(param.shape) for name, param in named}
+            step_size = starts_of_blocks(blocks, shapes, starts)
+        decay = method.weight_decay
+        if decay is None:
+            decay = 0.0 if method.base.startswith("SGD") else task.weight_decay
+        self._task, self._method, self._steps = task, method, steps
+        self._optimizer = MetaOptimizer(
+            named,
+            base=BASES[method.base](decay),
+            meta=METAS[method.meta or "SGD"],
+            step_size=step_size,
+            meta_lr=method.meta_lr if method.meta else 0.0,
+            discount=method.discount,
+            blocks=blocks,
+            sigma=method.sigma,
+            bounds=method.bounds,
+            curvature=mo.curvature.Diagonal(rectified=True)
+            if method.curvature == "rectified"
+            else method.curvature,
+            meta_first=method.meta_first,
+            compile=task.compiled and steps >= 1000,
+        )
+
+    def step(self, step: int, forward: Forward) -> Measures:
+        if self._method.schedule == "cosine":
+            for group in self._optimizer.param_groups:
+                group["lr"] = _cosine(step, self._steps, self._method.warm_up)
+        self._optimizer.zero_grad()
+        measures = forward()
+        loss = measures["loss"].sum()
+        if self._method.curvature == "none":
+            loss.backward()
+            self._optimizer.step()
+        elif self._method.curvature == "exact":
+            self._optimizer.backward(loss)
+            self._optimizer.step()
+        else:
+            diagonal = self._task.hessian_diagonal()
+            if diagonal is None:
+                diagonal = self._estimate(loss, step)
+            else:
+                loss.backward()
+            self._optimizer.step(hessian_diagonal=diagonal)
+        return measures
+
+    def _estimate(self, loss: Tensor, step: int) -> dict[str, Any]:
+        """Return Hutchinson's estimate from one probe, and leave the gradients behind."""
+        params = dict(self._task.named_parameters())
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        generator = torch.Generator().manual_seed(step)
+        probes = {
+            name: (2.0 * torch.randint(2, (1, *p.shape), generator=generator) - 1.0)
+            for name, p in params.items()
+        }
+
+        def hvp(tangents: Any) -> dict[str, Tensor]:
+            found = torch.autograd.grad(
+                grads, list(params.values()), [tangents[name][0] for name in params]
+            )
+            return {name: part[None] for name, part in zip(params, found, strict=True)}
+
+        diagonal = mo.curvature.hutchinson(hvp, probes)
+        for param, grad in zip(params.values(), grads, strict=True):
+            param.grad = grad.detach()
+        return dict(diagonal)
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def step_sizes(self) -> dict[str, Tensor]:
+        return self._optimizer.step_sizes()
+
+    def state_dict(self) -> Any:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self._optimizer.load_state_dict(state)
+
+
+def _cosine(step: int, steps: int, part: float) -> float:
+    """Return the multiplier of a step: up to 1 in a part of the steps, down to 0 by a cosine."""
+    warm_up = max(1, round(part * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))

@@ -1,0 +1,305 @@
+"""Tables in Markdown: everything by task, the summary, and where goals are missed."""
+
+import math
+import platform
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import metaopt as mo
+from metaopt.demo.report import number
+from training import figures
+from training.methods import Method, Peer
+from training.results import Cell, cells, read
+from training.studies import STARTS
+from training.tasks import TASKS, Task
+from training.timing import milliseconds, read_times
+
+__all__ = ["made_with", "report", "shown"]
+
+NAMES = {
+    "drift": "Drifting linear regression",
+    "logistic": "Logistic regression",
+    "digits": "Digits network",
+    "characters": "Character language model",
+    "cifar10": "CIFAR-10 convolutional network",
+    "continual": "Continual CIFAR-100, as printed",
+    "continual-as-released": "Continual CIFAR-100, as released",
+}
+#: Starts from which the goals are to be reached.
+GOAL = tuple(start for start in STARTS if 1e-7 <= start <= 1e-3)
+
+
+def report(logs: Path, output: Path | None) -> None:
+    """Write learning.md, a table for each task and the maps; print the summary.
+
+    Parameters
+    ----------
+    logs : Path
+        Folder of logs.
+    output : Path, optional
+        Folder; without it the summary is printed alone.
+    """
+    results = list(read(logs))
+    tables = {}
+    for name, kind in TASKS.items():
+        # the maps of a task may be of shorter runs: its tables are of those of full length
+        whole = [run for run in results if run.task == name and run.steps == kind.steps]
+        if whole:
+            tables[name] = cells(whole, kind)
+    times = {name: read_times(logs, name) for name in tables}
+    summary = "\n".join(_summary(tables, times)) + "\n"
+    print(summary)
+    if output is None:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "learning.md").write_text(summary, encoding="utf-8")
+    for name, table in tables.items():
+        text = "\n".join(_everything(name, table, times[name])) + "\n"
+        (output / f"learning_{name}.md").write_text(text, encoding="utf-8")
+    for name, kind in TASKS.items():
+        figures.maps([run for run in results if run.task == name], kind, output / f"map_{name}.png")
+
+
+def made_with() -> str:
+    """Return hardware and versions, in a sentence."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy"))
+    return (
+        f"{platform.machine()}, {platform.system()}, one thread a process, Python "
+        f"{platform.python_version()}, {packages}, metaopt {mo.__version__}."
+    )
+
+
+def shown(value: float, kind: type[Task]) -> str:
+    """Return what a task judges by as text, "diverged" where it is infinite."""
+    if math.isinf(value):
+        return "diverged"
+    return f"{100 * value:.1f}%" if kind.more_is_better else f"{value:.4g}"
+
+
+def _spread(cell: Cell) -> str:
+    factor = 100 if cell.kind.more_is_better else 1
+    return f"{factor * cell.spread:.2g}"
+
+
+def _arrival(cell: Cell, times: Mapping[str, float]) -> str:
+    """Return the median of steps and seconds to the target, and how many got there if not all."""
+    if not cell.arrivals:
+        return "-"
+    median = statistics.median(cell.arrivals)
+    each = milliseconds(times, cell.method)
+    reached = f"{median:g}" if each is None else f"{median:g}, {number(1e-3 * each * median)} s"
+    missing = len(cell.results) - len(cell.arrivals)
+    return f"{reached} ({len(cell.arrivals)} of {len(cell.results)})" if missing else reached
+
+
+def _sizes(cell: Cell) -> str:
+    if cell.final_sizes is None or (isinstance(cell.method, Method) and cell.method.meta is None):
+        return ""
+    low, high = cell.final_sizes
+    return number(low) if number(low) == number(high) else f"{number(low)} to {number(high)}"
+
+
+def _everything(name: str, table: Sequence[Cell], times: dict[str, float]) -> Iterator[str]:
+    """Yield the lines of a task's page."""
+    kind = table[0].kind
+    yield f"# {NAMES[name]}: all runs"
+    yield ""
+    yield (
+        f"Made by `python benchmarks/learning.py report`; see [learning.md](learning.md). "
+        f"{kind.steps:,} steps; judged by {kind.judged_by}; target {shown(kind.target, kind)}. "
+        "Mean and standard deviation over seeds; *lost*: runs that reached the target and ended "
+        "clearly short of it. A row with diverged runs has no mean."
+    )
+    yield ""
+    yield (
+        "| method | start | seeds | result | sd | diverged | lost | steps to target | "
+        "last step sizes |"
+    )
+    yield "|" + " --- |" * 9
+    for cell in sorted(table, key=lambda cell: (_rank(cell.method), cell.start)):
+        start = number(cell.start) if _has_start(cell.method) else ""
+        yield (
+            f"| {cell.method.label} | {start} | {len(cell.results)} | {shown(cell.mean, kind)} | "
+            f"{_spread(cell)} | {cell.diverged} | {cell.lost} | {_arrival(cell, times)} | "
+            f"{_sizes(cell)} |"
+        )
+
+
+def _has_start(method: Method | Peer) -> bool:
+    return isinstance(method, Method) or method.name.startswith(("gdtuo", "hypergradient"))
+
+
+def _rank(method: Method | Peer) -> tuple[int, str]:
+    if isinstance(method, Peer):
+        return 3, method.label
+    if method.meta is not None:
+        return 2, method.label
+    return (0 if method.schedule == "constant" else 1), method.label
+
+
+def _best(table: Sequence[Cell]) -> Cell | None:
+    best: Cell | None = None
+    for cell in table:
+        if best is None or cell.better_than(best):
+            best = cell
+    return best
+
+
+def _tuned(table: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Return the cells of each configuration of MetaOptimize from the starts of the goals."""
+    found: dict[str, list[Cell]] = {}
+    for cell in table:
+        if isinstance(cell.method, Method) and cell.method.meta and cell.start in GOAL:
+            found.setdefault(cell.method.label, []).append(cell)
+    return {label: some for label, some in found.items() if len(some) == len(GOAL)}
+
+
+def _slowness(cell: Cell) -> tuple[int, float]:
+    """Return what sorts by runs that did not arrive, then by steps."""
+    missing = len(cell.results) - len(cell.arrivals)
+    return missing, statistics.median(cell.arrivals) if cell.arrivals else 0.0
+
+
+def _worst(some: Sequence[Cell]) -> Cell:
+    worst = some[0]
+    for cell in some:
+        if worst.better_than(cell):
+            worst = cell
+    return worst
+
+
+def _summary(
+    tables: Mapping[str, Sequence[Cell]], times: Mapping[str, dict[str, float]]
+) -> Iterator[str]:
+    yield "# Does it learn?"
+    yield ""
+    yield (
+        "Made by `python benchmarks/learning.py compare`, `maps` and `report`; what is compared is "
+        "in `benchmarks/training`. Seeds of weights and data are the same for all methods; means "
+        "over seeds. Fixed step sizes and peaks of schedules are the best of a grid of nine, by "
+        "the very measure that is shown, which flatters them. MetaOptimize starts from 1e-7, 1e-6, "
+        "1e-5, 1e-4 and 1e-3; shown are its worst and its best start. Peers are their authors' "
+        "packages with the settings that these have. Weight decay of AdamW, Lion and RMSprop is "
+        "0.1 for networks, 0 for the two convex tasks; that of SGD is 0. What is missing was not "
+        "run. Seconds are steps times the cost of a step (`learning.py time`): forward pass, "
+        "backward pass and the optimizer, in turns in one process. " + made_with()
+    )
+    for name, table in tables.items():
+        yield from _section(name, table, times[name])
+    yield from _misses(tables)
+
+
+def _section(name: str, table: Sequence[Cell], times: Mapping[str, float]) -> Iterator[str]:
+    kind, seeds = table[0].kind, max(len(cell.results) for cell in table)
+    yield ""
+    yield f"## {NAMES[name]}"
+    yield ""
+    yield (
+        f"{kind.__doc__.splitlines()[0] if kind.__doc__ else ''} {kind.steps:,} steps; judged by "
+        f"{kind.judged_by}, target {shown(kind.target, kind)}; {seeds} seeds. "
+        f"[All runs](learning_{name}.md)."
+    )
+    yield ""
+    yield "| method | worst start | best start | diverged | lost | slowest start to target |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for schedule, words in (
+        ("constant", "best fixed step size"),
+        ("cosine", "best warm-up and cosine"),
+    ):
+        for base in dict.fromkeys(_bases(table, schedule)):
+            best = _best(_of_base(table, base, schedule))
+            assert best is not None
+            yield (
+                f"| {base}, {words}: {number(best.start)} | | {shown(best.mean, kind)} | "
+                f"{best.diverged} | {best.lost} | {_arrival(best, times)} |"
+            )
+    for label, some in sorted(_tuned(table).items()):
+        worst, found = _worst(some), _best(some)
+        assert found is not None
+        runs = sum(len(cell.results) for cell in some)
+        yield (
+            f"| {label} | {shown(worst.mean, kind)} | {shown(found.mean, kind)} | "
+            f"{sum(cell.diverged for cell in some)} of {runs} | "
+            f"{sum(cell.lost for cell in some)} | {_arrival(max(some, key=_slowness), times)} |"
+        )
+    others = [cell for cell in table if _is_other(cell)]
+    for cell in others:
+        start = f" from {number(cell.start)}" if _has_start(cell.method) else ""
+        yield (
+            f"| {cell.method.label}{start} | | {shown(cell.mean, kind)} | {cell.diverged} of "
+            f"{len(cell.results)} | {cell.lost} | {_arrival(cell, times)} |"
+        )
+
+
+def _is_other(cell: Cell) -> bool:
+    """Say whether a cell is of a peer, or of MetaOptimize from starts of its own."""
+    if isinstance(cell.method, Peer):
+        return True
+    tuned = cell.method.meta is not None
+    return tuned and (cell.method.base == "SGD" or cell.method.weight_decay is not None)
+
+
+def _bases(table: Sequence[Cell], schedule: str) -> list[str]:
+    return [
+        cell.method.base
+        for cell in table
+        if isinstance(cell.method, Method)
+        and cell.method.meta is None
+        and cell.method.schedule == schedule
+    ]
+
+
+def _of_base(table: Sequence[Cell], base: str, schedule: str) -> list[Cell]:
+    return [
+        cell
+        for cell in table
+        if isinstance(cell.method, Method)
+        and (cell.method.base, cell.method.meta, cell.method.schedule) == (base, None, schedule)
+    ]
+
+
+def _misses(tables: Mapping[str, Sequence[Cell]]) -> Iterator[str]:
+    """Yield the table of goals: by how much a configuration falls short from its worst start."""
+    yield ""
+    yield "## Where it falls short"
+    yield ""
+    yield (
+        "Goals, from any start in 1e-7 to 1e-3: no diverged run; at least the result of the best "
+        "fixed step size of the same base; within 0.5 points, or 1% of the loss, of the best "
+        "cosine schedule of the base; never behind a peer. Shown is what is missing at the worst "
+        "start: points of accuracy, or per cent of the loss; nothing where the goal is reached."
+    )
+    yield ""
+    yield "| task | method | diverged | to best fixed | to cosine | behind the best peer |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for name, table in tables.items():
+        peers = _best([cell for cell in table if isinstance(cell.method, Peer)])
+        for label, some in sorted(_tuned(table).items()):
+            worst = _worst(some)
+            assert isinstance(worst.method, Method)
+            fixed, cosine = (
+                _best(_of_base(table, worst.method.base, schedule))
+                for schedule in ("constant", "cosine")
+            )
+            diverged = sum(cell.diverged for cell in some)
+            slack = 0.005 if worst.kind.more_is_better else 0.01
+            yield (
+                f"| {NAMES[name]} | {label} | {diverged or ''} | {_short(worst, fixed)} | "
+                f"{_short(worst, cosine, slack)} | {_short(worst, peers)}"
+                f"{f' ({peers.method.label})' if peers and _short(worst, peers) else ''} |"
+            )
+
+
+def _short(cell: Cell, goal: Cell | None, slack: float = 0.0) -> str:
+    """Return by how much a cell falls short of a goal; empty where it does not."""
+    if goal is None:
+        return "not run"
+    if cell.diverged:
+        return "diverged"
+    if cell.kind.more_is_better:
+        gap = goal.mean - cell.mean
+        return f"{100 * gap:.1f}" if gap > slack else ""
+    gap = cell.mean / goal.mean - 1
+    return f"{100 * gap:.0f}%" if gap > slack else ""

@@ -1,0 +1,208 @@
+"""What logs say: one result for each run, and what several seeds have in common."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training.loop import finished
+from training.methods import Method, Peer
+from training.tasks import Task
+
+__all__ = ["Cell", "Result", "cells", "read"]
+
+#: A run has diverged where it ends with a loss this many times that of the start.
+WORSE = 1.5
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run.
+
+    Parameters
+    ----------
+    task : str
+    method : Method or Peer
+    start : float
+    seed, steps : int
+    at : tuple of int
+        Steps of the entries of its log.
+    series : dict of name to tuple of float
+        Measures at these steps, "train.loss" and so on; NaN where there is none.
+    sizes : dict of block to tuple of float
+        Step sizes at these steps.
+    """
+
+    task: str
+    method: Method | Peer
+    start: float
+    seed: int
+    steps: int
+    at: tuple[int, ...]
+    series: dict[str, tuple[float, ...]]
+    sizes: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The method in words."""
+        return self.method.label
+
+    def judged(self, kind: type[Task]) -> float:
+        """Return what the task judges the run by; NaN where it diverged."""
+        values = self.series[kind.metric]
+        if self.diverged():
+            return math.nan
+        if not kind.judged_over:
+            return values[-1]
+        late = [
+            value
+            for step, value in zip(self.at, values, strict=True)
+            if step > (1 - kind.judged_over) * self.steps and not math.isnan(value)
+        ]
+        return statistics.fmean(late)
+
+    def diverged(self) -> bool:
+        """Return whether a loss was not finite, or the last is far above the first."""
+        name = "test.loss" if "test.loss" in self.series else "train.loss"
+        losses = self.series[name]
+        known = losses if name == "test.loss" else losses[1:]  # nothing is trained at step 0
+        return any(math.isnan(loss) for loss in known) or known[-1] > WORSE * known[0]
+
+    def steps_to_target(self, kind: type[Task]) -> int | None:
+        """Return the first step at which the task's target is reached."""
+        measured = zip(self.at, self.series[kind.metric], strict=True)
+        return next((step for step, value in measured if _reached(value, kind)), None)
+
+    def lost(self, kind: type[Task]) -> bool:
+        """Return whether the run had arrived and ends clearly short of the target."""
+        if self.steps_to_target(kind) is None:
+            return False
+        last = self.series[kind.metric][-1]
+        if kind.more_is_better:
+            return not last >= kind.target - 0.05
+        return not last <= 1.1 * kind.target
+
+
+def _reached(value: float, kind: type[Task]) -> bool:
+    return value >= kind.target if kind.more_is_better else value <= kind.target
+
+
+def read(folder: Path) -> Iterator[Result]:
+    """Yield the runs of all logs that are complete.
+
+    Parameters
+    ----------
+    folder : Path
+    """
+    for path in sorted(folder.glob("*.jsonl")):
+        if finished(path):
+            head, *entries, _ = (json.loads(line) for line in path.read_text().splitlines())
+            yield from _runs(head, entries)
+
+
+def _runs(head: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[Result]:
+    job = head["job"]
+    given = dict(job["method"])
+    if given.get("bounds"):
+        given["bounds"] = tuple(given["bounds"])
+    method: Method | Peer = Peer(**given) if "name" in given else Method(**given)
+    at = tuple(entry["step"] for entry in entries)
+    pairs = [(start, seed) for start in job["starts"] for seed in job["seeds"]]
+    for index, (start, seed) in enumerate(pairs):
+        series = {
+            f"{part}.{name}": tuple(
+                _number(entry.get(part, {}).get(name), index) for entry in entries
+            )
+            for part in ("train", "test")
+            for name in entries[-1].get(part, {})
+        }
+        sizes = {
+            name: tuple(_number(entry["step_sizes"].get(name), index) for entry in entries)
+            for name in entries[-1]["step_sizes"]
+        }
+        yield Result(job["task"], method, start, seed, head["steps"], at, series, sizes)
+
+
+def _number(values: Sequence[float | None] | None, index: int) -> float:
+    value = None if values is None else values[index]
+    return math.nan if value is None else value
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method from one start, over seeds.
+
+    Parameters
+    ----------
+    results : tuple of Result
+    kind : type of Task
+    """
+
+    results: tuple[Result, ...]
+    kind: type[Task]
+
+    @property
+    def method(self) -> Method | Peer:
+        """The method."""
+        return self.results[0].method
+
+    @property
+    def start(self) -> float:
+        """Where step sizes start, or what they are."""
+        return self.results[0].start
+
+    @property
+    def values(self) -> list[float]:
+        """What the runs are judged by, without those that diverged."""
+        judged = [result.judged(self.kind) for result in self.results]
+        return [value for value in judged if not math.isnan(value)]
+
+    @property
+    def mean(self) -> float:
+        """Their mean; the worst there is if a run diverged."""
+        if self.diverged:
+            return -math.inf if self.kind.more_is_better else math.inf
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float:
+        """Their standard deviation."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    @property
+    def diverged(self) -> int:
+        """How many diverged."""
+        return sum(result.diverged() for result in self.results)
+
+    @property
+    def lost(self) -> int:
+        """How many arrived and went away again."""
+        return sum(result.lost(self.kind) for result in self.results)
+
+    @property
+    def arrivals(self) -> list[int]:
+        """Steps to the target of the runs that reached it."""
+        steps = [result.steps_to_target(self.kind) for result in self.results]
+        return sorted(step for step in steps if step is not None)
+
+    @property
+    def final_sizes(self) -> tuple[float, float] | None:
+        """Least and largest last step size over runs and blocks."""
+        last = [values[-1] for result in self.results for values in result.sizes.values()]
+        known = [size for size in last if not math.isnan(size)]
+        return (min(known), max(known)) if known else None
+
+    def better_than(self, other: "Cell") -> bool:
+        """Return whether its mean is the better one."""
+        return self.mean > other.mean if self.kind.more_is_better else self.mean < other.mean
+
+
+def cells(results: Iterable[Result], kind: type[Task]) -> list[Cell]:
+    """Return results by method and start, in order of appearance."""
+    found: dict[Any, list[Result]] = {}
+    for result in results:
+        found.setdefault((result.method, result.start, result.steps), []).append(result)
+    return [Cell(tuple(some), kind) for some in found.values()]

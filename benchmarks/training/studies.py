@@ -1,0 +1,136 @@
+"""Which runs make a comparison, and which the maps of robustness."""
+
+from collections.abc import Iterator
+
+from training.loop import Job
+from training.methods import Method, Peer
+from training.peers import PEERS
+
+__all__ = ["GRIDS", "MAP_STARTS", "META_LRS", "PAIRS", "SEEDS", "STARTS", "comparison", "maps"]
+
+SEEDS = (0, 1, 2, 3, 4)
+#: Where the learned step sizes of the comparison start.
+STARTS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+PAIRS = (
+    ("AdamW", "Adam"),
+    ("AdamW", "Lion"),
+    ("Lion", "Lion"),
+    ("RMSprop", "Adam"),
+    ("SGDm", "Adam"),
+)
+
+
+def _grid(lowest: int) -> tuple[float, ...]:
+    """Return half decades over four decades from 10**lowest."""
+    digits = [f"{digit}e{power}" for power in range(lowest, lowest + 4) for digit in (1, 3)]
+    return (*map(float, digits), 10.0 ** (lowest + 4))
+
+
+#: Fixed step sizes. The momentum of SGDm is an average, so its steps are ten times smaller.
+GRIDS = {"AdamW": _grid(-5), "Lion": _grid(-6), "RMSprop": _grid(-5), "SGDm": _grid(-3)}
+#: What keeps a step size from running away, on one step size for all weights.
+BOUNDS = (1e-7, 1.0)
+MAP_STARTS = tuple(10.0**power for power in range(-8, 0))
+META_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+MAP_PAIRS = (("AdamW", "Adam"), ("AdamW", "Lion"), ("Lion", "Lion"), ("SGDm", "Adam"))
+#: The tasks whose runs cost most are compared on fewer methods.
+LARGE = ("characters", "cifar10", "continual", "continual-as-released")
+#: meta_lr, discount and blocks that are compared.
+VARIANTS = (
+    (1e-2, 1.0, "scalar"),
+    (1e-3, 1.0, "scalar"),
+    (1e-2, 0.999, "scalar"),
+    (1e-2, 1.0, "tensor"),
+)
+
+
+def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
+    """Yield the jobs of a task's comparison, those that matter most first.
+
+    Parameters
+    ----------
+    task : str
+    seeds : tuple of int
+    """
+    large = task in LARGE
+    bases = ("AdamW",) if large else tuple(GRIDS)
+    for base in bases:
+        yield _job(task, Method(base=base), GRIDS[base], seeds)
+    for meta_lr, discount, blocks in VARIANTS:
+        if blocks == "tensor" and large:
+            continue
+        for base, meta in PAIRS[:3] if large else PAIRS:
+            method = Method(
+                base=base,
+                meta=meta,
+                meta_lr=meta_lr,
+                discount=discount,
+                # the regression has one array, and is known for a step size a weight
+                blocks="weight" if (task, blocks) == ("drift", "tensor") else blocks,
+            )
+            yield _job(task, method, STARTS, seeds)
+    if task == "drift":
+        for meta_lr in (1e-3, 1e-2):
+            yield _job(task, idbd(meta_lr), (1e-3, 1e-2, 0.05), seeds)
+    for name in PEERS:
+        starts = (1e-6, 1e-3) if name.startswith(("gdtuo", "hypergradient")) else (1.0,)
+        for start in starts:
+            for seed in seeds:
+                yield _job(task, Peer(name=name), (start,), (seed,))
+    for base in bases:
+        yield _job(task, Method(base=base, schedule="cosine"), GRIDS[base], seeds)
+    for discount in () if large else (1.0, 0.999):
+        for base, meta in PAIRS[:3]:
+            method = Method(base=base, meta=meta, meta_lr=1e-2, discount=discount, bounds=BOUNDS)
+            yield _job(task, method, STARTS, seeds)
+
+
+def idbd(meta_lr: float) -> Method:
+    """Return IDBD as `metaopt.presets.idbd` has it."""
+    return Method(
+        base="SGD",
+        meta="SGD",
+        meta_lr=meta_lr,
+        blocks="weight",
+        curvature="rectified",
+        meta_first=True,
+    )
+
+
+def maps(task: str, seeds: tuple[int, ...] = SEEDS, steps: int | None = None) -> Iterator[Job]:
+    """Yield the jobs of a task's maps: start by meta_lr in full, then one factor at a time.
+
+    Parameters
+    ----------
+    task : str
+    seeds : tuple of int
+    steps : int, optional
+        In place of the task's.
+    """
+    for base, meta in MAP_PAIRS:
+        for meta_lr in META_LRS:
+            method = Method(base=base, meta=meta, meta_lr=meta_lr)
+            yield _job(task, method, MAP_STARTS, seeds, steps)
+    for base, meta in MAP_PAIRS:
+        for discount in (0.99, 0.999, 0.9999):
+            method = Method(base=base, meta=meta, meta_lr=1e-2, discount=discount)
+            yield _job(task, method, MAP_STARTS, seeds, steps)
+        for blocks in ("tensor", "node", "weight"):
+            method = Method(base=base, meta=meta, meta_lr=1e-2, blocks=blocks)
+            yield _job(task, method, MAP_STARTS, seeds, steps)
+    for base, meta in (("AdamW", "Adam"), ("SGDm", "Adam")):
+        diagonal = Method(base=base, meta=meta, meta_lr=1e-2, curvature="diagonal")
+        yield _job(task, diagonal, MAP_STARTS, seeds, steps)
+        for start in MAP_STARTS[::2]:  # one run at a time: the traces of all would be dense
+            exact = Method(base=base, meta=meta, meta_lr=1e-2, curvature="exact")
+            yield _job(task, exact, (start,), seeds[:1], steps)
+
+
+def _job(
+    task: str,
+    method: Method | Peer,
+    starts: tuple[float, ...],
+    seeds: tuple[int, ...],
+    steps: int | None = None,
+) -> Job:
+    return Job(task=task, method=method, starts=starts, seeds=seeds, steps=steps)

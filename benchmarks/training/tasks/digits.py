@@ -1,0 +1,62 @@
+"""Handwritten digits: a network of two hidden layers."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from metaopt.demo.data import load_digits
+from training.layers import Linear, rows
+from training.tasks.task import Measures, Task
+
+__all__ = ["DigitsNetwork"]
+
+
+class DigitsNetwork(Task):
+    """A 64-128-128-10 network with ReLU on scikit-learn's digits, batches of 64.
+
+    Parameters
+    ----------
+    seeds : sequence of int
+    """
+
+    steps: ClassVar[int] = 3000
+    every: ClassVar[int] = 25
+    metric: ClassVar[str] = "test.accuracy"
+    more_is_better: ClassVar[bool] = True
+    judged_by: ClassVar[str] = "test accuracy at the end"
+    target: ClassVar[float] = 0.95
+    weight_decay: ClassVar[float] = 0.1
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {"hidden": ("0.*", "1.*"), "output": ("2.*",)}
+    size: ClassVar[int] = 64
+
+    def __init__(self, seeds: Sequence[int], **_: Any) -> None:
+        super().__init__(seeds)
+        digits = load_digits()
+        self._train = torch.from_numpy(digits.train_images), torch.from_numpy(digits.train_labels)
+        self._test = torch.from_numpy(digits.test_images), torch.from_numpy(digits.test_labels)
+        widths = (64, 128, 128, 10)
+        for layer, (inputs, outputs) in enumerate(pairwise(widths)):
+            self.add_module(str(layer), Linear(seeds, inputs, outputs, layer))
+
+    def _values(self, x: Tensor) -> Tensor:
+        layers = list(self.children())
+        for layer in layers[:-1]:
+            x = layer(x).relu()
+        return layers[-1](x)
+
+    def forward(self, step: int) -> Measures:
+        """Return cross entropy and accuracy on a batch."""
+        images, labels = self._train
+        index = self.batch(step, self.size, len(labels))
+        loss, accuracy = rows(self._values(images[index]), labels[index])
+        return {"loss": loss, "accuracy": accuracy}
+
+    def evaluate(self) -> Measures:
+        """Return cross entropy and accuracy on the test images."""
+        runs = len(self.seeds)
+        images, labels = self._test
+        loss, accuracy = rows(self._values(images.expand(runs, -1, -1)), labels.expand(runs, -1))
+        return {"loss": loss, "accuracy": accuracy}

@@ -1,0 +1,352 @@
+"""The harness of benchmarks/training: resuming, runs side by side, what is read and reported."""
+
+import json
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+pytest.importorskip("PIL")
+
+import torch
+from metaopt_conformance.tolerances import rounding
+from training.data import DataMissingError, cifar, jpegs
+from training.imagenet import image_sets
+from training.loop import Job, finished, run
+from training.methods import Method, Peer, updater
+from training.peers import PACKAGES
+from training.replicas import side_by_side, starts_of_blocks
+from training.results import Cell, Result, cells, read
+from training.stories import stories
+from training.studies import GRIDS, STARTS, comparison, idbd, maps
+from training.tasks import TASKS, Task
+from training.tasks.linear import DriftingRegression
+
+import metaopt as mo
+from tests.made_up_data import (
+    FOLDERS,
+    cifar_batches,
+    write_cifar,
+    write_compact,
+    write_imagenet,
+    write_stories,
+)
+
+SEEDS = (3, 1)
+
+
+class Short(DriftingRegression):
+    """Twelve steps, logged every five; killed at a step."""
+
+    steps: ClassVar[int] = 12
+    every: ClassVar[int] = 5
+    killed_at: ClassVar[int] = -1
+
+    def forward(self, step: int) -> Any:
+        if step == self.killed_at:
+            raise KeyboardInterrupt
+        return super().forward(step)
+
+
+def killed(step: int) -> dict[str, type[Task]]:
+    return {"short": type("Killed", (Short,), {"killed_at": step})}
+
+
+def without_times(path: Path) -> list[Any]:
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+
+
+METHODS: list[Method | Peer] = [
+    Method(base="AdamW"),
+    Method(base="Lion", schedule="cosine"),
+    Method(base="AdamW", meta="Adam", meta_lr=1e-2, discount=0.9, blocks="tensor"),
+    Method(base="SGDm", meta="Lion", blocks="weight", bounds=(1e-6, 0.1)),
+    Method(base="AdamW", meta="Adam", curvature="exact"),
+    idbd(1e-2),
+    *(Peer(name=name) for name in PACKAGES),
+]
+
+
+def needs_package(method: Method | Peer) -> None:
+    if isinstance(method, Peer):
+        try:
+            updater(method, Short((0,)), (1e-3,), 3)
+        except ImportError as error:
+            pytest.skip(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+def test_killed_at_any_step_a_run_ends_as_if_it_had_not_been(
+    method: Method | Peer, tmp_path: Path
+) -> None:
+    needs_package(method)
+    seeds = SEEDS[:1] if isinstance(method, Peer) or method.curvature == "exact" else SEEDS
+    job = Job(task="short", method=method, starts=(1e-3,), seeds=seeds)
+    whole = run(job, tmp_path / "whole", tasks={"short": Short})
+    for step in (0, 1, 5, 7, 11):
+        folder = tmp_path / str(step)
+        with pytest.raises(KeyboardInterrupt):
+            run(job, folder, tasks=killed(step), checkpoint_every=0.0)
+        assert not finished(folder / whole.name)
+        resumed = run(job, folder, tasks={"short": Short}, checkpoint_every=0.0)
+        assert without_times(resumed) == without_times(whole), step
+        assert [path.name for path in folder.iterdir()] == [whole.name]
+
+
+def test_a_line_that_was_cut_is_written_again(tmp_path: Path) -> None:
+    job = Job(task="short", method=METHODS[0], starts=(1e-3,), seeds=SEEDS)
+    whole = run(job, tmp_path / "whole", tasks={"short": Short})
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path, tasks=killed(11), checkpoint_every=0.0)
+    log = tmp_path / whole.name
+    log.write_bytes(log.read_bytes()[:-7])
+    assert not finished(log)
+    assert without_times(run(job, tmp_path, tasks={"short": Short})) == without_times(whole)
+
+
+def test_what_is_finished_is_not_run_again(tmp_path: Path) -> None:
+    job = Job(task="short", method=METHODS[0], starts=(1e-3,), seeds=SEEDS)
+    path = run(job, tmp_path, tasks={"short": Short})
+    before = path.read_bytes()
+    assert run(job, tmp_path, tasks=killed(0)) == path
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("blocks", ["scalar", "tensor", "node", "weight", "groups"])
+def test_runs_side_by_side_are_those_of_each_by_itself(blocks: str) -> None:
+    method = Method(base="SGDm", meta="Adam", meta_lr=1e-2, blocks=blocks)
+    kind = TASKS["digits"]
+    runs = ((0.1, 0), (0.5, 1), (0.1, 1))
+    together = trained(kind, method, runs)
+    for index, one in enumerate(runs):
+        alone = trained(kind, method, (one,))
+        for name, param in alone.items():
+            difference = (together[name][index] - param[0]).abs().max()
+            scale = param.abs().max()
+            assert difference <= rounding("float32", 128, steps=5) * scale, (name, one)
+
+
+def trained(
+    kind: type[Task], method: Method, runs: tuple[tuple[float, int], ...]
+) -> dict[str, Any]:
+    starts, seeds = zip(*runs, strict=True)
+    task = kind(seeds)
+    steps = updater(method, task, starts, 5)
+    for step in range(5):
+        steps.step(step, lambda step=step: task(step))  # type: ignore[misc]
+    return {name: param.detach() for name, param in task.named_parameters()}
+
+
+def test_equal_seeds_see_equal_data_and_others_do_not() -> None:
+    task = TASKS["digits"]((1, 2, 1))
+    batch = task.batch(300, 8, 1000)
+    assert torch.equal(batch[0], batch[2])
+    assert not torch.equal(batch[0], batch[1])
+    assert torch.equal(batch, TASKS["digits"]((1, 2, 1)).batch(300, 8, 1000))
+    assert torch.equal(task.get_parameter("0.weight")[0], task.get_parameter("0.weight")[2])
+
+
+def test_starts_are_those_of_the_runs_in_every_block() -> None:
+    shapes = {"a": (2, 3, 4), "b": (2, 3)}
+    for blocks in ("scalar", "tensor", "node", "weight", {"one": "a", "two": "b"}):
+        partition = side_by_side(blocks)
+        sizes = starts_of_blocks(partition, shapes, (1e-3, 1e-5))
+        opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), blocks=partition, step_size=sizes)
+        state = opt.init({name: np.zeros(shape) for name, shape in shapes.items()})
+        for values in opt.step_sizes(state).values():
+            first, second = np.asarray(values).reshape(2, -1)
+            np.testing.assert_allclose(first, 1e-3, rtol=rounding("float64", 4))
+            np.testing.assert_allclose(second, 1e-5, rtol=rounding("float64", 4))
+
+
+def test_the_drifting_target_changes_one_sign_every_twenty_steps() -> None:
+    task = DriftingRegression((0,))
+    steps = np.arange(2 * task.period, 12 * task.period)
+    examples = [task._examples(int(step)) for step in steps]
+    x = np.stack([x[0].numpy() for x, _ in examples]).reshape(10, task.period, -1)
+    y = np.stack([y[0].numpy() for _, y in examples]).reshape(10, task.period)
+    found = [np.linalg.lstsq(a[:, : task.relevant], b)[0] for a, b in zip(x, y, strict=True)]
+    weights = np.round(np.stack(found))
+    np.testing.assert_allclose(np.stack(found), weights, atol=1e-5)
+    assert np.all(np.abs(weights) == 1)
+    assert np.all(np.sum(weights[1:] != weights[:-1], axis=1) == 1)
+
+
+def test_idbd_of_the_comparison_is_the_preset() -> None:
+    task = DriftingRegression((0,))
+    steps = updater(idbd(1e-2), task, (0.05,), 30)
+    preset = mo.presets.idbd(0.05, 1e-2)
+    params = {"weight": np.zeros((1, task.inputs))}
+    state = preset.init(params)
+    for step in range(30):
+        x, y = (
+            part.numpy().astype(np.float64) for part in DriftingRegression((0,))._examples(step)
+        )
+        error = np.sum(x * params["weight"]) - y
+        steps.step(step, lambda step=step: task(step))  # type: ignore[misc]
+        params, state = preset.step(
+            params, {"weight": error * x}, state, hessian_diagonal={"weight": x * x}
+        )
+    got = task.weight.detach().numpy()
+    allowed = rounding("float32", 20, steps=30) * np.max(np.abs(got))
+    np.testing.assert_allclose(got, params["weight"], atol=allowed)
+
+
+def test_jobs_that_differ_have_logs_of_their_own() -> None:
+    for task in TASKS:
+        jobs = [*comparison(task), *maps(task)]
+        assert len({job.name for job in jobs}) == len(set(jobs))
+    assert all(set(STARTS) >= {1e-7, 1e-3} for _ in GRIDS)
+
+
+# --- readers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_cifar_is_the_same_from_a_folder_and_from_an_archive(classes: int, tmp_path: Path) -> None:
+    write_cifar(tmp_path / "unpacked", classes)
+    (tmp_path / "packed").mkdir()
+    name = {10: "cifar-10-python.tar.gz", 100: "cifar-100-python.tar.gz"}[classes]
+    with tarfile.open(tmp_path / "packed" / name, "w:gz") as archive:
+        archive.add(tmp_path / "unpacked" / FOLDERS[classes], FOLDERS[classes])
+    one, other = (cifar(tmp_path / kind, classes) for kind in ("unpacked", "packed"))
+    first = next(iter(cifar_batches(classes).values()))
+    raw = pickle.loads(first)
+    assert np.array_equal(one["train"][0][0].numpy().reshape(-1), raw["data"][0])
+    assert one["train"][0].shape[1:] == (3, 32, 32)
+    for split in ("train", "test"):
+        assert torch.equal(one[split][0], other[split][0])
+        assert torch.equal(one[split][1], other[split][1])
+        assert set(one[split][1].tolist()) == set(range(classes))
+
+
+def test_a_cifar_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    write_cifar(tmp_path, 100)
+    (tmp_path / FOLDERS[100] / "train").write_bytes(pickle.dumps(print))
+    with pytest.raises(pickle.UnpicklingError, match="arrays and lists alone; got builtins"):
+        cifar(tmp_path, 100)
+
+
+def test_compact_images_decode_as_the_whole_files_do(tmp_path: Path) -> None:
+    expected = write_compact(tmp_path / "cifar10-q95.npz", 10, 32)
+    images, labels = jpegs(tmp_path / "cifar10-q95.npz", "train")
+    assert np.array_equal(images, expected)
+    assert np.array_equal(labels, np.arange(20) % 10)
+    read, _ = cifar(tmp_path, 10)["train"]
+    assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), expected)
+
+
+def test_imagenet_from_folders(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    sets = image_sets(tmp_path)
+    assert (len(sets["train"]), len(sets["test"]), sets["train"].classes) == (8, 8, 2)
+    picture, label = sets["train"][(0, 3, 5)]
+    assert (tuple(picture.shape), picture.dtype, label) == ((3, 224, 224), torch.float32, 1)
+    assert torch.equal(picture, sets["train"][(0, 3, 5)][0])
+    assert not torch.equal(picture, sets["train"][(0, 4, 5)][0])
+    assert torch.equal(sets["test"][(0, 0, 5)][0], sets["test"][(1, 1, 5)][0])
+
+
+def test_stories_from_tokens(tmp_path: Path) -> None:
+    write_stories(tmp_path)
+    train, test, vocabulary = stories(tmp_path)
+    assert (len(train), len(test), vocabulary) == (800, 400, 32_000)
+    assert np.array_equal(test, np.fromfile(tmp_path / "data00.bin", dtype=np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("read", "named"),
+    [
+        (lambda folder: cifar(folder, 10), "cifar-10-python.tar.gz"),
+        (lambda folder: cifar(folder, 100), "cifar100-jpeg.npz"),
+        (image_sets, "train/ and val/"),
+        (stories, "data00.bin"),
+        (lambda folder: TASKS["characters"]((0,), data=folder), "tinyshakespeare.txt"),  # type: ignore[call-arg]
+    ],
+)
+def test_what_is_missing_is_named(read: Callable[[Any], Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(DataMissingError, match=named):
+        read(tmp_path)
+    with pytest.raises(DataMissingError, match="`--data` must be the folder with the data sets"):
+        read(None)
+
+
+# --- what runs are said to have done -------------------------------------------------------------
+
+
+def of_digits(accuracy: tuple[float, ...], loss: tuple[float, ...]) -> Result:
+    return Result(
+        "digits",
+        METHODS[0],
+        1e-3,
+        0,
+        3000,
+        tuple(range(0, 25 * len(accuracy), 25)),
+        {"test.accuracy": accuracy, "test.loss": loss},
+    )
+
+
+def test_a_run_has_arrived_diverged_or_lost_what_it_had() -> None:
+    kind = TASKS["digits"]
+    good = of_digits((0.1, 0.96, 0.97), (2.3, 0.2, 0.1))
+    lost = of_digits((0.1, 0.96, 0.4), (2.3, 0.2, 2.0))
+    worse = of_digits((0.1, 0.2, 0.1), (2.3, 2.2, 9.0))
+    broken = of_digits((0.1, 0.96, 0.97), (2.3, float("nan"), 0.1))
+    assert [run.steps_to_target(kind) for run in (good, lost, worse)] == [25, 25, None]
+    assert [run.lost(kind) for run in (good, lost, worse)] == [False, True, False]
+    assert [run.diverged() for run in (good, lost, worse, broken)] == [False, False, True, True]
+    assert good.judged(kind) == 0.97
+    cell = Cell((good, worse), kind)
+    assert (cell.diverged, cell.mean, cell.values) == (1, float("-inf"), [0.97])
+    assert Cell((good,), kind).better_than(Cell((lost,), kind))
+
+
+def test_online_tasks_are_judged_by_their_second_half() -> None:
+    run_ = Result(
+        "drift",
+        METHODS[0],
+        1e-3,
+        0,
+        40,
+        (0, 10, 20, 30, 40),
+        {"train.loss": (float("nan"), 8.0, 6.0, 3.0, 1.0)},
+    )
+    assert run_.judged(DriftingRegression) == 2.0
+    assert not run_.diverged()
+
+
+def test_logs_are_read_as_they_were_written(tmp_path: Path) -> None:
+    method = Method(base="AdamW", meta="Adam", bounds=(1e-6, 1e-1))
+    job = Job(task="short", method=method, starts=(1e-3, 1e-2), seeds=SEEDS)
+    run(job, tmp_path, tasks={"short": Short})
+    found = cells(read(tmp_path), Short)
+    assert [(cell.method, cell.start) for cell in found] == [(method, 1e-3), (method, 1e-2)]
+    assert [len(cell.results) for cell in found] == [2, 2]
+    (first, *_), _ = found[0].results, found
+    assert first.at == (0, 5, 10, 12)
+    assert first.sizes["all"][0] == 1e-3
+
+
+@pytest.mark.parametrize(("classes", "file"), [(10, "cifar10-q95.npz"), (100, "cifar100-jpeg.npz")])
+def test_the_compact_files_hold_all_images(classes: int, file: str) -> None:
+    folder = os.environ.get("METAOPT_DATA")
+    if folder is None or not (Path(folder) / file).is_file():
+        pytest.skip(f"METAOPT_DATA must name a folder with {file}")
+    sets = cifar(Path(folder), classes)
+    assert {split: tuple(images.shape) for split, (images, _) in sets.items()} == {
+        "train": (50_000, 3, 32, 32),
+        "test": (10_000, 3, 32, 32),
+    }
+    for _, labels in sets.values():
+        assert len(set(np.bincount(labels.numpy()))) == 1
+        assert len(np.unique(labels.numpy())) == classes
