@@ -223,7 +223,7 @@ def test_a_schedule_of_one_groups_weight_decay_recompiles_nothing(monkeypatch: A
         {"params": [*net[1].parameters(), *net[3].parameters()]},
     ]
     opt = MetaOptimizer(groups, compile=True, **options_of("tensor"))
-    trained(opt, net, 3)
+    trained(opt, net, 2)
     graphs = made(monkeypatch)
     for t in range(3):
         opt.param_groups[0]["weight_decay"] = 0.01 * (t + 1)

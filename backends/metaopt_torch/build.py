@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import metaopt as mo
-from metaopt.plan import Plan, Spec
+from metaopt.arrays import per_leaf
+from metaopt.plan import Plan, Spec, rules_by_leaf
 from metaopt_torch.groups import MADE_WITH, configured, named
 from metaopt_torch.places import paths, place
 from metaopt_torch.runs import Leaf, order_of
@@ -150,6 +151,8 @@ def build(
         name, key = place(path, per_leaf=vectors.per_leaf)
         if name is not None:
             specs[name].append((key, spec))
+    # without the weight decay of groups, which passes take as an argument
+    rules = rules_by_leaf(given.base, per_leaf((name, param) for name, param, _ in members))
     leaves = {}
     for name, param, group in members:
         view = () if vectors.per_leaf else plan.blocks.views[name]
@@ -158,7 +161,7 @@ def build(
             name=name,
             param=param,
             group=group,
-            rule=plan.rules[name],
+            rule=rules[name],
             dtype=plan.dtypes[name],
             part=part,
             order=order_of(local(param), view),
@@ -173,8 +176,8 @@ def build(
             _complete(leaf, specs[name], begin, kahan=kahan and param.dtype != leaf.dtype)
         leaves[name] = leaf
     for group in groups:
-        rules = {type(leaf.rule).__name__ for leaf in leaves.values() if leaf.group is group}
-        group[MADE_WITH] = f"{' and '.join(sorted(rules))}, {type(given.meta).__name__}, " + (
+        kinds = {type(leaf.rule).__name__ for leaf in leaves.values() if leaf.group is group}
+        group[MADE_WITH] = f"{' and '.join(sorted(kinds))}, {type(given.meta).__name__}, " + (
             given.sigma if isinstance(given.sigma, str) else repr(given.sigma)
         )
     counts = Counts([leaf for leaf in leaves.values() if leaf.state])

@@ -90,6 +90,7 @@ class Leaf:
     group : dict
         Its parameter group.
     rule : Rule
+        With its own weight decay, not that of the group.
     dtype : dtype
         Compute dtype.
     part : Part
