@@ -158,6 +158,22 @@ def test_all_has_entry_points_and_ends_with_the_first_failure(
     capsys.readouterr()
 
 
+def test_what_is_found_is_written_before_the_next_library(monkeypatch: Any, tmp_path: Path) -> None:
+    points = [Point("good", 1.0), Point("endless", 1.0)]
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    points[1].made = replace(points[1].made, asarray=interrupted)
+    monkeypatch.setattr(backends, "entry_points", lambda group: points if group else [])
+    for name in [*BACKENDS]:
+        monkeypatch.delitem(BACKENDS, name)
+    arguments = ["--family", "trajectory", "--case", "plain", "--output", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        main(["--all", *arguments])
+    assert "| good (default device, chosen) | " in (tmp_path / "conformance.md").read_text()
+
+
 def test_a_report_names_the_device(monkeypatch: Any, tmp_path: Path) -> None:
     backend = replace(NUMPY, optimizer=None, devices=lambda: ("cpu",))
     monkeypatch.setitem(BACKENDS, "numpy", lambda: backend)

@@ -65,10 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("\n" if sys.stderr.isatty() else "")
         print(f"\n{name}{f' on {device}' if device else ''}\n{report.as_text(found)}", flush=True)
         outcomes += found
+        if options.output and outcomes:  # at once: the next library may take long, or break
+            _write(options, outcomes)
         if options.stop and _have(outcomes, "failed"):
             break
-    if options.output and outcomes:
-        _write(options, outcomes)
     if _have(outcomes, "failed"):
         return 1
     if not _have(outcomes, "passed"):
