@@ -148,7 +148,7 @@ def test_all_has_entry_points_and_ends_with_the_first_failure(
     assert main(["--all", *arguments]) == 1
     page = (tmp_path / "conformance.md").read_text()
     for name in ("good", "bad/ly", "worse"):
-        assert f"| {name} (default device, chosen) | " in page
+        assert f"| {name} (default device, chosen) |" in page
     assert main(["--all", "--stop", *arguments]) == 1
     page = (tmp_path / "conformance.md").read_text()
     assert "bad/ly" in page
@@ -171,7 +171,7 @@ def test_what_is_found_is_written_before_the_next_library(monkeypatch: Any, tmp_
     arguments = ["--family", "trajectory", "--case", "plain", "--output", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
         main(["--all", *arguments])
-    assert "| good (default device, chosen) | " in (tmp_path / "conformance.md").read_text()
+    assert "| good (default device, chosen) |" in (tmp_path / "conformance.md").read_text()
 
 
 def test_a_report_names_the_device(monkeypatch: Any, tmp_path: Path) -> None:

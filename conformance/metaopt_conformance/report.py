@@ -83,12 +83,13 @@ def as_markdown(outcomes: Sequence[Outcome]) -> str:
 
 
 def overview(outcomes: Sequence[Outcome]) -> str:
-    """Return a Markdown table of backends by families."""
-    rows = _table(
+    """Return a Markdown table of families by backends."""
+    by_backend = _table(
         outcomes,
         lambda outcome: f"{outcome.backend} ({outcome.device}, {outcome.part})",
-        "backend (device, cases)",
+        "check",
     )
+    rows = list(zip(*by_backend, strict=True))
     return "\n".join([*_markdown(rows), "", *_reasons(outcomes), "", _where()])
 
 
