@@ -29,30 +29,34 @@ def trajectory(under: Under, case: Case) -> float:
             scale[key] = max(scale.get(key, 0.0), float(np.max(np.abs(value), initial=0.0)))
             error = tolerances.relative_error(got, value, scale[key])
             worst = judged(worst, error, allowed, where)
-    for what, got, value in _reported(under, case, state, run[-1]):
+    for what, key, got, value in _reported(under, case, state, run[-1]):
         got, value = finite_alike(got, value, what)
-        worst = judged(worst, tolerances.relative_error(got, value), allowed, what)
+        error = tolerances.relative_error(got, value, scale.get(key, 0.0))
+        worst = judged(worst, error, allowed, what)
     return worst
 
 
 def _reported(under: Under, case: Case, state: mo.State, want: oracle.State) -> Any:
-    """Yield what a user is told of a state by the names of blocks, and what the oracle has."""
+    """Yield what a user is told of a state by the names of blocks, and what the oracle has.
+
+    Beside what it is called, the quantity of the state that it is made of.
+    """
     opt = case.opt()
     _, names = block_index(opt.blocks, case.subject.shapes)
     told = opt.diagnostics(state)
     sizes = oracle.sigma(config(case).sigma, want.beta)
     norms = np.sqrt(np.sum(want.H**2, axis=0))
-    for what, by_name, values in (
-        ("step sizes", opt.step_sizes(state), sizes),
-        ("diagnostics of beta", told["beta"], want.beta),
-        ("diagnostics of the meta-gradient", told["meta_grad"], want.z),
-        ("diagnostics of the trace's norm", told["trace_norm"], norms),
+    for what, key, by_name, values in (
+        ("step sizes", "", opt.step_sizes(state), sizes),
+        ("diagnostics of beta", "beta", told["beta"], want.beta),
+        ("diagnostics of the meta-gradient", "z", told["meta_grad"], want.z),
+        ("diagnostics of the trace's norm", "H", told["trace_norm"], norms),
     ):
         if list(by_name) != list(dict.fromkeys(names)):
             msg = f"{what}: the names are {list(by_name)}"
             raise Failure(msg)
         found = [np.ravel(under.numbers(array)) for array in by_name.values()]
-        yield what, np.concatenate(found), values
+        yield what, key, np.concatenate(found), values
 
 
 def single_steps(under: Under, case: Case) -> float:
