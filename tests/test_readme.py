@@ -88,3 +88,10 @@ def test_every_option_of_metaoptimize_that_it_names_exists() -> None:
     }
     assert len(named) > 5
     assert named <= set(mo.MetaOptimize.__dataclass_fields__)
+
+
+def test_the_table_of_checks_is_that_of_the_report() -> None:
+    page = (ROOT / "benchmarks" / "results" / "conformance.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(rows) > 9
+    assert "\n".join(rows) in README
