@@ -19,7 +19,7 @@ from safetensors.numpy import save as to_bytes
 
 from metaopt import blocks as partitions
 from metaopt import curvature, rules, step_sizes
-from metaopt.arrays import device, namespace, per_leaf, to_numpy
+from metaopt.arrays import at_hand, device, namespace, per_leaf, to_numpy
 from metaopt.metaoptimize import MetaOptimize
 from metaopt.state import State
 
@@ -248,6 +248,8 @@ def _encode(value: Any, key: str, arrays: dict[str, np.ndarray[Any, Any]]) -> An
     if isinstance(value, np.ndarray):
         arrays[key] = value
         return {"array": key}
+    if hasattr(value, "dtype") and getattr(value, "shape", None) == () and at_hand(value):
+        return float(to_numpy(value))  # a hyperparameter that is an array of another library
     cls: Any = type(value)
     # the default repr holds an address, which no other process has
     shown = cls.__qualname__ if cls.__repr__ is object.__repr__ else repr(value)

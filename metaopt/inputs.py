@@ -40,7 +40,10 @@ def check_number(name: str, value: Any, lo: float, hi: float = math.inf) -> None
 
 
 def hyperparameter(name: str, value: Any, lo: float, hi: float = math.inf) -> Any:
-    """Return a number or an array of shape () as a float, or as it is where it has no value yet.
+    """Return a number, also one of NumPy, as a float, and an array of shape () as it is.
+
+    An array stays one even where its value is known: what a state consists of must not depend on
+    whether it is.
 
     Raises
     ------
@@ -49,7 +52,9 @@ def hyperparameter(name: str, value: Any, lo: float, hi: float = math.inf) -> An
     """
     if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
         check_real(name, value)
-        if not at_hand(value):
+        if at_hand(value):
+            check_number(name, to_numpy(value)[()], lo, hi)
+        if not isinstance(value, np.ndarray | np.generic):
             return value
         value = to_numpy(value)[()]
     check_number(name, value, lo, hi)

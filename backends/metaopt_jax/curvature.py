@@ -34,7 +34,7 @@ def derivatives(
         From params to the loss.
     hvp, third : callable or None
         In place of `value_fn`: from a tangent like `params` to the Hessian times it, from two to
-        the third derivative along both.
+        the third derivative along both. Tangents have the dtypes of the state.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def _by_pairs(
     """Return a function of two tangents as the core's of all pairs of columns at once, by name."""
     pairs = jax.vmap(jax.vmap(along, (None, 0)), (0, None))
     return lambda ones, others: structure.leaves(
-        pairs(structure.pytree(ones), structure.pytree(others))
+        pairs(structure.pytree(ones), structure.pytree(others)), "third(...)"
     )
 
 

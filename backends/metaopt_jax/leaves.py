@@ -53,7 +53,7 @@ class Structure:
                 raise ValueError(msg)
         return Structure(jax.tree.structure(params), names)
 
-    def leaves(self, tree: Any, what: str = "params") -> Leaves[Any]:
+    def leaves(self, tree: Any, what: str) -> Leaves[Any]:
         """Return what `tree`, a pytree of this structure, has in place of each leaf, by name.
 
         Raises
@@ -64,7 +64,7 @@ class Structure:
         try:
             return per_leaf(zip(self.names, self.tree.flatten_up_to(tree), strict=True))
         except (ValueError, TypeError) as error:
-            msg = f"`{what}` must be a pytree like `params`: {error}."
+            msg = f"`{what}` must be a pytree like `params`: {str(error).rstrip('.')}."
             raise ValueError(msg) from error
 
     def pytree(self, leaves: Mapping[str, Any]) -> Any:
@@ -82,7 +82,7 @@ class Structure:
 
     def by_leaf(self, trees: Mapping[str, Any]) -> Leaves[Leaves[Any]]:
         """Return values by name and key from pytrees by key: the inverse of `by_key`."""
-        columns = {key: self.leaves(tree) for key, tree in trees.items()}
+        columns = {key: self.leaves(tree, "state") for key, tree in trees.items()}
         rows = (
             (
                 (key, column[name])

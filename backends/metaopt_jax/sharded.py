@@ -108,8 +108,18 @@ def by_types(function: Callable[..., Any], params: Any) -> Callable[..., Any]:
     A user's function: what it closes over has them, too.
     """
     like = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, params)
+    meshes = {sharding.mesh for sharding in jax.tree.leaves(like)}
+    explicit = {
+        name
+        for mesh in meshes
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
 
     def call(*trees: Any) -> Any:
-        return jax.sharding.explicit_axes(function, in_sharding=(like,) * len(trees))(*trees)
+        typed = jax.sharding.explicit_axes(
+            function, axes=tuple(sorted(explicit)), in_sharding=(like,) * len(trees)
+        )
+        return typed(*trees)
 
     return call

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import metaopt as mo
 from metaopt.arrays import per_leaf
@@ -108,7 +109,7 @@ def to_core(state: MetaOptimizeState, opt: mo.MetaOptimize, structure: Structure
     per_weight = mo.blocks.partition(opt.blocks).per_leaf
 
     def blocks(values: Any) -> Any:
-        return structure.leaves(values) if per_weight else values
+        return structure.leaves(values, "state") if per_weight else values
 
     return mo.State(
         step=state.count,
@@ -124,7 +125,9 @@ def to_core(state: MetaOptimizeState, opt: mo.MetaOptimize, structure: Structure
             if traces
         ),
         beta_trace=per_leaf((key, blocks(values)) for key, values in state.beta_trace.items()),
-        third_trace=structure.leaves(state.third_trace) if state.third_trace else per_leaf(()),
+        third_trace=structure.leaves(state.third_trace, "state")
+        if state.third_trace
+        else per_leaf(()),
         meta_grad=blocks(state.meta_grad),
         restarts=state.restarts,
         skipped=state.skipped,
@@ -138,8 +141,8 @@ def without_leaves(opt: mo.MetaOptimize, structure: Structure) -> MetaOptimizeSt
     """
     nothing, number = structure.pytree({}), jnp.zeros((), jnp.int32)
     rules = opt.base.values() if isinstance(opt.base, Mapping) else [opt.base]
-    blocks = nothing if mo.blocks.partition(opt.blocks).per_leaf else jnp.zeros((0,))
-    numbers = jnp.zeros((0,), jnp.int32)
+    numbers = optax.MaskedNode()  # arrays of no entry could not be saved
+    blocks = nothing if mo.blocks.partition(opt.blocks).per_leaf else numbers
     return MetaOptimizeState(
         count=number,
         learned_step_sizes=blocks,

@@ -148,7 +148,8 @@ def metaoptimize(
     >>> bool(abs(params["w"]).max() < 1e-2)
     True
     """
-    if hasattr(discount, "dtype") and jnp.finfo(discount.dtype).bits < 32:
+    narrow = hasattr(discount, "dtype") and jnp.issubdtype(discount.dtype, jnp.floating)
+    if narrow and jnp.finfo(discount.dtype).bits < 32:
         msg = (
             f"`discount` must be float32 or wider; got {discount.dtype}, in which 0.999 is 1. "
             "inject_hyperparams takes the parameters' dtype unless told otherwise: pass it "
@@ -212,6 +213,9 @@ def transformation(
         **extra_args: Any,
     ) -> tuple[Any, MetaOptimizeState]:
         del extra_args  # those of other transformations
+        if not isinstance(state, MetaOptimizeState):
+            msg = f"`state` must be what `init` returned; got {type(state).__name__}."
+            raise TypeError(msg)
         if params is None:
             msg = "`params` must be passed to `update`, as its third argument; got None."
             raise ValueError(msg)
@@ -221,9 +225,9 @@ def transformation(
         leaves = _arrays(structure, params, "params")
         plan = opt.plan(leaves)
         reduce, copies = sums_over(axis_name, leaves, plan.blocks)
-        given = derivatives(plan, structure, params, value_fn, hvp, third)
+        given = derivatives(plan, structure, structure.pytree(leaves), value_fn, hvp, third)
         options = {
-            "lr": lr(state.count) if callable(lr) else lr,
+            "lr": _at(lr, state.count),
             "hessian_diagonal": hessian_diagonal if plan.curvature == "diagonal" else None,
             "traced": {
                 name: getattr(opt, name)
@@ -242,7 +246,7 @@ def transformation(
                 lr=options["lr"],
                 hessian_diagonal=None
                 if diagonal is None
-                else structure.leaves(diagonal, "hessian_diagonal"),
+                else _arrays(structure, diagonal, "hessian_diagonal"),
                 reduce=reduce,
                 copies=copies,
                 **given,
@@ -264,6 +268,13 @@ def transformation(
     found = MetaOptimizeTransformation(init, update)
     found.opt = opt
     return found
+
+
+def _at(lr: Any, count: Any) -> Any:
+    """Return a multiplier, or those by leaf name, after so many updates."""
+    if isinstance(lr, Mapping):
+        return {name: _at(value, count) for name, value in lr.items()}
+    return lr(count) if callable(lr) else lr
 
 
 def _arrays(structure: Structure, tree: Any, what: str) -> Leaves[Any]:
