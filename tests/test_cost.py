@@ -81,7 +81,7 @@ def space(monkeypatch: pytest.MonkeyPatch) -> Recording:
     recording = Recording()
     monkeypatch.setitem(arrays._namespaces, RecordingArray, recording)
     monkeypatch.setattr("metaopt.arrays.device", lambda array: array.device)
-    monkeypatch.setattr("metaopt.metaoptimize.device", lambda array: array.device)
+    monkeypatch.setattr("metaopt.metaoptimize.home", lambda array: array.device)
     return recording
 
 

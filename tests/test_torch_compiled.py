@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -107,6 +108,17 @@ def arrays(rule: Any, size: int) -> dict[str, Any]:
 KIND = passes.Kind("update", maximize=False, rounding="nearest", rows=False)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Let loops be parallel, whatever other tests have asked for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("name", RULES)
 def test_a_pass_is_one_loop_over_memory(name: str) -> None:
     """With the sum in it; and the bias corrections out of it."""
@@ -119,6 +131,7 @@ def test_a_pass_is_one_loop_over_memory(name: str) -> None:
     assert "expm1" not in loop
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_plain_compilation_makes_two_loops() -> None:
     """What the arrangement of the pass is there for; where it is needed no more it can go."""
 

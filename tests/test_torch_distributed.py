@@ -23,6 +23,7 @@ SCENARIOS: dict[int, list[str]] = {
     2: [
         "ddp,blocks=tensor",
         "fsdp",
+        "fsdp,compile=True",
         "fsdp,blocks=tensor",
         "fsdp,blocks=weight",
         "fsdp,skip_nonfinite=True,meta_first=True,blocks=node",

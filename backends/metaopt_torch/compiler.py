@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from metaopt.rules import Rule
 from metaopt_torch.passes import Arrays, Pass
@@ -76,7 +77,7 @@ class Compiled:
     def prepared(self, rule: Rule, arrays: Arrays) -> Callable[..., Any]:
         """Return what is called with the values of `arrays`, compiled."""
         values = arrays.values()
-        kinds = tuple([(array.dtype, array.shape, array.stride()) for array in values])
+        kinds = tuple([(type(a), a.dtype, a.shape, a.stride()) for a in values])
         key = (id(rule), tuple(arrays), kinds, next(iter(values)).device)
         ready = self._ready.get(key)
         if ready is None:
@@ -87,10 +88,15 @@ class Compiled:
         same = rule if isinstance(rule, Hashable) else id(rule)
         dtypes = tuple([(array.dtype, array.device, array.dim()) for array in arrays.values()])
         kernels = self._kernels.setdefault((same, tuple(arrays), dtypes), [])
-        for kernel in kernels:
+        plain = not any(is_traceable_wrapper_subclass(array) for array in arrays.values())
+        for kernel in kernels if plain else ():
             if kernel.takes(arrays):
                 return kernel.run
         try:
+            for name, array in arrays.items():
+                if is_traceable_wrapper_subclass(array):
+                    msg = f"{name!r} is a {type(array).__name__}, of whose memory nothing is known"
+                    raise TypeError(msg)
             kernels.append(self._made(rule, arrays))
         except Exception as error:  # whatever it is that a toolchain does not manage
             if self._otherwise is None:

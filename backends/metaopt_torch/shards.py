@@ -21,7 +21,12 @@ __all__ = ["Part", "gathered", "local", "part_of", "placed", "summed", "summed_a
 
 def local(tensor: Tensor) -> Tensor:
     """Return what this device holds of a tensor, the very memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return _arrived(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+
+
+def _arrived(tensor: Tensor) -> Tensor:
+    """Return the tensor that one stands for which is still on its way; kernels need its memory."""
+    return tensor.wait() if isinstance(tensor, collectives.AsyncCollectiveTensor) else tensor
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ def window(values: Any, part: Part) -> Any:
 
 def summed(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     """Return the sum of a tensor over all devices of a mesh, by one collective."""
-    return collectives.all_reduce(tensor, "sum", _group(mesh))
+    return _arrived(collectives.all_reduce(tensor, "sum", _group(mesh)))
 
 
 def _group(mesh: DeviceMesh) -> Any:
@@ -131,5 +136,5 @@ _groups: dict[DeviceMesh, Any] = {}
 def summed_along(tensor: Tensor, mesh: DeviceMesh, axes: Sequence[int]) -> Tensor:
     """Return the sum of a tensor over the devices along some dimensions of a mesh."""
     for axis in axes:
-        tensor = collectives.all_reduce(tensor, "sum", (mesh, axis))
+        tensor = _arrived(collectives.all_reduce(tensor, "sum", (mesh, axis)))
     return tensor
