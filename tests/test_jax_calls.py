@@ -87,11 +87,6 @@ def test_a_group_sees_the_weights_of_others_where_they_are_put_back() -> None:
     assert jnp.all(jnp.isfinite(updates["a"]))
 
 
-def test_a_state_without_leaves_holds_no_array_without_entries() -> None:
-    state = plain().init({})
-    assert all(leaf.size for leaf in jax.tree.leaves(state))
-
-
 def test_a_state_of_another_transformation_is_refused() -> None:
     with pytest.raises(TypeError, match="`state` must be what `init` returned; got tuple"):
         plain().update(params(), (1,), params())

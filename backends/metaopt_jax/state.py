@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 import metaopt as mo
 from metaopt.arrays import per_leaf
@@ -141,8 +140,8 @@ def without_leaves(opt: mo.MetaOptimize, structure: Structure) -> MetaOptimizeSt
     """
     nothing, number = structure.pytree({}), jnp.zeros((), jnp.int32)
     rules = opt.base.values() if isinstance(opt.base, Mapping) else [opt.base]
-    numbers = optax.MaskedNode()  # arrays of no entry could not be saved
-    blocks = nothing if mo.blocks.partition(opt.blocks).per_leaf else numbers
+    blocks = nothing if mo.blocks.partition(opt.blocks).per_leaf else jnp.zeros((0,))
+    numbers = jnp.zeros((0,), jnp.int32)
     return MetaOptimizeState(
         count=number,
         learned_step_sizes=blocks,
