@@ -97,13 +97,6 @@ class Built:
             for leaf in self.leaves.values()
         )
 
-    def undecided(self) -> bool:
-        """Say whether a group that had a weight decay has none of its own any more."""
-        return any(
-            leaf.group["weight_decay"] is None and self.decays[id(leaf.group)] is not None
-            for leaf in self.leaves.values()
-        )
-
 
 def build(
     given: mo.MetaOptimize,
@@ -175,11 +168,12 @@ def build(
             begin = {key: window(values[name], part) for key, values in start.items()}
             _complete(leaf, specs[name], begin, kahan=kahan and param.dtype != leaf.dtype)
         leaves[name] = leaf
-    for group in groups:
-        kinds = {type(leaf.rule).__name__ for leaf in leaves.values() if leaf.group is group}
-        group[MADE_WITH] = f"{' and '.join(sorted(kinds))}, {type(given.meta).__name__}, " + (
-            given.sigma if isinstance(given.sigma, str) else repr(given.sigma)
-        )
+    kinds: list[set[str]] = [set() for _ in groups]
+    for name, rule in rules.items():
+        kinds[owners[name]].add(type(rule).__name__)
+    sigma = given.sigma if isinstance(given.sigma, str) else repr(given.sigma)
+    for group, bases in zip(groups, kinds, strict=True):
+        group[MADE_WITH] = f"{' and '.join(sorted(bases))}, {type(given.meta).__name__}, {sigma}"
     counts = Counts([leaf for leaf in leaves.values() if leaf.state])
     decays = {id(group): group["weight_decay"] for group in groups}
     return Built(config, plan, leaves, vectors, counts, decays)

@@ -324,8 +324,8 @@ meta_first, skip_nonfinite
         """Return the gradients by name, after a look at what may have changed since last time."""
         for group in self.param_groups:
             check_numbers(group)
-        if self._ready.outdated() if self._in_core else self._ready.undecided():
-            self._build()  # elsewhere a group's weight decay is handed to every pass
+        if self._in_core:
+            self._refresh()  # elsewhere a group's weight decay is handed to every pass
         grads = {
             name: leaf.param.grad
             for name, leaf in self._ready.leaves.items()
