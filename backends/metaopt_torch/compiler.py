@@ -88,15 +88,14 @@ class Compiled:
         same = rule if isinstance(rule, Hashable) else id(rule)
         dtypes = tuple([(array.dtype, array.device, array.dim()) for array in arrays.values()])
         kernels = self._kernels.setdefault((same, tuple(arrays), dtypes), [])
-        plain = not any(is_traceable_wrapper_subclass(array) for array in arrays.values())
-        for kernel in kernels if plain else ():
-            if kernel.takes(arrays):
-                return kernel.run
         try:
             for name, array in arrays.items():
                 if is_traceable_wrapper_subclass(array):
                     msg = f"{name!r} is a {type(array).__name__}, of whose memory nothing is known"
                     raise TypeError(msg)
+            for kernel in kernels:
+                if kernel.takes(arrays):
+                    return kernel.run
             kernels.append(self._made(rule, arrays))
         except Exception as error:  # whatever it is that a toolchain does not manage
             if self._otherwise is None:
