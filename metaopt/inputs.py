@@ -50,15 +50,15 @@ def hyperparameter(name: str, value: Any, lo: float, hi: float = math.inf) -> An
     ValueError, TypeError
         If it is neither, or does not lie in [lo, hi].
     """
+    number = value
     if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
         check_real(name, value)
-        if at_hand(value):
-            check_number(name, to_numpy(value)[()], lo, hi)
-        if not isinstance(value, np.ndarray | np.generic):
+        if not at_hand(value):
             return value
-        value = to_numpy(value)[()]
-    check_number(name, value, lo, hi)
-    return float(value)
+        number = to_numpy(value)[()]
+    check_number(name, number, lo, hi)
+    ours = value is number or isinstance(value, np.ndarray | np.generic)
+    return float(number) if ours else value
 
 
 def _is_number(value: Any) -> bool:
