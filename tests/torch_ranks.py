@@ -173,25 +173,26 @@ def ddp(**options: Any) -> None:
     check_equal(opt, net, twin_opt, twin)
 
 
-def fsdp(**options: Any) -> None:
-    """FSDP2: every parameter sharded along its first axis."""
+def sharded(mesh: Any = None) -> tuple[Any, Any]:
+    """Return a model under FSDP2, every layer by itself, and one that is not distributed."""
     twin = Model().double()
     net = copy.deepcopy(twin)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in (net.up, net.norm, net.down):
         fully_shard(layer, mesh=mesh)
     fully_shard(net, mesh=mesh)
+    return net, twin
+
+
+def fsdp(**options: Any) -> None:
+    """FSDP2: every parameter sharded along its first axis."""
+    net, twin = sharded(init_device_mesh("cpu", (dist.get_world_size(),)))
     net.set_reshard_after_backward(True)
     compared(net, twin, mine, 1, 5, options)
 
 
 def own_meshes(**options: Any) -> None:
     """FSDP2 without a mesh given: every call makes one of its own, all alike."""
-    twin = Model().double()
-    net = copy.deepcopy(twin)
-    for layer in (net.up, net.norm, net.down):
-        fully_shard(layer)
-    fully_shard(net)
+    net, twin = sharded()
     compared(net, twin, mine, 1, 5, options)
 
 
@@ -206,12 +207,7 @@ def empty_part(**options: Any) -> None:
 
 def hsdp(**options: Any) -> None:
     """HSDP: sharded within rows of the mesh, replicated between them."""
-    twin = Model().double()
-    net = copy.deepcopy(twin)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    for layer in (net.up, net.norm, net.down):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+    net, twin = sharded(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     compared(net, twin, mine, 1, 5, options)
 
 
@@ -272,12 +268,7 @@ def two_meshes(**options: Any) -> None:
 def curvature(**options: Any) -> None:
     """Central differences under FSDP2, where double backward is impossible."""
     exact = {"curvature": "exact", "hvp": "central", **options}
-    twin = Model().double()
-    net = copy.deepcopy(twin)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in (net.up, net.norm, net.down):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+    net, twin = sharded(init_device_mesh("cpu", (dist.get_world_size(),)))
     opts = [optimizer(n.named_parameters(), **exact) for n in (net, twin)]
     for t in range(STEPS):
         for n, opt, share in zip((net, twin), opts, (mine, lambda x: x), strict=True):
@@ -298,7 +289,7 @@ def curvature(**options: Any) -> None:
 
 def save(folder: Path, **options: Any) -> None:
     """Train half a run and write it with torch.distributed.checkpoint."""
-    net, opt, twin, twin_opt = _sharded(options)
+    net, opt, twin, twin_opt = _optimized(options)
     for t in range(STEPS):
         train(net, opt, t, mine, 5)
         opt.step()
@@ -309,7 +300,7 @@ def save(folder: Path, **options: Any) -> None:
 
 def load(folder: Path, **options: Any) -> None:
     """Read it on another number of processes, go on, and compare with a run in one piece."""
-    net, opt, twin, twin_opt = _sharded(options)
+    net, opt, twin, twin_opt = _optimized(options)
     before = {name: full(param.detach()).clone() for name, param in net.named_parameters()}
     model, state = get_state_dict(net, opt)
     for name, param in net.named_parameters():  # to look at the state moves nothing
@@ -325,13 +316,8 @@ def load(folder: Path, **options: Any) -> None:
     check_equal(opt, net, twin_opt, twin, allowed=1e-11)
 
 
-def _sharded(options: Any) -> tuple[Any, Any, Any, Any]:
-    twin = Model().double()
-    net = copy.deepcopy(twin)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in (net.up, net.norm, net.down):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+def _optimized(options: Any) -> tuple[Any, Any, Any, Any]:
+    net, twin = sharded(init_device_mesh("cpu", (dist.get_world_size(),)))
     opts = [optimizer(n.named_parameters(), **options) for n in (net, twin)]
     return net, opts[0], twin, opts[1]
 
