@@ -5,11 +5,12 @@ paper's authors, which `pip install git+https://github.com/sabersalehk/MetaOptim
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from metaopt_torch import MetaOptimizer
+from peers import OPTIMIZERS
 
 import metaopt as mo
 from contenders import Contender, Shapes
@@ -26,19 +27,6 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "AdamW + Lion": (mo.AdamW(weight_decay=0.1), mo.Lion()),
     "Lion + Lion": (mo.Lion(weight_decay=0.1), mo.Lion()),
     "SGD momentum + Adam": (mo.SGD(momentum=0.9, weight_decay=0.1), mo.AdamW()),
-}
-#: Optimizers of others: module, class, options.
-PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "AdamW + Lion, scalar, of the paper's authors": (
-        "meta_optimize.optimizer",
-        "MetaOptimize_AdamW_Lion_hg",
-        {"weight_decay": 0.1},
-    ),
-    "Prodigy": ("prodigyopt", "Prodigy", {}),
-    "schedule-free AdamW": ("schedulefree", "AdamWScheduleFree", {}),
-    "D-Adaptation Adam": ("dadaptation", "DAdaptAdam", {}),
-    "DoG": ("dog", "DoG", {}),
-    "mechanic AdamW": ("mechanic_pytorch", "mechanize", {"lr": 1.0}),
 }
 
 
@@ -85,14 +73,16 @@ def steps(shapes: Shapes) -> Iterator[Contender]:
                 opt = MetaOptimizer(named, base=base, meta=meta, blocks=blocks, compile=compiled)
                 how = "" if compiled else ", eager"
                 yield Contender(f"{pair}, {name}{how}", waiting(opt.step))
-    for name, (module, kind, options) in PEERS.items():
+    others = {"AdamW + Lion, scalar, of the paper's authors": authors} | OPTIMIZERS
+    for name, make in others.items():
         try:
-            peer: Any = getattr(importlib.import_module(module), kind)
+            opt = make(list(parameters(shapes).values()))
         except ModuleNotFoundError:
             continue
-        if name == "mechanic AdamW":
-            peer = peer(torch.optim.AdamW)
-        opt = peer(list(parameters(shapes).values()), **options)
-        if hasattr(opt, "train"):
-            opt.train()
         yield Contender(name, waiting(opt.step))
+
+
+def authors(params: Sequence[Any]) -> Any:
+    """Return the optimizer of the paper's authors."""
+    module = importlib.import_module("meta_optimize.optimizer")
+    return module.MetaOptimize_AdamW_Lion_hg(params, weight_decay=0.1)

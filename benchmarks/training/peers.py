@@ -1,4 +1,4 @@
-"""Optimizers of others that tune their step size, by their authors' packages, untuned."""
+"""Runs with the optimizers of others: what makes their steps, and what each needs beside."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from metaopt_torch import MetaOptimizer
+from peers import OPTIMIZERS
 from torch import Tensor
 
 import metaopt as mo
@@ -132,6 +133,13 @@ class _Gdtuo(_Restarting):
         return {"all": self._adam.parameters["alpha"].detach().reshape(1)}
 
 
+#: Of those that are more than a `torch.optim.Optimizer`, or less.
+_KINDS: dict[str, type[Torch]] = {
+    "schedule-free AdamW": _ScheduleFree,
+    "mechanic AdamW": _Restarting,
+}
+
+
 def updater(name: str, task: Task, start: float) -> Any:
     """Return what makes the steps of a run with a peer.
 
@@ -150,20 +158,11 @@ def updater(name: str, task: Task, start: float) -> Any:
         If its package is not installed.
     """
     params = list(task.parameters())
-    if name == "Prodigy":
-        return Torch(importlib.import_module("prodigyopt").Prodigy(params))
-    if name == "schedule-free AdamW":
-        optimizer = importlib.import_module("schedulefree").AdamWScheduleFree(params)
-        optimizer.train()
-        return _ScheduleFree(optimizer)
-    if name == "D-Adaptation Adam":
-        return Torch(importlib.import_module("dadaptation").DAdaptAdam(params))
+    if name in OPTIMIZERS:
+        return _KINDS.get(name, Torch)(OPTIMIZERS[name](params))
     if name == "DoG, averaged":
-        dog = importlib.import_module("dog")
-        return _DoG(dog.DoG(params), task, dog.PolynomialDecayAverager(task))
-    if name == "mechanic AdamW":
-        mechanize = importlib.import_module("mechanic_pytorch").mechanize
-        return _Restarting(mechanize(torch.optim.AdamW)(params, lr=1.0))
+        average = importlib.import_module("dog").PolynomialDecayAverager(task)
+        return _DoG(OPTIMIZERS["DoG"](params), task, average)
     if name == "gdtuo Adam/Adam":
         gdtuo = importlib.import_module("gradient_descent_the_ultimate_optimizer.gdtuo")
         adam = gdtuo.Adam(alpha=start, optimizer=gdtuo.Adam())
