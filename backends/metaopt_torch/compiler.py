@@ -4,13 +4,14 @@ import importlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from metaopt.rules import Rule
@@ -123,6 +124,7 @@ class Compiled:
         tracer = importlib.import_module("torch.fx.experimental.proxy_tensor")
         shapes = importlib.import_module("torch.fx.experimental.symbolic_shapes")
         inductor = importlib.import_module("torch._inductor.compile_fx")
+        functorch = importlib.import_module("torch._functorch.config")
         names = tuple(arrays)
 
         def function(*values: Tensor) -> Any:
@@ -133,8 +135,46 @@ class Compiled:
         values = [mode.from_tensor(array.detach()) for array in arrays.values()]
         graph = tracer.make_fx(function, tracing_mode="symbolic")(*values)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        results = _results(list(graph.graph.nodes))
         _hoist(graph)
-        return Kernel(inductor.compile_fx(graph, inputs), inputs)
+        made: list[tuple[Any, list[Any]]] = []
+
+        def inner(functional: torch.fx.GraphModule, *given: Any, **more: Any) -> Any:
+            nodes = list(functional.graph.nodes)  # compiling changes them
+            kernel = inductor.compile_fx_inner(functional, *given, **more)
+            made.append((kernel, nodes))
+            return kernel
+
+        with functorch.patch(enable_autograd_cache=False):  # its hits go past `inner`
+            # `prepared` looks at sizes and strides
+            whole = inductor.compile_fx(graph, inputs, inner, {"size_asserts": False})
+        (kernel, nodes), *_ = made
+        arguments = [node for node in nodes if node.op == "placeholder"]
+        if len(arguments) != len(inputs) or _results(nodes) != results:
+            return Kernel(whole, inputs)  # constants are among them, or what is written to
+        copied = [node.args[0] for node in nodes if node.target is torch.ops.aten.copy_.default]
+        return Kernel(_directly(kernel, [arguments.index(node) for node in copied]), inputs)
+
+
+def _results(nodes: Sequence[torch.fx.Node]) -> int:
+    """Return how many results a graph has."""
+    returned = nodes[-1].args[0]
+    return len(returned) if isinstance(returned, tuple | list) else 1
+
+
+def _directly(kernel: Callable[..., Any], written: Sequence[int]) -> Callable[..., Any]:
+    """Return what calls Inductor's code without the wrappers that autograd needs around it.
+
+    They take longer than a pass over a small tensor. Of what they do, the one thing that is called
+    for is to tell autograd which arguments are written to.
+    """
+
+    def run(*values: Tensor) -> Any:
+        results = kernel(list(values))
+        increment_version([values[index] for index in written])
+        return results[0] if len(results) == 1 else tuple(results)
+
+    return run
 
 
 def _hoist(graph: torch.fx.GraphModule) -> None:
