@@ -3,7 +3,7 @@
 from metaopt import blocks, curvature, numerics, passes, presets, rules
 from metaopt.checkpoint import load, save
 from metaopt.metaoptimize import MetaOptimize
-from metaopt.rules import SGD, AdamW, Lion, RMSprop
+from metaopt.rules import SGD, AdamW, FastStart, Lion, RMSprop
 from metaopt.state import State
 from metaopt.step_sizes import Exp, Identity, Sigmoid, Softplus
 
@@ -13,6 +13,7 @@ __all__ = [
     "SGD",
     "AdamW",
     "Exp",
+    "FastStart",
     "Identity",
     "Lion",
     "MetaOptimize",

@@ -19,6 +19,7 @@ from metaopt.arrays import (
 )
 from metaopt.numerics import SMALLEST
 from metaopt.plan import Plan
+from metaopt.rules.fast_start import FastStart
 from metaopt.state import State
 
 __all__ = ["check_grads", "multipliers"]
@@ -301,6 +302,9 @@ def check_rules(base: Any, meta: Any) -> None:
         ):
             msg = f"`{name}` must be a rule such as metaopt.AdamW(); got {rule!r}."
             raise TypeError(msg)
+        if isinstance(rule, FastStart) and name != "meta":
+            msg = f"`{name}` must be an update of weights, and `FastStart` is none; got {rule!r}."
+            raise ValueError(msg)
     if meta.weight_decay != 0.0:
         msg = (
             "`meta` must have weight_decay 0, for it would pull the step sizes towards 1; "

@@ -71,6 +71,21 @@ FAULTS = {
         "return xp.sum(product, dtype=dtype)",
         "return cast(xp.sum(cast(product, xp.float32)), dtype)",
     ),
+    "start over when a larger step size is asked for": Fault(
+        "rules/fast_start.py",
+        "0.5 * asked * (1.0 + asked)",
+        "0.5 * asked * (asked - 1.0)",
+    ),
+    "start one step too long": Fault(
+        "rules/fast_start.py",
+        "(self.factor - 1.0) * (1.0 - turned)",
+        "(self.factor - 1.0) * (1.0 - before)",
+    ),
+    "start that begins again": Fault(
+        "rules/fast_start.py",
+        "before + (1.0 - before) * (0.5 * asked * (1.0 + asked))",
+        "0.5 * asked * (1.0 + asked)",
+    ),
     "slope of the root left out": Fault(
         "numerics.py",
         "chained(x, root, 0.5 * inverse,",

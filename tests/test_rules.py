@@ -269,6 +269,9 @@ def test_what_feeds_back_is_found_from_the_formula() -> None:
     assert feeding_slots(mo.SGD()) == ()
     assert feeding_slots(mo.Lion()) == ()
     assert not follows_gradient(mo.Lion())
+    assert feeding_slots(mo.FastStart(mo.AdamW())) == ("exp_avg", "exp_avg_sq")
+    assert feeding_slots(mo.FastStart(mo.Lion())) == ()
+    assert not follows_gradient(mo.FastStart(mo.Lion()))
     assert all(follows_gradient(rule) for rule in DELAYABLE)
     assert all(follows_gradient(replace(rule, delayed=True)) for rule in DELAYABLE)
 
@@ -351,3 +354,59 @@ def test_delayed_rmsprop_has_no_second_derivative_where_nothing_was_seen() -> No
     direction, _ = rule.direction(grad, slots, Jet(np.asarray(3.0), order=2))
     for part in (direction.value, direction.first, direction.second):
         assert not np.any(part)
+
+
+@pytest.mark.parametrize("rule", [mo.SGD(), mo.RMSprop(), mo.AdamW(), mo.Lion()], ids=repr)
+def test_a_fast_start_ends_where_z_is_positive_for_good(rule: Any) -> None:
+    fast = mo.FastStart(rule, factor=7.0)
+    # by block: never positive, at once, after a 0 and two steps, and then negative again
+    run = np.array([[0.0, 1.0, 0.0], [-1.0, -2.0, -1.0], [-3.0, 0.0, 2.0], [-1.0, -1.0, -4.0]])
+    speeds = np.array([[7.0, 1.0, 7.0], [7.0, 1.0, 7.0], [7.0, 1.0, 1.0], [7.0, 1.0, 1.0]])
+    slots = {slot: np.zeros(3) for slot in fast.slots}
+    for t, (z, speed) in enumerate(zip(run, speeds, strict=True), start=1):
+        own = {slot: slots[slot] for slot in rule.slots}
+        plain, own = rule.direction(z, own, np.asarray(float(t)))
+        direction, slots = fast.direction(z, slots, np.asarray(float(t)))
+        assert np.array_equal(direction, speed * plain)
+        assert all(np.array_equal(slots[slot], own[slot]) for slot in rule.slots)
+
+
+def test_step_sizes_that_start_too_small_arrive_sooner() -> None:
+    """Beta moves by factor * meta_lr a step while z asks for more, and by meta_lr afterwards."""
+    params, moved = {"w": np.full(3, 5.0)}, []
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.FastStart(mo.Lion()), step_size=1e-4, meta_lr=1e-2)
+    state = opt.init(params)
+    for _ in range(400):
+        before = state.beta
+        params, state = opt.step(params, {"w": np.asarray(params["w"])}, state)
+        moved.append(float(state.beta[0] - before[0]))
+    turn = next(t for t, delta in enumerate(moved) if 0.0 < delta < 0.05)
+    assert 50 < turn < 100
+    assert np.allclose(moved[1:turn], 0.1)
+    assert np.allclose(np.abs(moved[turn:]), 0.01)
+    assert np.abs(params["w"]).max() < 1e-2
+
+
+def test_a_fast_start_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="`factor` must be at least 1"):
+        mo.FastStart(mo.AdamW(), factor=0.5)
+    with pytest.raises(ValueError, match="`rule` must not be a FastStart itself"):
+        mo.FastStart(mo.FastStart(mo.AdamW()))
+    with pytest.raises(TypeError, match="`rule` must be a rule such as"):
+        mo.FastStart(mo.AdamW)  # type: ignore[arg-type]
+    fast = mo.FastStart(mo.AdamW())
+    with pytest.raises(ValueError, match="`base` must be an update of weights"):
+        mo.MetaOptimize(base=fast, meta=mo.AdamW())
+    with pytest.raises(ValueError, match=r"`base\['b'\]` must be an update of weights"):
+        mo.MetaOptimize(base={"w": mo.SGD(), "b": fast}, meta=mo.AdamW())
+    with pytest.raises(ValueError, match="`meta` must have weight_decay 0"):
+        mo.MetaOptimize(base=mo.SGD(), meta=mo.FastStart(mo.AdamW(weight_decay=0.1)))
+
+
+def test_a_fast_start_is_saved(tmp_path: Any) -> None:
+    opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.FastStart(mo.Lion(betas=(0.5, 0.6)), factor=3))
+    params = {"w": np.ones(3)}
+    _, state = opt.step(params, {"w": np.ones(3)}, opt.init(params))
+    mo.save(tmp_path / "state", opt, state)
+    loaded, _ = mo.load(tmp_path / "state", params)
+    assert loaded == opt

@@ -63,7 +63,7 @@ def single_steps(under: Under, case: Case) -> float:
     """Compare every step with the oracle's from the same state, in the dtype of the case.
 
     No error can grow from step to step, so what is allowed is the rounding of one step. Entries
-    where Lion's sign hangs on that rounding are left out.
+    where a sign hangs on that rounding, Lion's or that which ends a fast start, are left out.
     """
     worst, compared, allowed = 0.0, 0, tolerances.single_step(wide=case.wide)
     start = before = oracle.init(config(case), case.subject.start())
@@ -79,7 +79,9 @@ def single_steps(under: Under, case: Case) -> float:
                 if key == "w":
                     slack = _rounding(case, before.w, got, value, adapter=under.adapter)
                     got = tolerances.without(slack, got, value)
-                firm = {"w": weights, "H": weights, "Z": weights, "beta": blocks}.get(key, ...)
+                firm = {"w": weights, "H": weights, "Z": weights}.get(key, ...)
+                if key in ("beta", "turned", "B"):
+                    firm = blocks
                 got, value = np.asarray(got)[firm], np.asarray(value)[firm]
                 if case.faulty != "nothing":
                     got, value = finite_alike(got, value, where)
@@ -159,7 +161,7 @@ def _largest(*arrays: Any) -> float:
 
 
 def _decided(case: Case, t: int, before: oracle.State, after: oracle.State) -> tuple[Any, Any]:
-    """Say for every weight and block that rounding cannot turn the sign in a Lion's step.
+    """Say for every weight and block that rounding cannot turn the sign that its step hangs on.
 
     Nor can it where all is exactly 0, infinite, or not used.
     """
@@ -172,12 +174,15 @@ def _decided(case: Case, t: int, before: oracle.State, after: oracle.State) -> t
             scale, total = np.max(np.abs(parts), axis=0), np.abs(sum(parts))
             weights[at] = (total > margin * scale) | (scale == 0.0) | np.isinf(total)
     blocks, meta = np.ones(len(before.beta), dtype=bool), config(case).meta
+    terms = np.sum(_terms(case, t, before), axis=0)
+    unused = np.logical_not(np.abs(after.z) < config(case).largest)
     if meta.kind == "lion":
         parts = meta.interpolation * before.meta_m, (1.0 - meta.interpolation) * after.z
-        terms = np.sum(_terms(case, t, before), axis=0)
         scale = np.abs(parts[0]) + (1.0 - meta.interpolation) * terms
-        unused = np.logical_not(np.abs(after.z) < config(case).largest)
         blocks = (np.abs(sum(parts)) > margin * scale) | (scale == 0.0) | unused
+    if meta.factor != 1.0:
+        settled = (terms == 0.0) | unused | (before.turned > 0.0)
+        blocks &= (np.abs(after.z) > margin * terms) | settled
     if config(case).meta_first:
         weights &= blocks[config(case).block_of]
     return weights, blocks

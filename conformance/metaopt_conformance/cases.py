@@ -68,6 +68,7 @@ OPTIONS: Mapping[str, Sequence[Any]] = {
     "faulty": ("nothing", "gradient", "huge", "curvature"),
     "skip_nonfinite": (False, True),
     "mixed": (False, True),
+    "start": ("usual", "fast"),
 }
 
 
@@ -85,6 +86,8 @@ class Case:
         As `metaopt.MetaOptimize` takes them.
     eps, bias_correction, delayed
         Of the rules that have them, in either role.
+    start : {"usual", "fast"}
+        Whether the meta update is three times faster until z has been positive.
     decays : {"fast", "usual"}
         Decay rates of moments: such that they change within a dozen steps, or the most used.
     step_size : {"one", "each"}
@@ -120,6 +123,7 @@ class Case:
     decays: str = "fast"
     bias_correction: bool = True
     delayed: bool = False
+    start: str = "usual"
     meta_first: bool = False
     trace: str = "update"
     step_size: str = "one"
@@ -183,7 +187,7 @@ class Case:
     def rules(self) -> tuple[Any, Any]:
         """Return base and meta update."""
         base, meta = (self._varied(rule) for rule in (BASES[self.base], METAS[self.meta]))
-        return base, meta
+        return base, meta if self.start == "usual" else mo.FastStart(meta, factor=3.0)
 
     def _varied(self, rule: Any) -> Any:
         changes: dict[str, Any] = {} if self.decays == "fast" else dict(USUAL.get(type(rule), {}))
@@ -322,6 +326,7 @@ def _opt(case: Case) -> mo.MetaOptimize:
 
 def _shortening(rule: Any) -> float:
     """Return the inverse of a direction's length in the first steps."""
+    rule = getattr(rule, "rule", rule)
     if getattr(rule, "bias_correction", True):
         return 1.0
     return float(np.sqrt(1.0 - rule.beta2))

@@ -1,6 +1,7 @@
 """From the library's configurations and states to the oracle's: the one place that knows both."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -113,6 +114,8 @@ def _matches(name: str, patterns: Any) -> bool:
 def update_of(rule: Any) -> Update:
     """Return a rule of the library as the oracle's."""
     common = {"weight_decay": rule.weight_decay, "delayed": getattr(rule, "delayed", False)}
+    if isinstance(rule, mo.FastStart):
+        return replace(update_of(rule.rule), factor=rule.factor)
     if isinstance(rule, mo.SGD):
         return Update(kind="sgd", rho=rule.momentum, **common)
     if isinstance(rule, mo.RMSprop):
@@ -213,6 +216,8 @@ def dense(
             found[f"meta_{values}"] = _blocks(state.meta_slots[slot])
         if slot in state.beta_trace:
             found[f"B{values}"] = _matrix(state.beta_trace[slot], m)
+    if "turned" in state.meta_slots:
+        found["turned"] = _blocks(state.meta_slots["turned"])
     if state.third_trace:
         thirds = [state.third_trace[name].reshape(m, m, -1).transpose(2, 1, 0) for name in shapes]
         found["Z"] = np.concatenate(thirds)

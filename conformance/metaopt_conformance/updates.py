@@ -31,6 +31,8 @@ class Update:
     bias_correction : bool
         Of RMSprop.
     delayed : bool
+    factor : float
+        By which a meta update is faster until a block's z has been positive.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Update:
     weight_decay: float = 0.0
     bias_correction: bool = True
     delayed: bool = False
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)

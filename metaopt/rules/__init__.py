@@ -1,9 +1,10 @@
 """Update rules: one formula each, for either role, base or meta."""
 
 from metaopt.rules.adamw import AdamW
+from metaopt.rules.fast_start import FastStart
 from metaopt.rules.lion import Lion
 from metaopt.rules.rmsprop import RMSprop
 from metaopt.rules.rule import Rule
 from metaopt.rules.sgd import SGD
 
-__all__ = ["SGD", "AdamW", "Lion", "RMSprop", "Rule"]
+__all__ = ["SGD", "AdamW", "FastStart", "Lion", "RMSprop", "Rule"]
