@@ -122,7 +122,8 @@ class State:
     `w`, `m`, `v`, `count` have a value per weight; `beta`, `meta_m`, `meta_v`, `meta_count`, `z`,
     `restarts` one per block, as has `turned`: 1 once z has been positive; `step` and `skipped` are
     numbers. `H`, `M`, `V` are the rows of w, m and v of the trace X (n by m); `B`, `Bm`, `Bv` the
-    rows of beta and the meta moments of Y (m by m). `Z[k, i, j]` is how entry (k, i) of H depends on block j (n by m by m).
+    rows of beta and the meta moments of Y (m by m). `Z[k, i, j]` is how entry (k, i) of H depends
+    on block j (n by m by m).
     """
 
     w: Vector
