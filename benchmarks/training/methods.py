@@ -34,6 +34,8 @@ BASES: dict[str, Callable[[float], Any]] = {
 METAS: dict[str, Any] = {
     "Adam": mo.AdamW(),
     "Lion": mo.Lion(),
+    "fast Adam": mo.FastStart(mo.AdamW()),
+    "fast Lion": mo.FastStart(mo.Lion()),
     "SGD": mo.SGD(),
     "RMSprop": mo.RMSprop(),
     "Adam as released": mo.AdamW(eps=1e-5),

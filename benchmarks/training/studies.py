@@ -42,6 +42,15 @@ VARIANTS = (
     (1e-2, 0.999, "scalar"),
     (1e-2, 1.0, "tensor"),
 )
+#: What cures a slow start, and step sizes that shrink without end: meta_lr and discount.
+CURES = ((1e-2, 0.99), (1e-2, 1.0), (1e-3, 1.0))
+CURED = (
+    ("AdamW", "fast Adam"),
+    ("Lion", "fast Adam"),
+    ("RMSprop", "fast Adam"),
+    ("SGDm", "fast Adam"),
+    ("AdamW", "fast Lion"),
+)
 
 
 def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
@@ -56,6 +65,12 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
     bases = ("AdamW",) if large else tuple(GRIDS)
     for base in bases:
         yield _job(task, Method(base=base), GRIDS[base], seeds)
+    for meta_lr, discount in CURES:
+        for base, meta in CURED[:2] if large else CURED:
+            method = Method(base=base, meta=meta, meta_lr=meta_lr, discount=discount)
+            yield _job(task, method, STARTS, seeds)
+    for base, meta in PAIRS[:1] if large else (*PAIRS[:1], *PAIRS[3:]):
+        yield _job(task, Method(base=base, meta=meta, meta_lr=1e-2, discount=0.99), STARTS, seeds)
     for meta_lr, discount, blocks in VARIANTS:
         if blocks == "tensor" and large:
             continue
