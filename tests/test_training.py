@@ -17,10 +17,11 @@ pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 
 import torch
+from filelock import FileLock
 from metaopt_conformance.tolerances import rounding
 from training.data import DataMissingError, cifar, jpegs
 from training.imagenet import image_sets
-from training.loop import Job, finished, run
+from training.loop import Job, TakenError, finished, run
 from training.methods import Method, Peer, updater
 from training.peers import PACKAGES
 from training.replicas import side_by_side, starts_of_blocks
@@ -120,6 +121,13 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path) -> None:
     before = path.read_bytes()
     assert run(job, tmp_path, tasks=killed(0)) == path
     assert path.read_bytes() == before
+
+
+def test_what_another_process_runs_is_left_to_it(tmp_path: Path) -> None:
+    job = Job(task="short", method=METHODS[0], starts=(1e-3,), seeds=SEEDS)
+    with FileLock(tmp_path / f"{job.name}.lock"), pytest.raises(TakenError, match="another"):
+        run(job, tmp_path, tasks={"short": Short})
+    assert run(job, tmp_path, tasks={"short": Short}).is_file()
 
 
 @pytest.mark.parametrize("blocks", ["scalar", "tensor", "node", "weight", "groups"])

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from training.data import DataMissingError
-from training.loop import Job, run
+from training.loop import Job, TakenError, run
 from training.tasks import Task
 
 __all__ = ["train"]
@@ -59,5 +59,7 @@ def train(
                 if str(error) not in left_out:
                     bars.print(f"{job.task}: {job.method.label} is left out. {error}")
                 left_out[str(error)] = left_out.get(str(error), 0) + 1
+            except TakenError:
+                bars.print(f"{job.task}: {job.method.label} is left to another process.")
             bars.advance(whole)
     return sum(left_out.values())

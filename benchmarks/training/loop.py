@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from training.methods import Method, Peer, Updater, updater
 from training.tasks import TASKS, Measures, Task
 
-__all__ = ["Job", "run"]
+__all__ = ["Job", "TakenError", "run"]
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 #: Seconds between checkpoints.
 CHECKPOINT_EVERY = 60.0
+
+
+class TakenError(RuntimeError):
+    """Another process is running the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +113,38 @@ def run(
         Called with steps done and steps in all.
     checkpoint_every : float
         Seconds. What a run goes on from after a kill; results do not depend on it.
+
+    Raises
+    ------
+    TakenError
+        If another process is at it: several may work on the jobs of one folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{job.name}.jsonl"
     if finished(path):
         return path
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        msg = f"{path} is being written by another process."
+        raise TakenError(msg) from error
+    with lock:
+        if not finished(path):  # by another process meanwhile
+            _train(job, path, data, device, tasks, progress, checkpoint_every)
+    path.with_suffix(".lock").unlink(missing_ok=True)
+    return path
+
+
+def _train(
+    job: Job,
+    path: Path,
+    data: Path | None,
+    device: str,
+    tasks: dict[str, type[Task]] | None,
+    progress: Callable[[int, int], object],
+    checkpoint_every: float,
+) -> None:
     kind = (TASKS if tasks is None else tasks)[job.task]
     steps = kind.steps if job.steps is None else job.steps
     starts, seeds = zip(*job.runs, strict=True)
@@ -121,7 +153,6 @@ def run(
     training = _Training(job, task, updater(job.method, task, starts, steps), steps, path)
     training.load()
     training.go(progress, checkpoint_every)
-    return path
 
 
 def _prepare(precision: str, device: str) -> None:
