@@ -1,0 +1,92 @@
+"""A faster start for the step sizes."""
+
+import math
+from dataclasses import dataclass
+from typing import Never
+
+from metaopt.arrays import ArrayT
+from metaopt.numerics import sign
+from metaopt.rules.rule import Rule, Slots, not_negative, settle
+
+__all__ = ["FastStart"]
+
+#: 0 until the meta-gradient has been positive, then 1.
+TURNED = "turned"
+
+
+@dataclass(frozen=True, slots=True)
+class FastStart:
+    r"""A meta update that is faster as long as nothing has spoken against a larger step size.
+
+    docs/mathematics.md section 6. Until the meta-gradient of a block is positive for the first
+    time, which asks for a smaller step size, its direction is that of `rule` times `factor`; from
+    then on it is that of `rule`:
+
+    .. math::
+        d_{t+1} &= \max(d_t, [z_t > 0]) \\
+        u_t &= (1 + (\text{factor} - 1)(1 - d_{t+1}))\, \bar u_t
+
+    So step sizes that start far too small arrive `factor` times sooner, and `meta_lr` can be what
+    suits the rest of the run.
+
+    Parameters
+    ----------
+    rule : Rule
+        The meta update.
+    factor : float, default 10.0
+        At least 1. With `meta_lr` times `factor` above 0.1 or so, step sizes overshoot.
+
+    Raises
+    ------
+    ValueError
+        If `factor` is less than 1 or not finite, or `rule` is a FastStart itself.
+    TypeError
+        If `factor` is no number or `rule` no rule.
+
+    Examples
+    --------
+    >>> import metaopt as mo
+    >>> opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.FastStart(mo.AdamW()), step_size=1e-6)
+    """
+
+    rule: Rule
+    factor: float = 10.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rule, type) or not hasattr(self.rule, "direction"):
+            msg = f"`rule` must be a rule such as metaopt.AdamW(); got {self.rule!r}."
+            raise TypeError(msg)
+        if isinstance(self.rule, FastStart):
+            msg = f"`rule` must not be a FastStart itself; got {self.rule!r}."
+            raise ValueError(msg)
+        factor = not_negative("factor", self.factor)
+        if isinstance(factor, float) and not 1.0 <= factor < math.inf:
+            msg = f"`factor` must be at least 1; got {self.factor}."
+            raise ValueError(msg)
+        settle(self, factor=factor)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Those of `rule`, and whether the start is over."""
+        return (*self.rule.slots, TURNED)
+
+    @property
+    def weight_decay(self) -> float:
+        """That of `rule`."""
+        return self.rule.weight_decay
+
+    def direction(
+        self, grad: ArrayT, slots: Slots[ArrayT], count: ArrayT
+    ) -> tuple[ArrayT, dict[str, ArrayT]]:
+        """Return :math:`u_t` and the next slots, all of the shape and dtype of `grad`."""
+        own = {slot: slots[slot] for slot in self.rule.slots}
+        direction, new = self.rule.direction(grad, own, count)
+        # signs, through which no derivative passes: d and [z > 0] are constant almost everywhere
+        before, asked = sign(slots[TURNED]), sign(grad)
+        turned = before + (1.0 - before) * (0.5 * asked * (1.0 + asked))
+        return direction * (1.0 + (self.factor - 1.0) * (1.0 - turned)), {**new, TURNED: turned}
+
+    def without_momentum(self) -> Never:
+        """Raise: it is no base update."""
+        msg = "`FastStart` is a meta update; it has no form without momentum."
+        raise ValueError(msg)
