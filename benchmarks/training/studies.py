@@ -89,6 +89,9 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
     if task == "drift":
         for meta_lr in (1e-3, 1e-2):
             yield _job(task, idbd(meta_lr), (1e-3, 1e-2, 0.05), seeds)
+        for base, meta in CURED[:4]:
+            method = Method(base=base, meta=meta, meta_lr=1e-2, discount=0.99, curvature="diagonal")
+            yield _job(task, method, initial, seeds)
     for name in PEERS:
         starts = (1e-6, 1e-3) if name.startswith(("gdtuo", "hypergradient")) else (1.0,)
         for start in starts:
