@@ -41,21 +41,25 @@ def report(logs: Path, output: Path | None) -> None:
     output : Path, optional
         Folder; without it the page is printed alone.
     """
+    found = {
+        (name, released): _cells(name, released, logs)
+        for name in EXPERIMENTS
+        for released in (False, True)
+    }
+    results = [run for some in found.values() for cell in some for run in cell.results]
     lines = [
         "# The paper's experiments",
         "",
         "Made by `python benchmarks/reproduce.py report`. Settings of the MetaOptimize paper as "
         "printed, and as its authors' released code acts (`benchmarks/paper/settings.py`). Mean "
-        "and standard deviation over seeds. *Not run* is what it says. " + made_with(),
+        "and standard deviation over seeds. *Not run* is what it says. " + made_with(results),
     ]
-    for name in EXPERIMENTS:
-        for released in (False, True):
-            found = _cells(name, released, logs)
-            lines += _section(name, released, found)
-            if found and output is not None:
-                suffix = "_released" if released else ""
-                _draw(found, output / f"paper_{name}{suffix}.png")
-                lines += ["", f"![{name}](paper_{name}{suffix}.png)"]
+    for (name, released), some in found.items():
+        lines += _section(name, released, some)
+        if some and output is not None:
+            suffix = "_released" if released else ""
+            _draw(some, output / f"paper_{name}{suffix}.png")
+            lines += ["", f"![{name}](paper_{name}{suffix}.png)"]
     text = "\n".join(lines) + "\n"
     print(text)
     if output is not None:

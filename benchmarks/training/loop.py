@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,17 @@ def _prepare(precision: str, device: str) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # it takes time
 
 
+@cache
+def _commit() -> str | None:
+    """Return the commit that is run, with a + where files differ from it; None if not known."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
 def finished(path: Path) -> bool:
     """Return whether a log is complete."""
     if not path.is_file():
@@ -199,7 +212,8 @@ class _Training:
             self._done, self._seconds = state["done"], state["seconds"]
             self._sums, self._lines = state["sums"], state["lines"]
         else:
-            self._lines = [json.dumps({"job": self._job.settings, "steps": self._steps})]
+            head = {"job": self._job.settings, "steps": self._steps, "commit": _commit()}
+            self._lines = [json.dumps(head)]
         self._replace(self._path, ("\n".join(self._lines) + "\n").encode())
         if self._done == 0 and len(self._lines) == 1:
             self._write({"step": 0, **self._judged()})

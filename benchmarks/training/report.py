@@ -3,7 +3,7 @@
 import math
 import platform
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import metaopt as mo
 from metaopt.demo.report import number
 from training import figures
 from training.methods import Method, Peer
-from training.results import Cell, cells, read
+from training.results import Cell, Result, cells, read
 from training.studies import STARTS
 from training.tasks import TASKS, Task
 from training.timing import milliseconds, read_times
@@ -62,12 +62,14 @@ def report(logs: Path, output: Path | None) -> None:
         figures.maps([run for run in results if run.task == name], kind, output / f"map_{name}.png")
 
 
-def made_with() -> str:
-    """Return hardware and versions, in a sentence."""
+def made_with(runs: Iterable[Result]) -> str:
+    """Return hardware, versions and the commits of runs, in two sentences."""
+    commits = {run.commit or "earlier ones, not recorded" for run in runs}
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy"))
     return (
         f"{platform.machine()}, {platform.system()}, one thread a process, Python "
-        f"{platform.python_version()}, {packages}, metaopt {mo.__version__}."
+        f"{platform.python_version()}, {packages}, metaopt {mo.__version__}. Commits: "
+        f"{', '.join(sorted(commits)) or 'none'}."
     )
 
 
@@ -173,6 +175,7 @@ def _worst(some: Sequence[Cell]) -> Cell:
 def _summary(
     tables: Mapping[str, Sequence[Cell]], times: Mapping[str, dict[str, float]]
 ) -> Iterator[str]:
+    runs = [run for table in tables.values() for cell in table for run in cell.results]
     yield "# Does it learn?"
     yield ""
     yield (
@@ -180,11 +183,13 @@ def _summary(
         "in `benchmarks/training`. Seeds of weights and data are the same for all methods; means "
         "over seeds. Fixed step sizes and peaks of schedules are the best of a grid of nine, by "
         "the very measure that is shown, which flatters them. MetaOptimize starts from 1e-7, 1e-6, "
-        "1e-5, 1e-4 and 1e-3; shown are its worst and its best start. Peers are their authors' "
+        "1e-5, 1e-4 and 1e-3, on the networks for images and text from every other of these; shown "
+        "are its worst and its best start. *fast Adam* is `mo.FastStart(mo.AdamW())`. *Lost* are "
+        "runs that had reached the target and ended clearly short of it. Peers are their authors' "
         "packages with the settings that these have. Weight decay of AdamW, Lion and RMSprop is "
         "0.1 for networks, 0 for the two convex tasks; that of SGD is 0. What is missing was not "
         "run. Seconds are steps times the cost of a step (`learning.py time`): forward pass, "
-        "backward pass and the optimizer, in turns in one process. " + made_with()
+        "backward pass and the optimizer, in turns in one process. " + made_with(runs)
     )
     for name, table in tables.items():
         yield from _section(name, table, times[name])

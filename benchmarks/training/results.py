@@ -34,6 +34,8 @@ class Result:
         Measures at these steps, "train.loss" and so on; NaN where there is none.
     sizes : dict of block to tuple of float
         Step sizes at these steps.
+    commit : str, optional
+        Of the code, where the log says it.
     """
 
     task: str
@@ -44,6 +46,7 @@ class Result:
     at: tuple[int, ...]
     series: dict[str, tuple[float, ...]]
     sizes: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    commit: str | None = None
 
     @property
     def label(self) -> str:
@@ -123,7 +126,8 @@ def _runs(head: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[Resul
             name: tuple(_number(entry["step_sizes"].get(name), index) for entry in entries)
             for name in entries[-1]["step_sizes"]
         }
-        yield Result(job["task"], method, start, seed, head["steps"], at, series, sizes)
+        steps, commit = head["steps"], head.get("commit")
+        yield Result(job["task"], method, start, seed, steps, at, series, sizes, commit)
 
 
 def _number(values: Sequence[float | None] | None, index: int) -> float:
