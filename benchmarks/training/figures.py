@@ -1,20 +1,21 @@
-"""Pictures of results: maps of robustness, and how step sizes move."""
+"""Pictures of results: what comes of each initial step size, and maps of robustness."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from metaopt.demo.report import number
-from training.methods import Method
+from training.methods import Method, Peer
 from training.results import Cell, Result, cells
 from training.tasks import Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["maps", "saved"]
+__all__ = ["maps", "saved", "starts"]
 
 #: Settings that a map of start by meta_lr holds still.
 USUAL = Method(base="", meta="")
@@ -25,6 +26,62 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "curvature": ("none", "diagonal", "exact"),
 }
 FACTOR_META_LR = 1e-2
+#: What is drawn by initial step size, as it is called there.
+LINES: dict[str, Method] = {
+    "AdamW at this step size": Method(base="AdamW"),
+    "(AdamW, Adam), the paper's settings": Method(base="AdamW", meta="Adam"),
+    "(AdamW, fast Adam), meta_lr 1e-2, discount 0.99": Method(
+        base="AdamW", meta="fast Adam", meta_lr=1e-2, discount=0.99
+    ),
+}
+
+
+def starts(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
+    """Draw for each task what comes of each initial step size, fixed and learned.
+
+    Parameters
+    ----------
+    tables : mapping of title to sequence of Cell
+        Tasks without a run of the last of `LINES` are left out.
+    path : Path
+        Where to write the picture.
+    """
+    from matplotlib.figure import Figure
+
+    *_, last = LINES.values()
+    tables = {
+        title: table
+        for title, table in tables.items()
+        if any(cell.method == last for cell in table)
+    }
+    if not tables:
+        return
+    figure = Figure(figsize=(3.2 * len(tables), 3.3), dpi=100, layout="constrained")
+    row = figure.subplots(1, len(tables), squeeze=False)[0]
+    for axis, (title, table) in zip(row, tables.items(), strict=True):
+        kind, means = table[0].kind, list[float]()
+        for (label, method), color in zip(
+            LINES.items(), ("0.6", "tab:orange", "tab:blue"), strict=True
+        ):
+            line = sorted(
+                (cell.start, cell.mean)
+                for cell in table
+                if cell.method == method and not cell.diverged
+            )
+            means += [mean for _, mean in line]
+            axis.semilogx(*zip(*line, strict=True), "o-", ms=3, color=color, label=label)
+        prodigy = [cell for cell in table if cell.method == Peer(name="Prodigy")]
+        if prodigy:
+            axis.axhline(prodigy[0].mean, color="tab:green", ls=":", label="Prodigy")
+        if not kind.more_is_better:
+            axis.set_ylim(0.95 * min(means), min(1.05 * max(means), 2.0 * min(means)))
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step size, initial or fixed", fontsize=8)
+        axis.set_ylabel("\n".join(wrap(kind.judged_by, 32)), fontsize=8)
+        axis.tick_params(labelsize=7)
+    handles, labels = row[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    saved(figure, path)
 
 
 def maps(results: Sequence[Result], kind: type[Task], path: Path) -> None:

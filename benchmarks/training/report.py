@@ -58,6 +58,8 @@ def report(logs: Path, output: Path | None) -> None:
     for name, table in tables.items():
         text = "\n".join(_everything(name, table, times[name])) + "\n"
         (output / f"learning_{name}.md").write_text(text, encoding="utf-8")
+    titles = {NAMES[name]: table for name, table in tables.items()}
+    figures.starts(titles, output / "learning_starts.png")
     for name, kind in TASKS.items():
         figures.maps([run for run in results if run.task == name], kind, output / f"map_{name}.png")
 
@@ -191,6 +193,8 @@ def _summary(
         "run. Seconds are steps times the cost of a step (`learning.py time`): forward pass, "
         "backward pass and the optimizer, in turns in one process. " + made_with(runs)
     )
+    yield ""
+    yield "![Results by initial step size](learning_starts.png)"
     for name, table in tables.items():
         yield from _section(name, table, times[name])
     yield from _misses(tables)
