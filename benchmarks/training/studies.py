@@ -66,8 +66,20 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
     bases = ("AdamW",) if large else tuple(GRIDS)
     for base in bases:
         yield _job(task, Method(base=base), GRIDS[base], seeds)
-    for meta_lr, discount in CURES:
-        for base, meta in CURED[:2] if large else CURED:
+    cured = CURED[:2] if large else CURED
+    for base, meta in cured:
+        meta_lr, discount = CURES[0]
+        method = Method(base=base, meta=meta, meta_lr=meta_lr, discount=discount)
+        yield _job(task, method, initial, seeds)
+    for name in PEERS:
+        starts = (1e-6, 1e-3) if name.startswith(("gdtuo", "hypergradient")) else (1.0,)
+        for start in starts:
+            for seed in seeds:
+                yield _job(task, Peer(name=name), (start,), (seed,))
+    for base in bases:
+        yield _job(task, Method(base=base, schedule="cosine"), GRIDS[base], seeds)
+    for meta_lr, discount in CURES[1:]:
+        for base, meta in cured:
             method = Method(base=base, meta=meta, meta_lr=meta_lr, discount=discount)
             yield _job(task, method, initial, seeds)
     for base, meta in PAIRS[:1] if large else (*PAIRS[:1], *PAIRS[3:]):
@@ -92,13 +104,6 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
         for base, meta in CURED[:4]:
             method = Method(base=base, meta=meta, meta_lr=1e-2, discount=0.99, curvature="diagonal")
             yield _job(task, method, initial, seeds)
-    for name in PEERS:
-        starts = (1e-6, 1e-3) if name.startswith(("gdtuo", "hypergradient")) else (1.0,)
-        for start in starts:
-            for seed in seeds:
-                yield _job(task, Peer(name=name), (start,), (seed,))
-    for base in bases:
-        yield _job(task, Method(base=base, schedule="cosine"), GRIDS[base], seeds)
     for discount in () if large else (1.0, 0.999):
         for base, meta in PAIRS[:3]:
             method = Method(base=base, meta=meta, meta_lr=1e-2, discount=discount, bounds=BOUNDS)
