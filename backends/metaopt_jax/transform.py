@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 import metaopt as mo
-from metaopt.arrays import Leaves, cast, map_leaves
+from metaopt.arrays import Leaves, cast, map_leaves, per_leaf
+from metaopt.inputs import multipliers
 from metaopt_jax.curvature import derivatives
 from metaopt_jax.leaves import Structure, unboxed
 from metaopt_jax.ordered import helps, in_order
@@ -188,8 +189,10 @@ def transformation(
     Raises
     ------
     ValueError
-        If `axis_name` is given and every weight has a step size of its own.
+        If a number in `lr` is negative or not finite, or `axis_name` is given and every weight has
+        a step size of its own.
     """
+    _check_multiplier(lr)
     if axis_name is not None and mo.blocks.partition(opt.blocks).per_leaf:
         msg = '`axis_name` does not go with `blocks="weight"`; use jax.jit with shardings.'
         raise ValueError(msg)
@@ -268,6 +271,15 @@ def transformation(
     found = MetaOptimizeTransformation(init, update)
     found.opt = opt
     return found
+
+
+def _check_multiplier(lr: Any) -> None:
+    """Raise where a multiplier is neither a schedule nor what the core takes."""
+    if isinstance(lr, Mapping):
+        numbers = per_leaf((name, value) for name, value in lr.items() if not callable(value))
+        multipliers(numbers, numbers)
+    elif not callable(lr):
+        multipliers(lr, per_leaf(()))
 
 
 def _at(lr: Any, count: Any) -> Any:
