@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 SCENARIOS = [
     *(f"auto,{name}" for name in ("scalar", "node", "weight", "exact")),
     *(f"explicit,{name}" for name in ("node", "weight", "exact", "diagonal")),
+    *(f"mixed,{name}" for name in ("scalar", "weight", "exact", "full")),
     *("injected,auto", "injected,explicit"),
     *(f"shard_map,{name}" for name in ("scalar", "skip", "exact")),
     "axis_names",

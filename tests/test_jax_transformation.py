@@ -272,6 +272,15 @@ def test_names_are_key_paths(params: Any, names: list[str]) -> None:
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
+@pytest.mark.parametrize("name", [*KINDS, "full", "gradient", "diagonal"])
+def test_one_array_is_a_pytree(name: str) -> None:
+    tx, params = metaopt_jax.metaoptimize(**options_of(name)), jnp.ones((2, 3))
+    state = tx.init(params)
+    new, after = update(tx, *update(tx, params, state))
+    assert new.shape == (2, 3)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+
+
 def test_numpy_arrays_are_parameters_too() -> None:
     tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD())
     params = {"w": np.ones(3, "float32")}
@@ -340,10 +349,20 @@ def test_bad_calls_are_refused() -> None:
         tx.step_sizes((optax.EmptyState(),))
     with pytest.raises(ValueError, match="must hold one state of MetaOptimize; found 2"):
         tx.step_sizes((state, state))
-    with pytest.raises(ValueError, match="`lr` must be a finite number and at least 0; got -1"):
-        metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), lr=-1.0).update(
-            params, state, params
-        )
+
+
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        (-1.0, "`lr` must be a finite number and at least 0; got -1"),
+        (np.nan, "`lr` must be a finite number and at least 0; got nan"),
+        ("fast", r"`lr` must be a number or an array of shape \(\); got 'fast'"),
+        ({"a": optax.constant_schedule(1.0), "b": -1.0}, r"`lr\['b'\]` must be a finite number"),
+    ],
+)
+def test_a_bad_multiplier_is_told_at_once(lr: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), lr=lr)
 
 
 def test_the_configuration_is_the_cores() -> None:

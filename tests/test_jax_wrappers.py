@@ -13,7 +13,14 @@ import metaopt_jax  # noqa: E402
 from metaopt_conformance.tolerances import relative_error, rounding  # noqa: E402
 
 import metaopt as mo  # noqa: E402
-from tests.jax_problem import close, loss, options_of, start, update  # noqa: E402
+from tests.jax_problem import (  # noqa: E402
+    CONFIGURATIONS,
+    close,
+    loss,
+    options_of,
+    start,
+    update,
+)
 
 jnp = jax.numpy
 
@@ -75,6 +82,22 @@ def test_the_state_is_found_within_others() -> None:
     found = tx.step_sizes(state)
     assert [float(size) for size in found.values()] == [float(size) for size in sizes]
     assert set(tx.diagnostics(state)) >= {"beta", "meta_grad", "trace_norm", "skipped"}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_step_sizes_are_found_by_name_in_every_configuration(name: str) -> None:
+    tx, params = ours(name), start()
+    wrapped = optax.chain(optax.clip_by_global_norm(1.0), tx)
+    _, state = update(wrapped, params, wrapped.init(params))
+    core = tx.core_state(state)
+    for field, want in (
+        ("learned_step_sizes", tx.opt.slopes(core.beta)[0]),
+        ("beta", core.beta),
+        ("meta_grad", core.meta_grad),
+        ("trace", core.trace),
+    ):
+        found = optax.tree.get(state, field)
+        close(jax.tree.leaves(found), jax.tree.leaves(want), 1)
 
 
 @pytest.mark.parametrize("name", ["scalar", "tensor", "exact"])

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from metaopt.blocks import Blocks
 
-__all__ = ["by_compiler", "by_types", "in_types", "on_each", "sums_over"]
+__all__ = ["by_compiler", "by_types", "in_types", "on_each", "spelled_out", "sums_over"]
 
 Reduce = Callable[[list[Any]], list[Any]]
 
@@ -100,6 +100,24 @@ def on_each(values: Any) -> Any:
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return values
     return jax.lax.with_sharding_constraint(values, PartitionSpec())
+
+
+def spelled_out(tree: Any) -> Any:
+    """Return arrays with shardings of explicit axes spelled as `jax.jit` spells those it returns.
+
+    P() and P(None) are the same, but not to its cache.
+    """
+
+    def spelled(leaf: Any) -> Any:
+        if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        mesh, spec = leaf.sharding.mesh, leaf.sharding.spec
+        full = PartitionSpec(*spec, *(None,) * (leaf.ndim - len(spec)))
+        if jax.typeof(leaf).sharding.spec != full:  # some axes in it are not explicit
+            return leaf
+        return jax.device_put(leaf, NamedSharding(mesh, full))
+
+    return jax.tree.map(spelled, tree) if in_types(jax.tree.leaves(tree)) else tree
 
 
 def by_types(function: Callable[..., Any], params: Any) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import metaopt as mo
 from metaopt.arrays import per_leaf
 from metaopt_jax.leaves import Structure
-from metaopt_jax.sharded import on_each
+from metaopt_jax.sharded import on_each, spelled_out
 
 __all__ = ["MetaOptimizeState", "from_core", "to_core", "without_leaves"]
 
@@ -48,9 +48,10 @@ class MetaOptimizeState(NamedTuple):
     skipped : array, shape (), int32
         Updates left out by `skip_nonfinite`.
     slot_traces : mapping of slot to pytree like `trace`
-    beta_trace : mapping of "beta" or slot to blocks with a leading axis
+    beta_trace : blocks, with a leading axis where there is one column per block; or empty
+    meta_slot_traces : mapping of slot to blocks like `beta_trace`
     third_trace : pytree like `trace` with one leading axis more, or empty
-        As in `metaopt.State`; empty where nothing feeds back.
+        As in `metaopt.State`, whose `beta_trace` is both of these; empty where nothing feeds back.
     """
 
     count: Any
@@ -66,6 +67,7 @@ class MetaOptimizeState(NamedTuple):
     skipped: Any
     slot_traces: Any
     beta_trace: Any
+    meta_slot_traces: Any
     third_trace: Any
 
 
@@ -75,12 +77,14 @@ def from_core(state: mo.State, step_sizes: Any, structure: Structure) -> MetaOpt
     def blocks(values: Any) -> Any:
         return structure.pytree(values) if isinstance(values, Mapping) else on_each(values)
 
+    beta_trace = dict(state.beta_trace)
+
     def by_slot(values: Mapping[str, Any]) -> Any:
         return structure.by_key(
             values, dict.fromkeys(key for some in values.values() for key in some)
         )
 
-    return MetaOptimizeState(
+    new = MetaOptimizeState(
         count=state.step,
         # a copy where it is beta itself: no two arrays of a state may share memory to be donated
         learned_step_sizes=jax.tree.map(
@@ -98,9 +102,11 @@ def from_core(state: mo.State, step_sizes: Any, structure: Structure) -> MetaOpt
         restarts=on_each(state.restarts),
         skipped=state.skipped,
         slot_traces=by_slot(state.slot_traces),
-        beta_trace={key: blocks(values) for key, values in state.beta_trace.items()},
+        beta_trace=blocks(beta_trace.pop("beta")) if beta_trace else {},
+        meta_slot_traces={slot: blocks(values) for slot, values in beta_trace.items()},
         third_trace=structure.pytree(state.third_trace) if state.third_trace else {},
     )
+    return spelled_out(new)
 
 
 def to_core(state: MetaOptimizeState, opt: mo.MetaOptimize, structure: Structure) -> mo.State:
@@ -123,9 +129,13 @@ def to_core(state: MetaOptimizeState, opt: mo.MetaOptimize, structure: Structure
             for name, traces in structure.by_leaf(state.slot_traces).items()
             if traces
         ),
-        beta_trace=per_leaf((key, blocks(values)) for key, values in state.beta_trace.items()),
+        beta_trace=per_leaf(
+            (key, blocks(values))
+            for key, values in [("beta", state.beta_trace), *state.meta_slot_traces.items()]
+            if jax.tree.leaves(values)
+        ),
         third_trace=structure.leaves(state.third_trace, "state")
-        if state.third_trace
+        if jax.tree.leaves(state.third_trace)
         else per_leaf(()),
         meta_grad=blocks(state.meta_grad),
         restarts=state.restarts,
@@ -156,5 +166,6 @@ def without_leaves(opt: mo.MetaOptimize, structure: Structure) -> MetaOptimizeSt
         skipped=number,
         slot_traces=numbers,
         beta_trace=numbers,
+        meta_slot_traces=numbers,
         third_trace=numbers,
     )
