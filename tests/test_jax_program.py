@@ -45,23 +45,66 @@ def temporaries(program: Any) -> int:
     return int(program.memory_analysis().temp_size_in_bytes // SIZE)
 
 
-@pytest.mark.parametrize(
-    ("blocks", "lr"), [("scalar", "number"), ("tensor", "schedule"), ("node", "number")]
-)
-def test_nothing_is_copied(blocks: str, lr: str) -> None:
-    given = 1.0 if lr == "number" else optax.linear_schedule(0.0, 1.0, 100)
-    program = compiled(metaoptimize(mo.AdamW(weight_decay=0.1), mo.Lion(), blocks=blocks, lr=given))
+RULES: dict[str, Any] = {
+    "SGD": mo.SGD(weight_decay=0.1),
+    "SGD momentum": mo.SGD(momentum=0.9, weight_decay=0.1),
+    "RMSprop": mo.RMSprop(weight_decay=0.1),
+    "AdamW": mo.AdamW(weight_decay=0.1),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "Adam": {"base": mo.AdamW()},
+    "tensor": {"blocks": "tensor"},
+    "node": {"blocks": "node"},
+    "named": {"blocks": {"one": "a", "rest": "*"}},
+    "schedule": {"lr": optax.linear_schedule(0.0, 1.0, 100)},
+    "lr by name": {"lr": {"a": 1.0, "b": 0.5, "c": 0.0}},
+    "discount": {"discount": 0.9},
+    "meta Adam": {"meta": mo.AdamW()},
+    "meta first": {"meta_first": True},
+    "softplus": {"sigma": "softplus"},
+    "bounds": {"bounds": (1e-6, 1e-1)},
+    "gradient": {"trace": "gradient"},
+    "gradient of Adam": {"trace": "gradient", "base": mo.AdamW()},
+}
+#: The number of copies and temporaries for two large parameters, without the option and with it.
+COPYING: dict[str, tuple[dict[str, Any], tuple[int, int], tuple[int, int]]] = {
+    "weight": ({"blocks": "weight"}, (6, 6), (0, 2)),
+    "skip_nonfinite": ({"skip_nonfinite": True}, (4, 4), (0, 0)),
+    "delayed": ({"base": mo.AdamW(delayed=True)}, (4, 4), (0, 0)),
+    "no discount": ({"discount": 0.0}, (4, 2), (0, 1)),
+    "Lion": ({"base": mo.Lion(weight_decay=0.1)}, (2, 2), (0, 0)),
+    "Lion for one": ({"base": {"a": mo.Lion(), "*": mo.AdamW()}}, (1, 1), (0, 0)),
+}
+
+
+def ours(**options: Any) -> Any:
+    usual = {"base": RULES["AdamW"], "meta": mo.Lion()}
+    return metaoptimize(**(usual | options))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_nothing_is_copied(name: str) -> None:
+    program = compiled(ours(**OPTIONS[name]))
     assert (copies(program), temporaries(program)) == (0, 0)
 
 
-@pytest.mark.parametrize(
-    ("base", "meta"),
-    [(mo.SGD(), mo.SGD()), (mo.SGD(momentum=0.9), mo.AdamW()), (mo.RMSprop(), mo.AdamW())],
-    ids=["SGD", "SGD momentum", "RMSprop"],
-)
-def test_nothing_is_copied_for_other_rules(base: Any, meta: Any) -> None:
-    program = compiled(metaoptimize(base, meta))
+@pytest.mark.parametrize("trace", ["update", "gradient"])
+@pytest.mark.parametrize("base", RULES)
+def test_nothing_is_copied_whatever_the_rule(base: str, trace: str) -> None:
+    options = {"trace": trace, "discount": 0.9, "blocks": "tensor", "meta": mo.AdamW()}
+    program = compiled(ours(base=RULES[base], **options))
     assert (copies(program), temporaries(program)) == (0, 0)
+
+
+@pytest.mark.parametrize("name", COPYING)
+def test_what_copies_copies_no_more_than_this(name: str) -> None:
+    """Where a step reads what a new array could replace; the option undoes it."""
+    options, without, with_option = COPYING[name]
+    for given, most in ((None, without), (OPTION, with_option)):
+        program = compiled(ours(**options), given)
+        assert copies(program) <= most[0]
+        assert temporaries(program) <= most[1]
 
 
 def test_lion_copies_its_moment_as_optax_does_unless_told_otherwise() -> None:

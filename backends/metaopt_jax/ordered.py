@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxpr_as_fun
 
 from metaopt_jax.state import MetaOptimizeState
@@ -38,7 +39,7 @@ def in_order(update: Update, grads: Any, state: MetaOptimizeState, params: Any) 
     closed, shape = jax.make_jaxpr(lambda *flat: update(*tree.unflatten(flat)), return_shape=True)(
         *inputs
     )
-    jaxpr = closed.jaxpr
+    jaxpr = _each_once(closed.jaxpr)
     _, before, _ = tree.unflatten(jaxpr.invars)
     outputs = jax.tree.structure(shape).unflatten(jaxpr.outvars)
     steps, after = outputs
@@ -49,11 +50,36 @@ def in_order(update: Update, grads: Any, state: MetaOptimizeState, params: Any) 
     values = _finished(jaxpr, values, [v for v in _variables(after) if v not in late])
     values = _finished(jaxpr, values, traces)
     never = values[before.count] == -1  # no update has this number, but that only we know
-    betas = [*_variables(before.beta), *_variables(after.beta)]
-    tied = values | _after(values, traces, never, betas)
+    sizes = _variables((before.beta, after.beta, after.learned_step_sizes))
+    tied = values | _after(values, traces, never, sizes)
     rest = [v for v in _variables(outputs) if v not in values]
     values |= dict(zip(rest, _computed(jaxpr, tied, rest), strict=True))
     return jax.tree.map(lambda v: values[v] if isinstance(v, Var) else v.val, outputs)
+
+
+def _each_once(jaxpr: Jaxpr) -> Jaxpr:
+    """Return a jaxpr that computes nothing twice: a new moment, say, that a trace takes again."""
+    first, found, equations = dict[Var, Var](), dict[Any, list[Var]](), []
+
+    def renamed(v: Any) -> Any:
+        return first.get(v, v) if isinstance(v, Var) else v
+
+    for equation in jaxpr.eqns:
+        equation = equation.replace(invars=[renamed(v) for v in equation.invars])
+        read = tuple(
+            v if isinstance(v, Var) else (v.aval, np.asarray(v.val).tobytes())
+            for v in equation.invars
+        )
+        key = (equation.primitive, read, tuple(equation.params.items()))
+        try:
+            earlier = found.setdefault(key, equation.outvars)
+        except TypeError:  # a parameter that cannot be compared
+            earlier = equation.outvars
+        if earlier is equation.outvars:
+            equations.append(equation)
+        else:
+            first.update(zip(equation.outvars, earlier, strict=True))
+    return jaxpr.replace(eqns=equations, outvars=[renamed(v) for v in jaxpr.outvars])
 
 
 def _variables(tree: Any) -> list[Var]:
