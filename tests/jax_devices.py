@@ -280,9 +280,22 @@ def orbax(configuration: str, folder: Path) -> None:
     close(jax.device_get((params, state)), unsharded(tx, 2 * STEPS), 2 * STEPS)
 
 
+def orbax_without_leaves(folder: Path) -> None:
+    """Save and restore the state of a group that has no parameter."""
+    params = start()
+    groups = {"ours": metaoptimize(**options_of("scalar")), "others": optax.sgd(0.1)}
+    tx = optax.partition(groups, jax.tree.map(lambda _: "others", params))
+    _, state = update(tx, params, tx.init(params))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "none", state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(folder / "none", tx.init(params))
+    close(restored, state, 1)
+
+
 SCENARIOS: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (auto, explicit, mixed, injected, shard_map, axis_names, orbax)
+    for function in (auto, explicit, mixed, injected, shard_map, axis_names, orbax, orbax_without_leaves)
 }
 
 
@@ -291,7 +304,7 @@ def main(file: str, folder: str, *scenarios: str) -> None:
     failures = {}
     for scenario in scenarios:
         name, *arguments = scenario.split(",")
-        more = {"folder": Path(folder)} if name == "orbax" else {}
+        more = {"folder": Path(folder)} if name.startswith("orbax") else {}
         try:
             SCENARIOS[name](*arguments, **more)
         except Exception:

@@ -24,6 +24,7 @@ SCENARIOS = [
     *(f"shard_map,{name}" for name in ("scalar", "skip", "exact")),
     "axis_names",
     "orbax,scalar",
+    "orbax_without_leaves",
 ]
 
 

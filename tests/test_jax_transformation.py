@@ -310,11 +310,12 @@ def test_parameters_without_a_leaf(name: str) -> None:
     tx = metaopt_jax.metaoptimize(**options)
     params: Any = {"a": None, "b": ()}
     state = tx.init(params)
-    updates, after = jax.jit(tx.update)(params, state, params)
+    updates, after = jax.jit(tx.update, donate_argnums=1)(params, state, params)
     assert updates == params
     assert int(after.count) == 1
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert tx.step_sizes(after) == tx.diagnostics(after) == {}
+    assert all(leaf.size for leaf in jax.tree.leaves(after))  # else orbax does not save it
 
 
 @pytest.mark.parametrize("name", [*KINDS, "rules"])

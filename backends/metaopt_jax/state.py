@@ -148,24 +148,30 @@ def without_leaves(opt: mo.MetaOptimize, structure: Structure) -> MetaOptimizeSt
 
     `optax.tree.map_params` makes one, too, to see where a state has pytrees like the parameters.
     """
-    nothing, number = structure.pytree({}), jnp.zeros((), jnp.int32)
+    nothing = structure.pytree({})
     rules = opt.base.values() if isinstance(opt.base, Mapping) else [opt.base]
-    blocks = nothing if mo.blocks.partition(opt.blocks).per_leaf else jnp.zeros((0,))
-    numbers = jnp.zeros((0,), jnp.int32)
+    per_weight = mo.blocks.partition(opt.blocks).per_leaf
+
+    def number() -> Any:  # in place of none: orbax saves no arrays without an entry
+        return jnp.zeros((), jnp.int32)
+
+    def blocks() -> Any:
+        return nothing if per_weight else jnp.zeros(())
+
     return MetaOptimizeState(
-        count=number,
-        learned_step_sizes=blocks,
-        beta=blocks,
+        count=number(),
+        learned_step_sizes=blocks(),
+        beta=blocks(),
         trace=nothing,
         slots={slot: nothing for rule in rules for slot in rule.slots},
-        meta_grad=blocks,
-        meta_slots=dict.fromkeys(opt.meta.slots, blocks),
-        leaf_counts=numbers,
-        meta_counts=numbers,
-        restarts=numbers,
-        skipped=number,
-        slot_traces=numbers,
-        beta_trace=numbers,
-        meta_slot_traces=numbers,
-        third_trace=numbers,
+        meta_grad=blocks(),
+        meta_slots={slot: blocks() for slot in opt.meta.slots},
+        leaf_counts=number(),
+        meta_counts=number(),
+        restarts=number(),
+        skipped=number(),
+        slot_traces=number(),
+        beta_trace=number(),
+        meta_slot_traces=number(),
+        third_trace=number(),
     )
