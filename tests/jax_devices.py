@@ -295,7 +295,10 @@ def orbax_without_leaves(folder: Path) -> None:
 
 SCENARIOS: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (auto, explicit, mixed, injected, shard_map, axis_names, orbax, orbax_without_leaves)
+    for function in (
+        *(auto, explicit, mixed, injected, shard_map, axis_names),
+        *(orbax, orbax_without_leaves),
+    )
 }
 
 

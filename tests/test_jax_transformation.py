@@ -211,20 +211,36 @@ def test_hyperparameters_are_swept_by_vmap() -> None:
         close(jax.tree.map(lambda leaf, i=index: leaf[i], swept), want, STEPS)
 
 
-def test_it_can_be_differentiated() -> None:
-    """Through the ordered form too: how the loss after training depends on the first step size."""
+RULES = {
+    "Lion": mo.Lion(),
+    "SGD": mo.SGD(momentum=0.9),
+    "Adam": mo.AdamW(),
+    "RMSprop": mo.RMSprop(),
+}
 
-    def after(step_size: Any) -> Any:
-        options = options_of("scalar") | {"step_size": step_size}
-        tx, params = metaopt_jax.metaoptimize(**options), {"w": jnp.ones(3) * 2.0}
+
+@pytest.mark.parametrize(
+    ("base", "meta", "by"),
+    [
+        *((base, meta, "step_size") for base in ("SGD", "Adam", "RMSprop") for meta in RULES),
+        *(("SGD", meta, "start") for meta in ("SGD", "Lion")),
+    ],
+)
+def test_it_can_be_differentiated(base: str, meta: str, by: str) -> None:
+    """Through the ordered form too: how the loss after training depends on where it began."""
+
+    def after(given: Any) -> Any:
+        size, first = (given, 2.0) if by == "step_size" else (1e-2, given)
+        tx = metaopt_jax.metaoptimize(RULES[base], RULES[meta], step_size=size, meta_lr=1e-2)
+        params = {"w": jnp.ones(3) * first}
         state = tx.init(params)
         for _ in range(3):
             params, state = update(tx, params, state)
         return loss(params)
 
-    size, h = jnp.asarray(1e-2), 1e-4
-    slope = (after(size + h) - after(size - h)) / (2 * h)
-    assert relative_error(jax.jit(jax.grad(after))(size), slope) < 1e-2
+    at, h = (jnp.asarray(1e-2), 1e-3) if by == "step_size" else (jnp.asarray(2.0), 1e-2)
+    slope = (after(at + h) - after(at - h)) / (2 * h)
+    assert relative_error(jax.jit(jax.grad(after))(at), slope) < 1e-2
 
 
 # --- files of the core
