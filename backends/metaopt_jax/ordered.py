@@ -9,6 +9,7 @@ Nothing here knows what is computed: the stages are cut out of the jaxpr of the 
 docs/jax.md says what it saves.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -71,10 +72,10 @@ def _each_once(jaxpr: Jaxpr) -> Jaxpr:
             for v in equation.invars
         )
         key = (equation.primitive, read, tuple(equation.params.items()))
-        try:
-            earlier = found.setdefault(key, equation.outvars)
-        except TypeError:  # a parameter that cannot be compared
-            earlier = equation.outvars
+        earlier = equation.outvars
+        with contextlib.suppress(TypeError):  # of a parameter that cannot be compared
+            if all(type(v) is Var for v in earlier):  # else some are read nowhere
+                earlier = found.setdefault(key, earlier)
         if earlier is equation.outvars:
             equations.append(equation)
         else:

@@ -77,7 +77,8 @@ def from_core(state: mo.State, step_sizes: Any, structure: Structure) -> MetaOpt
     def blocks(values: Any) -> Any:
         return structure.pytree(values) if isinstance(values, Mapping) else on_each(values)
 
-    beta_trace = dict(state.beta_trace)
+    meta_slot_traces = dict(state.beta_trace)
+    beta_trace = meta_slot_traces.pop("beta", None)
 
     def by_slot(values: Mapping[str, Any]) -> Any:
         return structure.by_key(
@@ -102,8 +103,8 @@ def from_core(state: mo.State, step_sizes: Any, structure: Structure) -> MetaOpt
         restarts=on_each(state.restarts),
         skipped=state.skipped,
         slot_traces=by_slot(state.slot_traces),
-        beta_trace=blocks(beta_trace.pop("beta")) if beta_trace else {},
-        meta_slot_traces={slot: blocks(values) for slot, values in beta_trace.items()},
+        beta_trace={} if beta_trace is None else blocks(beta_trace),
+        meta_slot_traces={slot: blocks(values) for slot, values in meta_slot_traces.items()},
         third_trace=structure.pytree(state.third_trace) if state.third_trace else {},
     )
     return spelled_out(new)
