@@ -5,6 +5,7 @@ import os
 import pickle
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -317,6 +318,12 @@ def test_a_run_has_arrived_diverged_or_lost_what_it_had() -> None:
     cell = Cell((good, worse), kind)
     assert (cell.diverged, cell.mean, cell.values) == (1, float("-inf"), [0.97])
     assert Cell((good,), kind).better_than(Cell((lost,), kind))
+
+
+def test_a_run_that_is_in_two_logs_counts_once() -> None:
+    kind, one = TASKS["digits"], of_digits((0.1, 0.96), (2.3, 0.2))
+    other = replace(one, seed=1)
+    assert [cell.results for cell in cells([one, other, replace(one)], kind)] == [(one, other)]
 
 
 def test_online_tasks_are_judged_by_their_second_half() -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 import metaopt as mo
 from metaopt.demo.report import number
 from training import figures
+from training.loop import Job
 from training.methods import Method, Peer
 from training.results import Cell, Result, cells, read
-from training.studies import STARTS
+from training.studies import STARTS, comparison, maps
 from training.tasks import TASKS, Task
 from training.timing import milliseconds, read_times
 
@@ -44,8 +45,13 @@ def report(logs: Path, output: Path | None) -> None:
     results = list(read(logs))
     tables = {}
     for name, kind in TASKS.items():
-        # the maps of a task may be of shorter runs: its tables are of those of full length
-        whole = [run for run in results if run.task == name and run.steps == kind.steps]
+        # what is in the maps alone is drawn; tables are of runs of full length
+        drawn = _runs_of(maps(name)) - _runs_of(comparison(name))
+        whole = [
+            run
+            for run in results
+            if run.task == name and run.steps == kind.steps and (run.method, run.start) not in drawn
+        ]
         if whole:
             tables[name] = cells(whole, kind)
     times = {name: read_times(logs, name) for name in tables}
@@ -62,6 +68,10 @@ def report(logs: Path, output: Path | None) -> None:
     figures.starts(titles, output / "learning_starts.png")
     for name, kind in TASKS.items():
         figures.maps([run for run in results if run.task == name], kind, output / f"map_{name}.png")
+
+
+def _runs_of(jobs: Iterable[Job]) -> set[tuple[Method | Peer, float]]:
+    return {(job.method, start) for job in jobs for start in job.starts}
 
 
 def made_with(runs: Iterable[Result]) -> str:

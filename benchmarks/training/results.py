@@ -205,8 +205,9 @@ class Cell:
 
 
 def cells(results: Iterable[Result], kind: type[Task]) -> list[Cell]:
-    """Return results by method and start, in order of appearance."""
-    found: dict[Any, list[Result]] = {}
+    """Return results by method and start, in order of appearance; of equal runs the first."""
+    found: dict[Any, dict[int, Result]] = {}
     for result in results:
-        found.setdefault((result.method, result.start, result.steps), []).append(result)
-    return [Cell(tuple(some), kind) for some in found.values()]
+        key = (result.method, result.start, result.steps)
+        found.setdefault(key, {}).setdefault(result.seed, result)
+    return [Cell(tuple(some.values()), kind) for some in found.values()]
