@@ -98,7 +98,8 @@ def _section(name: str, released: bool, found: Sequence[Cell]) -> Iterator[str]:
         known = ""
         if isinstance(method, Method):
             base = method.base.removesuffix(" as released")
-            known = PAPER.get((name, base, method.blocks if method.meta else None), "")
+            if method not in [beyond for beyond, _ in EXPERIMENTS[name].beyond]:
+                known = PAPER.get((name, base, method.blocks if method.meta else None), "")
         yield f"| {method.label} | {number(start)} | {seeds} | {result} | {known} |"
     if name == "continual-cifar100":
         yield from _switches(found)
