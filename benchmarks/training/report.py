@@ -28,7 +28,7 @@ NAMES = {
     "continual": "Continual CIFAR-100, as printed",
     "continual-as-released": "Continual CIFAR-100, as released",
 }
-#: Starts from which the goals are to be reached.
+#: Starts from which the goals are to be reached; large tasks are run from every other.
 GOAL = tuple(start for start in STARTS if 1e-7 <= start <= 1e-3)
 
 
@@ -167,7 +167,8 @@ def _tuned(table: Sequence[Cell]) -> dict[str, list[Cell]]:
     for cell in table:
         if isinstance(cell.method, Method) and cell.method.meta and cell.start in GOAL:
             found.setdefault(cell.method.label, []).append(cell)
-    return {label: some for label, some in found.items() if len(some) == len(GOAL)}
+    every = {label: {cell.start for cell in some} for label, some in found.items()}
+    return {label: some for label, some in found.items() if every[label] >= set(GOAL[::2])}
 
 
 def _slowness(cell: Cell) -> tuple[int, float]:
