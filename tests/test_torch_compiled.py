@@ -178,6 +178,32 @@ def test_steps_and_sizes_and_schedules_do_not_recompile(monkeypatch: Any) -> Non
     assert len(graphs) <= meta_update_of_another_size
 
 
+@pytest.mark.parametrize("blocks", ["scalar", "tensor"])
+def test_one_graph_serves_arrays_wherever_in_their_memory_they_begin(
+    blocks: str, monkeypatch: Any
+) -> None:
+    """As counts of leaves, step sizes of blocks and gradients in one buffer do."""
+    graphs = made(monkeypatch)
+    monkeypatch.setitem(runs.SMALL, "cpu", 0)
+    options: dict[str, Any] = {"base": RULES["AdamW"], "meta": mo.Lion(), "step_size": 1e-2}
+    nets = [
+        [torch.ones(4, size, requires_grad=True) for size in (30, 33, 41, 50)] for _ in range(2)
+    ]
+    for net, flag in zip(nets, (True, False), strict=True):
+        groups = [{"params": net[:2]}, {"params": net[2:]}]
+        opt = MetaOptimizer(groups, compile=flag, blocks=blocks, **options)
+        for step in range(3):
+            sizes = [param.numel() for param in net]
+            buffer = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(step))
+            for param, piece in zip(net, buffer.split(sizes), strict=True):
+                param.grad = piece.view_as(param)
+            opt.step()
+    assert sum("param" in given for given in graphs) == 1
+    allowed = rounding("float32", operations=60, steps=3)
+    for a, b in zip(*nets, strict=True):
+        assert relative_error(a.detach().numpy(), b.detach().numpy()) < allowed
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_graphs_of_one_size_are_not_taken_for_another(order: int, monkeypatch: Any) -> None:
     """Sizes that are equal, or 1, might be taken for always equal, or always 1; strides too."""

@@ -47,7 +47,8 @@ class Kernel(NamedTuple):
 
         Those that were equal, or 1, when it was made may be taken for always so.
         """
-        env, given = self.inputs[0].fake_mode.shape_env, list(arrays.values())
+        env = self.inputs[0].fake_mode.shape_env
+        given = [_outline(array) for array in arrays.values()]
         return bool(env.evaluate_guards_for_args(self.inputs, given, ignore_static=False))
 
 
@@ -132,7 +133,7 @@ class Compiled:
 
         # made here, for the tracer's own would let a float64 of a CPU become a constant
         mode = FakeTensorMode(shape_env=shapes.ShapeEnv())
-        values = [mode.from_tensor(array.detach()) for array in arrays.values()]
+        values = [mode.from_tensor(_outline(array)) for array in arrays.values()]
         graph = tracer.make_fx(function, tracing_mode="symbolic")(*values)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         results = _results(list(graph.graph.nodes))
@@ -154,6 +155,20 @@ class Compiled:
             return Kernel(whole, inputs)  # constants are among them, or what is written to
         copied = [node.args[0] for node in nodes if node.target is torch.ops.aten.copy_.default]
         return Kernel(_directly(kernel, [arguments.index(node) for node in copied]), inputs)
+
+
+def _outline(array: Tensor) -> Tensor:
+    """Return an array as a kernel is made for it, wherever in its memory it begins.
+
+    The count of every leaf is another entry of one vector. Code for a GPU may differ by whether an
+    array is aligned, which no number is taken to be.
+    """
+    array = array.detach()
+    if array.device.type != "cpu" and array.dim() == 0:
+        return array.new_empty(2)[1]
+    aligned = array.storage_offset() * array.itemsize % 16 == 0
+    start = 0 if aligned or array.device.type == "cpu" else 1
+    return array.as_strided(array.shape, array.stride(), start)
 
 
 def _results(nodes: Sequence[torch.fx.Node]) -> int:
