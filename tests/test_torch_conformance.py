@@ -31,6 +31,10 @@ pytestmark = [
 ]
 
 
+#: Options of steps that the core makes, not compiled ones.
+IN_THE_CORE = ("curvature", "approximation")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compiled(Case):
     """A case with what the adapter alone has; without what is not done in compiled passes.
@@ -61,23 +65,34 @@ class Compiled(Case):
         return super().refusal()
 
 
-#: What changes a compiled pass, or what is handed to it.
-CHOICES: Mapping[str, Sequence[Any]] = {
-    name: OPTIONS[name]
-    for name in (
-        *("sigma", "discount", "meta_first", "trace", "step_size", "bounds", "lr", "missing"),
-        *("skip_nonfinite", "mixed", "delayed", "bias_correction"),
-    )
-} | {
-    "problem": ("logcosh", "network"),
-    "blocks": ("scalar", "tensor", "node", "weight", "groups"),
+PAIRS: Mapping[str, Sequence[Any]] = {"base": tuple(BASES), "meta": tuple(METAS)}
+OF_THE_ADAPTER: Mapping[str, Sequence[Any]] = {
     "dtype": ("float32", "float64", "bfloat16"),
-    "first_leaf": ("same", "float32"),
-    "faulty": ("nothing", "gradient", "huge"),
     "maximize": (False, True),
     "decay": ("rules", "groups"),
     "groups": ("each", "one"),
     "packed": (True, False),
+}
+#: Of options that change a compiled pass, the values that do; each pass takes a second to compile.
+FEW: Mapping[str, Sequence[Any]] = {
+    "blocks": ("scalar", "tensor", "node", "weight", "groups"),
+    "sigma": ("exp", "identity", "softplus"),
+    "discount": (1.0, 0.9),
+    "meta_first": (False, True),
+    "trace": ("update", "gradient"),
+    "step_size": ("one", "each"),
+    "bounds": ("none", "all", "one"),
+    "lr": ("schedule", "by name", "arrays"),
+    "missing": (False, True),
+    "faulty": ("nothing", "gradient"),
+    "skip_nonfinite": (False, True),
+    "mixed": (False, True),
+    **OF_THE_ADAPTER,
+}
+MANY: Mapping[str, Sequence[Any]] = {
+    **{name: values for name, values in OPTIONS.items() if name not in IN_THE_CORE},
+    "first_leaf": ("same", "float32"),
+    **OF_THE_ADAPTER,
 }
 
 
@@ -142,9 +157,6 @@ def _numbers_may_overflow(case: Case) -> Iterator[None]:
         yield
 
 
-QUICK = covering(Compiled(steps=4), {"base": tuple(BASES), "meta": tuple(METAS)} | dict(CHOICES))
-
-
 def compared(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(case, Compiled)
     monkeypatch.setitem(runs.SMALL, "cpu", 2**16 if case.packed else 0)
@@ -153,7 +165,7 @@ def compared(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         single_steps(under, case)
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
+@pytest.mark.parametrize("case", covering(Compiled(steps=4), {**PAIRS, **FEW}), ids=str)
 def test_compiled_steps_are_the_oracles(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any two values of two options, every pair of rules among them, meet in one of the cases."""
     compared(case, monkeypatch)
@@ -165,5 +177,5 @@ def test_compiled_steps_of_a_pair_of_rules_are_the_oracles(
     base: str, meta: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any two values of two options meet for the pair."""
-    for case in covering(Compiled(base=base, meta=meta, steps=4), CHOICES):
+    for case in covering(Compiled(base=base, meta=meta, steps=4), MANY):
         compared(case, monkeypatch)
