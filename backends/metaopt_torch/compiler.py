@@ -133,7 +133,12 @@ class Compiled:
 
         # made here, for the tracer's own would let a float64 of a CPU become a constant
         mode = FakeTensorMode(shape_env=shapes.ShapeEnv())
-        values = [mode.from_tensor(_outline(array)) for array in arrays.values()]
+        outlines = [mode.from_tensor(_outline(array)) for array in arrays.values()]
+        with mode:
+            values = [
+                _laid_out(outline, outline.storage_offset(), array.device)
+                for outline, array in zip(outlines, arrays.values(), strict=True)
+            ]
         graph = tracer.make_fx(function, tracing_mode="symbolic")(*values)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         results = _results(list(graph.graph.nodes))
@@ -158,17 +163,22 @@ class Compiled:
 
 
 def _outline(array: Tensor) -> Tensor:
-    """Return an array as a kernel is made for it, wherever in its memory it begins.
+    """Return an array without its memory as a kernel is made for it, wherever it begins.
 
     The count of every leaf is another entry of one vector. Code for a GPU may differ by whether an
     array is aligned, which no number is taken to be.
     """
-    array = array.detach()
-    if array.device.type != "cpu" and array.dim() == 0:
-        return array.new_empty(2)[1]
-    aligned = array.storage_offset() * array.itemsize % 16 == 0
+    aligned = array.dim() > 0 and array.storage_offset() * array.itemsize % 16 == 0
     start = 0 if aligned or array.device.type == "cpu" else 1
-    return array.as_strided(array.shape, array.stride(), start)
+    return _laid_out(array, start, torch.device("meta"))
+
+
+def _laid_out(array: Tensor, start: Any, device: torch.device) -> Tensor:
+    """Return a new tensor with an array's sizes and strides that begins at an entry of memory."""
+    pairs = zip(array.shape, array.stride(), strict=True)
+    extent = 1 + sum((length - 1) * step for length, step in pairs)
+    memory = torch.empty(start + extent, dtype=array.dtype, device=device)
+    return memory.as_strided(array.shape, array.stride(), start)
 
 
 def _results(nodes: Sequence[torch.fx.Node]) -> int:
