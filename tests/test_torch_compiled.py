@@ -295,6 +295,62 @@ def test_gradients_know_of_the_step() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+@pytest.mark.parametrize("blocks", ["scalar", "node"])
+def test_a_gradient_may_share_its_parameters_memory(blocks: str, skip_nonfinite: bool) -> None:
+    """As that of half the square does, in the same place, and in one buffer in another."""
+    options: dict[str, Any] = {"blocks": blocks, "skip_nonfinite": skip_nonfinite}
+    options |= {"base": RULES["AdamW"], "meta": mo.Lion(), "step_size": 1e-2}
+    found = []
+    for flag in (True, False):
+        buffer = torch.linspace(-1.0, 1.0, 4 * 70_000)
+        whole, half = buffer[: 2 * 70_000], buffer[2 * 70_000 :]
+        params = [whole.view(2, -1), half[:70_000].view(2, -1)]
+        grads = [whole.view(2, -1), half[70_000:].view(2, -1)]
+        opt = MetaOptimizer(params, compile=flag, **options)
+        for _ in range(3):
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            opt.step()
+        found.append(buffer)
+    assert relative_error(*found) < rounding("float32", operations=60, steps=3)
+
+
+def test_a_step_in_a_compiled_function_is_left_as_it_is() -> None:
+    """The function around it is compiled in two parts."""
+    nets = [network() for _ in range(2)]
+    opts = [MetaOptimizer(net.parameters(), compile=True, **options_of("tensor")) for net in nets]
+
+    def trained_on(x: Any, net: Any, opt: Any) -> None:
+        net(x).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+    x = torch.randn(16, 20, generator=torch.Generator().manual_seed(0))
+    whole = torch.compile(trained_on, backend="eager")
+    for _ in range(3):
+        whole(x, nets[0], opts[0])
+        trained_on(x, nets[1], opts[1])
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        allowed = rounding("float32", operations=60, steps=3)
+        assert relative_error(a.detach().numpy(), b.detach().numpy()) < allowed
+
+
+def test_tensors_without_memory_are_not_compiled_for() -> None:
+    """With a reason; left to the optimizer, their steps are eager."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for flag in (True, None):
+            param = torch.ones(3, requires_grad=True)
+            opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.Lion(), compile=flag)
+            param.grad = torch.ones(3)
+            if flag:
+                with pytest.raises(TypeError, match="'param' is a FakeTensor, of whose memory"):
+                    opt.step()
+                continue
+            with pytest.warns(UserWarning, match="is a FakeTensor, of whose memory nothing"):
+                opt.step()
+
+
 def test_what_does_not_compile_is_known_before_anything_moves(monkeypatch: Any) -> None:
     """Also if it is the meta update, which runs last."""
     plain = compiler.Compiled._made

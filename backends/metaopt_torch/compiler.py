@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -92,7 +92,7 @@ class Compiled:
         kernels = self._kernels.setdefault((same, tuple(arrays), dtypes), [])
         try:
             for name, array in arrays.items():
-                if is_traceable_wrapper_subclass(array):
+                if is_traceable_wrapper_subclass(array) or is_fake(array):
                     msg = f"{name!r} is a {type(array).__name__}, of whose memory nothing is known"
                     raise TypeError(msg)
             for kernel in kernels:

@@ -251,8 +251,8 @@ meta_first, skip_nonfinite
             raise ValueError(msg)
         if not leaves:
             msg = (
-                f"`loss` has no gradient: of {len(self._ready.leaves)} parameters of this optimizer "
-                "none requires one. Call `requires_grad_()` on those that are to move."
+                f"`loss` has no gradient: of {len(self._ready.leaves)} parameters of this "
+                "optimizer none requires one. Call `requires_grad_()` on those that are to move."
             )
             raise ValueError(msg)
         found: Sequence[Tensor | None] = [None]
@@ -271,6 +271,7 @@ meta_first, skip_nonfinite
                 param.grad = grad if param.grad is None else param.grad + grad
         self._twice = True
 
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def step(
         self,
         closure: Callable[[], Any] | None = None,
