@@ -97,6 +97,48 @@ def test_central_differences_leave_parameters_gradients_and_random_numbers_alone
     assert not torch.equal(after, once)
 
 
+LOSSES: dict[str, Any] = {
+    "of 2 parameters of this optimizer none requires one": lambda net: net.requires_grad_(False)(
+        torch.ones(1, 4, dtype=torch.float64)
+    ),
+    "got one that depends on others alone": lambda _: torch.ones(1, requires_grad=True) * 2.0,
+    "on nothing that requires a gradient": lambda net: net(torch.ones(1, 4).double()).detach(),
+    r"`loss` must be one number; got shape \(3, 1\)": lambda net: net(torch.ones(3, 4).double()),
+}
+
+
+@pytest.mark.parametrize("message", LOSSES)
+def test_a_loss_without_gradients_is_told_at_once(message: str) -> None:
+    net = torch.nn.Linear(4, 1).double()
+    opt = made(net)
+    loss = LOSSES[message](net)
+    with pytest.raises(ValueError, match=message):
+        opt.backward(loss)
+    assert all(param.grad is None for param in net.parameters())
+    net.requires_grad_(True)
+    opt.backward(net(torch.ones(1, 4).double()).sum())
+    opt.step()
+
+
+@pytest.mark.parametrize("hvp", ["autograd", "central"])
+@pytest.mark.parametrize("approximation", ["l", "2x2", "full"])
+def test_without_gradients_nothing_moves_and_no_product_is_needed(
+    approximation: str, hvp: str
+) -> None:
+    if hvp == "central" and approximation == "full":
+        pytest.skip("differences give no third derivatives")
+    net = network()
+    opt = made(net, approximation=approximation, hvp=hvp)
+    trained(net, opt, 2)
+    opt.zero_grad()
+    before = [param.detach().clone() for param in net.parameters()]
+    sizes, traces = opt.step_sizes(), opt.core_state().trace
+    opt.step(lambda: 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+    assert all(torch.equal(opt.step_sizes()[name], size) for name, size in sizes.items())
+    assert all(torch.equal(opt.core_state().trace[name], trace) for name, trace in traces.items())
+
+
 def test_a_graph_is_let_go_after_the_step() -> None:
     net = network()
     opt = made(net)

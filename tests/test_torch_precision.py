@@ -1,5 +1,6 @@
 """Narrow parameters, scaled and non-finite gradients."""
 
+import shutil
 import warnings
 from typing import Any
 
@@ -20,15 +21,29 @@ def made(params: Any, **options: Any) -> MetaOptimizer:
     return MetaOptimizer(params, **({"compile": False} | defaults | options))
 
 
+compiled = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
+    # the compiler's own deprecations
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+eager_and_compiled = pytest.mark.parametrize(
+    ("blocks", "compile"),
+    [(blocks, False) for blocks in ("scalar", "tensor", "weight")]
+    + [pytest.param(blocks, True, marks=compiled) for blocks in ("scalar", "tensor")],
+)
+
+
 # --- small steps of narrow parameters
 
 
-def drifted(dtype: Any, how: str, blocks: str, steps: int = 400) -> Any:
+def drifted(dtype: Any, how: str, blocks: str, compile: bool, steps: int = 400) -> Any:
     """Return where weights of 1 get to by steps of a tenth of what the dtype can tell from 1."""
     torch.manual_seed(0)
     small = 0.1 * torch.finfo(dtype).eps
     params = [torch.ones(2000, dtype=dtype, requires_grad=True) for _ in range(2)]
-    opt = made(params, step_size=small, meta_lr=0.0, rounding=how, blocks=blocks)
+    options = {"step_size": small, "meta_lr": 0.0, "blocks": blocks, "compile": compile}
+    opt = made(params, rounding=how, **options)
     for _ in range(steps):
         for param in params:
             param.grad = torch.ones_like(param)
@@ -36,18 +51,18 @@ def drifted(dtype: Any, how: str, blocks: str, steps: int = 400) -> Any:
     return params[0].detach().float(), 1.0 - steps * small
 
 
-@pytest.mark.parametrize("blocks", ["scalar", "tensor", "weight"])
+@eager_and_compiled
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kahan_rounding_loses_no_small_step(dtype: Any, blocks: str) -> None:
-    got, want = drifted(dtype, "kahan", blocks)
+def test_kahan_rounding_loses_no_small_step(dtype: Any, blocks: str, compile: bool) -> None:
+    got, want = drifted(dtype, "kahan", blocks, compile)
     assert relative_error(got.numpy(), np.full(2000, want)) < torch.finfo(dtype).eps
-    stuck, _ = drifted(dtype, "nearest", blocks)
+    stuck, _ = drifted(dtype, "nearest", blocks, compile)
     assert torch.all(stuck == 1.0)
 
 
-@pytest.mark.parametrize("blocks", ["scalar", "tensor", "weight"])
-def test_stochastic_rounding_is_right_in_the_mean(blocks: str) -> None:
-    got, want = drifted(torch.bfloat16, "stochastic", blocks)
+@eager_and_compiled
+def test_stochastic_rounding_is_right_in_the_mean(blocks: str, compile: bool) -> None:
+    got, want = drifted(torch.bfloat16, "stochastic", blocks, compile)
     step = float(torch.finfo(torch.bfloat16).eps) / 2
     # 400 steps, each up or down by at most one bfloat16: a random walk of each of 2000 weights
     spread = step * np.sqrt(400 / 2000)
@@ -167,13 +182,18 @@ def _bytes(tree: Any) -> Any:
     return [_bytes(value) for value in tree] if isinstance(tree, list) else tree
 
 
-@pytest.mark.parametrize("blocks", ["scalar", "tensor", "node"])
-def test_a_trace_that_overflows_restarts_in_the_next_step(blocks: str) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "compile"),
+    [(blocks, False) for blocks in ("scalar", "tensor", "node")]
+    + [pytest.param(blocks, True, marks=compiled) for blocks in ("scalar", "node")],
+)
+def test_a_trace_that_overflows_restarts_in_the_next_step(blocks: str, compile: bool) -> None:
     """docs/mathematics.md section 11: of one pass and of two, and both learn on."""
     runs = []
     for two_passes in (False, True):
         param = torch.zeros(2, 2, requires_grad=True)
-        opt = made([param], skip_nonfinite=two_passes, blocks=blocks, meta=mo.AdamW())
+        options = {"skip_nonfinite": two_passes, "blocks": blocks, "compile": compile}
+        opt = made([param], meta=mo.AdamW(), **options)
         for size in (1.0, 1e12, 1e12, 1.0, 1.0, 1.0):
             param.grad = torch.full_like(param, size)
             opt.step()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -47,7 +47,8 @@ class Kernel(NamedTuple):
 
         Those that were equal, or 1, when it was made may be taken for always so.
         """
-        env, given = self.inputs[0].fake_mode.shape_env, list(arrays.values())
+        env = self.inputs[0].fake_mode.shape_env
+        given = [_outline(array) for array in arrays.values()]
         return bool(env.evaluate_guards_for_args(self.inputs, given, ignore_static=False))
 
 
@@ -91,7 +92,7 @@ class Compiled:
         kernels = self._kernels.setdefault((same, tuple(arrays), dtypes), [])
         try:
             for name, array in arrays.items():
-                if is_traceable_wrapper_subclass(array):
+                if is_traceable_wrapper_subclass(array) or is_fake(array):
                     msg = f"{name!r} is a {type(array).__name__}, of whose memory nothing is known"
                     raise TypeError(msg)
             for kernel in kernels:
@@ -132,7 +133,12 @@ class Compiled:
 
         # made here, for the tracer's own would let a float64 of a CPU become a constant
         mode = FakeTensorMode(shape_env=shapes.ShapeEnv())
-        values = [mode.from_tensor(array.detach()) for array in arrays.values()]
+        outlines = [mode.from_tensor(_outline(array)) for array in arrays.values()]
+        with mode:
+            values = [
+                _laid_out(outline, outline.storage_offset(), array.device)
+                for outline, array in zip(outlines, arrays.values(), strict=True)
+            ]
         graph = tracer.make_fx(function, tracing_mode="symbolic")(*values)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         results = _results(list(graph.graph.nodes))
@@ -154,6 +160,25 @@ class Compiled:
             return Kernel(whole, inputs)  # constants are among them, or what is written to
         copied = [node.args[0] for node in nodes if node.target is torch.ops.aten.copy_.default]
         return Kernel(_directly(kernel, [arguments.index(node) for node in copied]), inputs)
+
+
+def _outline(array: Tensor) -> Tensor:
+    """Return an array without its memory as a kernel is made for it, wherever it begins.
+
+    The count of every leaf is another entry of one vector. Code for a GPU may differ by whether an
+    array is aligned, which no number is taken to be.
+    """
+    aligned = array.dim() > 0 and array.storage_offset() * array.itemsize % 16 == 0
+    start = 0 if aligned or array.device.type == "cpu" else 1
+    return _laid_out(array, start, torch.device("meta"))
+
+
+def _laid_out(array: Tensor, start: Any, device: torch.device) -> Tensor:
+    """Return a new tensor with an array's sizes and strides that begins at an entry of memory."""
+    pairs = zip(array.shape, array.stride(), strict=True)
+    extent = 1 + sum((length - 1) * step for length, step in pairs)
+    memory = torch.empty(start + extent, dtype=array.dtype, device=device)
+    return memory.as_strided(array.shape, array.stride(), start)
 
 
 def _results(nodes: Sequence[torch.fx.Node]) -> int:

@@ -152,7 +152,11 @@ def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> mo.MetaOptim
     """
     leaves = named(groups)
     if not leaves:
-        msg = "`params` must hold a parameter; got none."
+        msg = (
+            f"`params` must hold a parameter; got {len(groups)} groups without any. Step sizes are "
+            "made for parameters, on their device: begin with one, and add others by "
+            "`add_param_group`."
+        )
         raise ValueError(msg)
     made: dict[Any, Rule] = {}
     of_base = rules_by_leaf(config.base, per_leaf((name, param) for name, param, _ in leaves))

@@ -238,14 +238,40 @@ meta_first, skip_nonfinite
         Parameters
         ----------
         loss : tensor, shape ()
+
+        Raises
+        ------
+        ValueError
+            If it is not one number, or depends on no parameter of this optimizer that requires a
+            gradient.
         """
         leaves = [leaf.param for leaf in self._ready.leaves.values() if leaf.param.requires_grad]
-        found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        if loss.numel() != 1:
+            msg = f"`loss` must be one number; got shape {tuple(loss.shape)}."
+            raise ValueError(msg)
+        if not leaves:
+            msg = (
+                f"`loss` has no gradient: of {len(self._ready.leaves)} parameters of this "
+                "optimizer none requires one. Call `requires_grad_()` on those that are to move."
+            )
+            raise ValueError(msg)
+        found: Sequence[Tensor | None] = [None]
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        if all(grad is None for grad in found):
+            why = "on others alone" if loss.requires_grad else "on nothing that requires a gradient"
+            msg = (
+                f"`loss` must depend on a parameter of this optimizer; got one that depends {why}. "
+                "Compute it from the parameters that the optimizer was given, outside of "
+                "`torch.no_grad`."
+            )
+            raise ValueError(msg)
         for param, grad in zip(leaves, found, strict=True):
             if grad is not None:
                 param.grad = grad if param.grad is None else param.grad + grad
         self._twice = True
 
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -290,7 +316,7 @@ meta_first, skip_nonfinite
                 self._hessian_free.step(grads)
                 return loss
             derivatives = {"hvp": hvp, "third": third, "hessian_diagonal": hessian_diagonal}
-            if exact and grads:
+            if exact:
                 derivatives |= self._derivatives(grads, closure, random, third)
             core_step(self._ready, grads, self._rounding, derivatives)
             self._twice = False
@@ -304,6 +330,8 @@ meta_first, skip_nonfinite
     ) -> dict[str, Any]:
         """Return where second derivatives come from."""
         params = {name: leaf.param for name, leaf in self._ready.leaves.items()}
+        if not grads:  # products of leaves without a gradient are None
+            return dict.fromkeys(("hvp", "third"), lambda tangents, *_: dict.fromkeys(tangents))
         if self._hvp == "central":
             reduce = reduction(self._ready.leaves)
             return {"hvp": by_central_difference(closure, params, grads, random, reduce)}

@@ -139,7 +139,7 @@ class Case:
 
     def __str__(self) -> str:
         """Return the fields that are not at their defaults, as the command line takes them."""
-        plain = Case()
+        plain = type(self)()
         changed = {
             field.name: getattr(self, field.name)
             for field in fields(self)
