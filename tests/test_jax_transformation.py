@@ -211,7 +211,7 @@ def test_hyperparameters_are_swept_by_vmap() -> None:
         close(jax.tree.map(lambda leaf, i=index: leaf[i], swept), want, STEPS)
 
 
-RULES = {
+RULES: dict[str, Any] = {
     "Lion": mo.Lion(),
     "SGD": mo.SGD(momentum=0.9),
     "Adam": mo.AdamW(),
