@@ -12,7 +12,15 @@ from metaopt.jets import Jet, chained, crossed, lift, outer
 #: The smallest normal number of float32; libraries that flush to zero know none below it.
 SMALLEST = 2.0**-126
 
-__all__ = ["divide", "one_minus_power", "only_where_positive", "reciprocal", "sign", "sqrt"]
+__all__ = [
+    "divide",
+    "one_minus_power",
+    "only_where_positive",
+    "positive",
+    "reciprocal",
+    "sign",
+    "sqrt",
+]
 
 
 def sqrt(x: ArrayT) -> ArrayT:
@@ -41,6 +49,19 @@ def sign(x: ArrayT) -> ArrayT:
     if isinstance(x, Jet):
         return _as(x, Jet(sign(x.value), order=x.order))
     return namespace(x).sign(x)
+
+
+def positive(x: ArrayT) -> ArrayT:
+    """Return 1 where x is positive, else 0, in its dtype; its derivative is zero by structure.
+
+    Parameters
+    ----------
+    x : array or jet
+    """
+    if isinstance(x, Jet):
+        return _as(x, Jet(positive(x.value), order=x.order))
+    xp = namespace(x)
+    return xp.where(lift(x).value > 0.0, xp.ones_like(x), xp.zeros_like(x))
 
 
 def reciprocal(x: ArrayT) -> ArrayT:

@@ -73,8 +73,8 @@ FAULTS = {
     ),
     "start over when a larger step size is asked for": Fault(
         "rules/fast_start.py",
-        "0.5 * asked * (1.0 + asked)",
-        "0.5 * asked * (asked - 1.0)",
+        "(1.0 - before) * positive(grad)",
+        "(1.0 - before) * positive(-grad)",
     ),
     "start one step too long": Fault(
         "rules/fast_start.py",
@@ -83,8 +83,8 @@ FAULTS = {
     ),
     "start that begins again": Fault(
         "rules/fast_start.py",
-        "before + (1.0 - before) * (0.5 * asked * (1.0 + asked))",
-        "0.5 * asked * (1.0 + asked)",
+        "before + (1.0 - before) * positive(grad)",
+        "positive(grad)",
     ),
     "slope of the root left out": Fault(
         "numerics.py",

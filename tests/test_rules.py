@@ -388,7 +388,7 @@ def test_step_sizes_that_start_too_small_arrive_sooner() -> None:
 
 
 def test_a_fast_start_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="`factor` must be at least 1"):
+    with pytest.raises(ValueError, match="`factor` must be finite and at least 1"):
         mo.FastStart(mo.AdamW(), factor=0.5)
     with pytest.raises(ValueError, match="`rule` must not be a FastStart itself"):
         mo.FastStart(mo.FastStart(mo.AdamW()))
@@ -406,7 +406,11 @@ def test_a_fast_start_that_is_none_is_refused() -> None:
 def test_a_fast_start_is_saved(tmp_path: Any) -> None:
     opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.FastStart(mo.Lion(betas=(0.5, 0.6)), factor=3))
     params = {"w": np.ones(3)}
-    _, state = opt.step(params, {"w": np.ones(3)}, opt.init(params))
+    state = opt.init(params)
+    for grad in (1.0, -1.0):  # the weights have gone too far
+        params, state = opt.step(params, {"w": grad * np.ones(3)}, state)
+    assert state.meta_slots["turned"] == 1.0
     mo.save(tmp_path / "state", opt, state)
-    loaded, _ = mo.load(tmp_path / "state", params)
+    loaded, found = mo.load(tmp_path / "state", params)
     assert loaded == opt
+    assert found.meta_slots["turned"] == 1.0

@@ -266,6 +266,13 @@ def test_a_state_of_another_method_is_refused(options: Any) -> None:
         other.load_state_dict(opt.state_dict())
 
 
+def test_a_fast_start_of_another_rule_is_another_method() -> None:
+    _, opt = trained(meta=mo.FastStart(mo.Lion()))
+    _, other = trained(meta=mo.FastStart(mo.SGD(momentum=0.9)))
+    with pytest.raises(ValueError, match=r"FastStart of Lion.* expected AdamW, FastStart of SGD"):
+        other.load_state_dict(opt.state_dict())
+
+
 @pytest.mark.parametrize(("of", "into"), [("float32", "float64"), ("float64", "float32")])
 def test_a_state_takes_the_dtype_that_goes_with_the_parameters(of: str, into: str) -> None:
     nets = [torch.nn.Linear(4, 2, dtype=getattr(torch, dtype)) for dtype in (of, into)]

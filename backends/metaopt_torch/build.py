@@ -171,9 +171,12 @@ def build(
     kinds: list[set[str]] = [set() for _ in groups]
     for name, rule in rules.items():
         kinds[owners[name]].add(type(rule).__name__)
+    meta = type(given.meta).__name__
+    if isinstance(given.meta, mo.FastStart):
+        meta = f"{meta} of {type(given.meta.rule).__name__}"
     sigma = given.sigma if isinstance(given.sigma, str) else repr(given.sigma)
     for group, bases in zip(groups, kinds, strict=True):
-        group[MADE_WITH] = f"{' and '.join(sorted(bases))}, {type(given.meta).__name__}, {sigma}"
+        group[MADE_WITH] = f"{' and '.join(sorted(bases))}, {meta}, {sigma}"
     counts = Counts([leaf for leaf in leaves.values() if leaf.state])
     decays = {id(group): group["weight_decay"] for group in groups}
     return Built(config, plan, leaves, vectors, counts, decays)

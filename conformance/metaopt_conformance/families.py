@@ -88,7 +88,8 @@ def _of_dtypes(dtypes: Dtypes, quick: bool) -> Iterator[Case]:
 
 
 def _of_traces(_dtypes: Dtypes, quick: bool) -> Iterator[Case]:
-    free = {name: OPTIONS[name] for name in ("approximation", "discount", "delayed", "meta_first")}
+    names = ("approximation", "discount", "delayed", "meta_first", "start")
+    free = {name: OPTIONS[name] for name in names}
     free |= {"blocks": ("scalar", "tensor"), "problem": ("logcosh", "network")}
     if quick:
         yield from covering(Case(curvature="exact"), PAIRS | free)

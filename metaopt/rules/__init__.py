@@ -1,4 +1,4 @@
-"""Update rules: one formula each, for either role, base or meta."""
+"""Update rules: one formula each, for either role, base or meta; `FastStart` is a meta update."""
 
 from metaopt.rules.adamw import AdamW
 from metaopt.rules.fast_start import FastStart

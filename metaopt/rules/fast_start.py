@@ -1,12 +1,12 @@
 """A faster start for the step sizes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Never
 
 from metaopt.arrays import ArrayT
-from metaopt.numerics import sign
-from metaopt.rules.rule import Rule, Slots, not_negative, settle
+from metaopt.numerics import positive
+from metaopt.rules.rule import Rule, Slots, as_number, settle
 
 __all__ = ["FastStart"]
 
@@ -26,20 +26,24 @@ class FastStart:
         d_{t+1} &= \max(d_t, [z_t > 0]) \\
         u_t &= (1 + (\text{factor} - 1)(1 - d_{t+1}))\, \bar u_t
 
-    So step sizes that start far too small arrive `factor` times sooner, and `meta_lr` can be what
-    suits the rest of the run.
+    So step sizes that start far too small arrive up to `factor` times sooner, and `meta_lr` can be
+    what suits the rest of the run. One positive meta-gradient ends the start. Where they are mostly
+    noise, as with a single example a step or a step size for each weight, it soon is over, and
+    nothing is gained or lost.
 
     Parameters
     ----------
     rule : Rule
         The meta update.
     factor : float, default 10.0
-        At least 1. With `meta_lr` times `factor` above 0.1 or so, step sizes overshoot.
+        At least 1. The start ends after a step size that is too large, the larger the higher
+        `meta_lr` times `factor`. AdamW and RMSprop as `base` recover where this is 0.1; SGD and
+        Lion may not.
 
     Raises
     ------
     ValueError
-        If `factor` is less than 1 or not finite, or `rule` is a FastStart itself.
+        If `factor` is less than 1 or not finite, or `rule` has a slot "turned" already.
     TypeError
         If `factor` is no number or `rule` no rule.
 
@@ -50,18 +54,19 @@ class FastStart:
     """
 
     rule: Rule
-    factor: float = 10.0
+    factor: float = field(default=10.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.rule, type) or not hasattr(self.rule, "direction"):
+        members = ("slots", "weight_decay", "direction")
+        if isinstance(self.rule, type) or not all(hasattr(self.rule, name) for name in members):
             msg = f"`rule` must be a rule such as metaopt.AdamW(); got {self.rule!r}."
             raise TypeError(msg)
-        if isinstance(self.rule, FastStart):
+        if TURNED in self.rule.slots:
             msg = f"`rule` must not be a FastStart itself; got {self.rule!r}."
             raise ValueError(msg)
-        factor = not_negative("factor", self.factor)
+        factor = as_number("factor", self.factor)
         if isinstance(factor, float) and not 1.0 <= factor < math.inf:
-            msg = f"`factor` must be at least 1; got {self.factor}."
+            msg = f"`factor` must be finite and at least 1; got {self.factor}."
             raise ValueError(msg)
         settle(self, factor=factor)
 
@@ -81,9 +86,8 @@ class FastStart:
         """Return :math:`u_t` and the next slots, all of the shape and dtype of `grad`."""
         own = {slot: slots[slot] for slot in self.rule.slots}
         direction, new = self.rule.direction(grad, own, count)
-        # signs, through which no derivative passes: d and [z > 0] are constant almost everywhere
-        before, asked = sign(slots[TURNED]), sign(grad)
-        turned = before + (1.0 - before) * (0.5 * asked * (1.0 + asked))
+        before = positive(slots[TURNED])  # no derivative passes: it is 0 or 1
+        turned = before + (1.0 - before) * positive(grad)
         return direction * (1.0 + (self.factor - 1.0) * (1.0 - turned)), {**new, TURNED: turned}
 
     def without_momentum(self) -> Never:

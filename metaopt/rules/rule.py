@@ -17,7 +17,8 @@ Slots: TypeAlias = Mapping[str, ArrayT]
 class Rule(Protocol):
     """A first-order update, written as one formula for its direction.
 
-    The same rule serves as base update on the weights and as meta update on the step sizes.
+    The same rule serves as base update on the weights and as meta update on the step sizes, but
+    for `FastStart`.
     A rule of your own is a frozen dataclass with these members; see docs/mathematics.md section 5.
     """
 
@@ -95,7 +96,7 @@ def _push(rule: Rule, source: str) -> tuple[Jet[Any], dict[str, Jet[Any]]]:
 
 def decay_rate(name: str, value: Any) -> Any:
     """Return a decay rate as a Python float, or raise unless it lies in [0, 1)."""
-    number = _number(name, value)
+    number = as_number(name, value)
     if isinstance(number, float) and not 0.0 <= number < 1.0:
         msg = f"`{name}` must lie in [0, 1); got {value}."
         raise ValueError(msg)
@@ -112,14 +113,14 @@ def decay_rates(name: str, values: Any) -> tuple[Any, Any]:
 
 def not_negative(name: str, value: Any) -> Any:
     """Return a hyperparameter as a Python float, or raise unless it is finite and at least 0."""
-    number = _number(name, value)
+    number = as_number(name, value)
     if isinstance(number, float) and not 0.0 <= number < math.inf:
         msg = f"`{name}` must be finite and not negative; got {value}."
         raise ValueError(msg)
     return number
 
 
-def _number(name: str, value: Any) -> Any:
+def as_number(name: str, value: Any) -> Any:
     """Return a number as a Python float: NumPy's would promote the arrays it meets.
 
     Jets and arrays, for derivatives with respect to a hyperparameter, pass as they are.
