@@ -193,8 +193,15 @@ def test_a_report_shows_what_was_run_and_says_what_was_not(
     assert "| (AdamW, Adam), scalar, meta_lr 0.01 |" in summary
     assert "not run" in summary.split("## Where it falls short")[1]
     everything = (output / "learning_drift.md").read_text()
-    assert everything.count("\n| (AdamW, Adam)") == 18
+    assert everything.count("\n| (AdamW, Adam)") == 10, "a meta_lr and a start are of maps alone"
     assert (output / "map_drift.png").stat().st_size > 1000
+    assert "Runs were made with commit" in summary
+    assert "learning_starts.png" not in summary
+    fast = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, discount=0.99)
+    run(Job(task="drift", method=fast, starts=starts, seeds=(0, 1)), tmp_path)
+    learning.main(["report", "--logs", str(tmp_path), "--output", str(output)])
+    assert "learning_starts.png" in (output / "learning.md").read_text()
+    assert (output / "learning_starts.png").stat().st_size > 1000
 
     monkeypatch.setattr(TASKS["continual"], "steps", 100)
     job = next(iter(runs("continual-cifar100")))

@@ -1,6 +1,6 @@
 """Pictures of results: what comes of each initial step size, and maps of robustness."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from training.tasks import Task
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["maps", "saved", "starts"]
+__all__ = ["drawn", "maps", "saved", "starts"]
 
 #: Settings that a map of start by meta_lr holds still.
 USUAL = Method(base="", meta="")
@@ -29,11 +29,25 @@ FACTOR_META_LR = 1e-2
 #: What is drawn by initial step size, as it is called there.
 LINES: dict[str, Method] = {
     "AdamW at this step size": Method(base="AdamW"),
-    "(AdamW, Adam), the paper's settings": Method(base="AdamW", meta="Adam"),
+    "(AdamW, Adam), the paper's meta_lr 1e-3": Method(base="AdamW", meta="Adam"),
+    "(AdamW, Adam), meta_lr 1e-2, discount 0.99": Method(
+        base="AdamW", meta="Adam", meta_lr=1e-2, discount=0.99
+    ),
     "(AdamW, fast Adam), meta_lr 1e-2, discount 0.99": Method(
         base="AdamW", meta="fast Adam", meta_lr=1e-2, discount=0.99
     ),
 }
+COLOURS = ("0.6", "tab:orange", "tab:purple", "tab:blue")
+
+
+def drawn(tables: Iterable[Sequence[Cell]]) -> bool:
+    """Return whether `starts` finds anything to draw in these tables."""
+    return any(_shown(table) for table in tables)
+
+
+def _shown(table: Sequence[Cell]) -> bool:
+    *_, last = LINES.values()
+    return any(cell.method == last for cell in table)
 
 
 def starts(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
@@ -48,40 +62,49 @@ def starts(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    *_, last = LINES.values()
-    tables = {
-        title: table
-        for title, table in tables.items()
-        if any(cell.method == last for cell in table)
-    }
+    tables = {title: table for title, table in tables.items() if _shown(table)}
     if not tables:
         return
-    figure = Figure(figsize=(3.2 * len(tables), 3.3), dpi=100, layout="constrained")
+    width = max(6.4, 3.2 * len(tables))
+    figure = Figure(figsize=(width, 3.4), dpi=100, layout="constrained")
     row = figure.subplots(1, len(tables), squeeze=False)[0]
+    handles: dict[str, Any] = {}
     for axis, (title, table) in zip(row, tables.items(), strict=True):
-        kind, means = table[0].kind, list[float]()
-        for (label, method), color in zip(
-            LINES.items(), ("0.6", "tab:orange", "tab:blue"), strict=True
-        ):
-            line = sorted(
-                (cell.start, cell.mean)
-                for cell in table
-                if cell.method == method and not cell.diverged
-            )
-            means += [mean for _, mean in line]
-            axis.semilogx(*zip(*line, strict=True), "o-", ms=3, color=color, label=label)
+        kind = table[0].kind
+        lines = {
+            label: sorted((cell for cell in table if cell.method == method), key=_start)
+            for label, method in LINES.items()
+        }
+        means = [cell.mean for line in lines.values() for cell in line if not cell.diverged]
+        for (label, line), color in zip(lines.items(), COLOURS, strict=True):
+            going = [cell for cell in line if not cell.diverged]
+            if going:
+                xs, ys = [cell.start for cell in going], [cell.mean for cell in going]
+                (handles[label],) = axis.plot(xs, ys, marker="o", ms=3, color=color, label=label)
+            for cell in line:
+                if cell.diverged:
+                    edge = 0.03 if kind.more_is_better else 0.97
+                    at = axis.get_xaxis_transform()
+                    axis.plot(cell.start, edge, "x", color=color, transform=at)
+        axis.set_xscale("log")
         prodigy = [cell for cell in table if cell.method == Peer(name="Prodigy")]
-        if prodigy:
-            axis.axhline(prodigy[0].mean, color="tab:green", ls=":", label="Prodigy")
-        if not kind.more_is_better:
+        if prodigy and not prodigy[0].diverged:
+            level = axis.axhline(prodigy[0].mean, color="tab:green", ls=":", label="Prodigy")
+            handles["Prodigy"] = level
+        if means and not kind.more_is_better:
             axis.set_ylim(0.95 * min(means), min(1.05 * max(means), 2.0 * min(means)))
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step size, initial or fixed", fontsize=8)
         axis.set_ylabel("\n".join(wrap(kind.judged_by, 32)), fontsize=8)
         axis.tick_params(labelsize=7)
-    handles, labels = row[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=2, fontsize=8
+    )
     saved(figure, path)
+
+
+def _start(cell: Cell) -> float:
+    return cell.start
 
 
 def maps(results: Sequence[Result], kind: type[Task], path: Path) -> None:

@@ -3,12 +3,12 @@
 import json
 import math
 import os
+import platform
 import subprocess
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+import metaopt as mo
 from training.methods import Method, Peer, Updater, updater
 from training.tasks import TASKS, Measures, Task
 
@@ -25,6 +26,24 @@ __all__ = ["Job", "TakenError", "run"]
 PRECISIONS = ("fp32", "tf32", "bf16")
 #: Seconds between checkpoints.
 CHECKPOINT_EVERY = 60.0
+
+
+def _commit() -> str:
+    """Return the commit of the code, with a + where files that it knows differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"metaopt {mo.__version__}"
+    return f"commit {done.stdout.strip()}"
+
+
+#: What runs are made with; looked at once, for the files may change under a process.
+COMMIT = _commit()
+MACHINE = (
+    f"{platform.machine()} {platform.system()}, Python {platform.python_version()}, "
+    f"torch {torch.__version__}"
+)
 
 
 class TakenError(RuntimeError):
@@ -125,16 +144,18 @@ def run(
     path = folder / f"{job.name}.jsonl"
     if finished(path):
         return path
-    lock = FileLock(path.with_suffix(".lock"))
+    taken = path.with_suffix(".lock")
     try:
-        lock.acquire(blocking=False)
+        lock = FileLock(taken).acquire(blocking=False)
     except Timeout as error:
         msg = f"{path} is being written by another process."
         raise TakenError(msg) from error
     with lock:
-        if not finished(path):  # by another process meanwhile
-            _train(job, path, data, device, tasks, progress, checkpoint_every)
-    path.with_suffix(".lock").unlink(missing_ok=True)
+        try:
+            if not finished(path):  # by another process meanwhile
+                _train(job, path, data, device, tasks, progress, checkpoint_every)
+        finally:
+            taken.unlink(missing_ok=True)
     return path
 
 
@@ -172,17 +193,6 @@ def _prepare(precision: str, device: str) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # it takes time
 
 
-@cache
-def _commit() -> str | None:
-    """Return the commit that is run, with a + where files differ from it; None if not known."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
 def finished(path: Path) -> bool:
     """Return whether a log is complete."""
     if not path.is_file():
@@ -212,11 +222,20 @@ class _Training:
             self._done, self._seconds = state["done"], state["seconds"]
             self._sums, self._lines = state["sums"], state["lines"]
         else:
-            head = {"job": self._job.settings, "steps": self._steps, "commit": _commit()}
-            self._lines = [json.dumps(head)]
+            self._lines = [json.dumps({"job": self._job.settings, "steps": self._steps})]
+        self._sign()
         self._replace(self._path, ("\n".join(self._lines) + "\n").encode())
         if self._done == 0 and len(self._lines) == 1:
             self._write({"step": 0, **self._judged()})
+
+    def _sign(self) -> None:
+        """Write into the head of the log with what the run is made, or goes on."""
+        head = json.loads(self._lines[0])
+        with_this = f"{COMMIT}, {MACHINE}, {torch.get_num_threads()} threads"
+        made_with = head.setdefault("made_with", [])
+        if with_this not in made_with:
+            made_with.append(with_this)
+            self._lines[0] = json.dumps(head)
 
     def go(self, progress: Callable[[int, int], object], checkpoint_every: float) -> None:
         """Train to the end."""

@@ -1,19 +1,16 @@
 """Tables in Markdown: everything by task, the summary, and where goals are missed."""
 
 import math
-import platform
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
-import metaopt as mo
 from metaopt.demo.report import number
 from training import figures
 from training.loop import Job
 from training.methods import Method, Peer
 from training.results import Cell, Result, cells, read
-from training.studies import STARTS, comparison, maps
+from training.studies import LARGE, STARTS, comparison, maps
 from training.tasks import TASKS, Task
 from training.timing import milliseconds, read_times
 
@@ -75,14 +72,14 @@ def _runs_of(jobs: Iterable[Job]) -> set[tuple[Method | Peer, float]]:
 
 
 def made_with(runs: Iterable[Result]) -> str:
-    """Return hardware, versions and the commits of runs, in two sentences."""
-    commits = {run.commit or "earlier ones, not recorded" for run in runs}
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy"))
-    return (
-        f"{platform.machine()}, {platform.system()}, one thread a process, Python "
-        f"{platform.python_version()}, {packages}, metaopt {mo.__version__}. Commits: "
-        f"{', '.join(sorted(commits)) or 'none'}."
-    )
+    """Return with what runs were made, a sentence or two."""
+    known, silent = dict[str, None](), False
+    for run in runs:
+        silent |= not run.made_with
+        known |= dict.fromkeys(run.made_with)
+    said = f"Runs were made with {'; '.join(sorted(known))}." if known else ""
+    older = "Of others the logs do not say it; they are older." if silent else ""
+    return " ".join(filter(None, (said, older)))
 
 
 def shown(value: float, kind: type[Task]) -> str:
@@ -161,14 +158,15 @@ def _best(table: Sequence[Cell]) -> Cell | None:
     return best
 
 
-def _tuned(table: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Return the cells of each configuration of MetaOptimize from the starts of the goals."""
+def _tuned(name: str, table: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Return the cells of each configuration of MetaOptimize that is run from all its starts."""
+    wanted = set(GOAL[::2] if name in LARGE else GOAL)
     found: dict[str, list[Cell]] = {}
     for cell in table:
         if isinstance(cell.method, Method) and cell.method.meta and cell.start in GOAL:
             found.setdefault(cell.method.label, []).append(cell)
-    every = {label: {cell.start for cell in some} for label, some in found.items()}
-    return {label: some for label, some in found.items() if every[label] >= set(GOAL[::2])}
+    starts = {label: {cell.start for cell in some} for label, some in found.items()}
+    return {label: some for label, some in found.items() if starts[label] >= wanted}
 
 
 def _slowness(cell: Cell) -> tuple[int, float]:
@@ -196,16 +194,18 @@ def _summary(
         "in `benchmarks/training`. Seeds of weights and data are the same for all methods; means "
         "over seeds. Fixed step sizes and peaks of schedules are the best of a grid of nine, by "
         "the very measure that is shown, which flatters them. MetaOptimize starts from 1e-7, 1e-6, "
-        "1e-5, 1e-4 and 1e-3, on the networks for images and text from every other of these; shown "
-        "are its worst and its best start. *fast Adam* is `mo.FastStart(mo.AdamW())`. *Lost* are "
+        "1e-5, 1e-4 and 1e-3, on characters and CIFAR from every other of these; shown are its "
+        "worst and its best start. *fast Adam* is `mo.FastStart(mo.AdamW())`, *fast Lion* "
+        "`mo.FastStart(mo.Lion())`. *Lost* are "
         "runs that had reached the target and ended clearly short of it. Peers are their authors' "
         "packages with the settings that these have. Weight decay of AdamW, Lion and RMSprop is "
         "0.1 for networks, 0 for the two convex tasks; that of SGD is 0. What is missing was not "
         "run. Seconds are steps times the cost of a step (`learning.py time`): forward pass, "
         "backward pass and the optimizer, in turns in one process. " + made_with(runs)
     )
-    yield ""
-    yield "![Results by initial step size](learning_starts.png)"
+    if figures.drawn(tables.values()):
+        yield ""
+        yield "![Results by initial step size](learning_starts.png)"
     for name, table in tables.items():
         yield from _section(name, table, times[name])
     yield from _misses(tables)
@@ -235,7 +235,7 @@ def _section(name: str, table: Sequence[Cell], times: Mapping[str, float]) -> It
                 f"| {base}, {words}: {number(best.start)} | | {shown(best.mean, kind)} | "
                 f"{best.diverged} | {best.lost} | {_arrival(best, times)} |"
             )
-    for label, some in sorted(_tuned(table).items()):
+    for label, some in sorted(_tuned(name, table).items()):
         worst, found = _worst(some), _best(some)
         assert found is not None
         runs = sum(len(cell.results) for cell in some)
@@ -296,7 +296,7 @@ def _misses(tables: Mapping[str, Sequence[Cell]]) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- |"
     for name, table in tables.items():
         peers = _best([cell for cell in table if isinstance(cell.method, Peer)])
-        for label, some in sorted(_tuned(table).items()):
+        for label, some in sorted(_tuned(name, table).items()):
             worst = _worst(some)
             assert isinstance(worst.method, Method)
             fixed, cosine = (

@@ -34,8 +34,10 @@ class Result:
         Measures at these steps, "train.loss" and so on; NaN where there is none.
     sizes : dict of block to tuple of float
         Step sizes at these steps.
-    commit : str, optional
-        Of the code, where the log says it.
+    precision : str
+        Of products and convolutions.
+    made_with : tuple of str
+        Commits, machines and versions, where the log says them.
     """
 
     task: str
@@ -46,7 +48,8 @@ class Result:
     at: tuple[int, ...]
     series: dict[str, tuple[float, ...]]
     sizes: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    commit: str | None = None
+    precision: str = "fp32"
+    made_with: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -113,6 +116,9 @@ def _runs(head: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[Resul
         given["bounds"] = tuple(given["bounds"])
     method: Method | Peer = Peer(**given) if "name" in given else Method(**given)
     at = tuple(entry["step"] for entry in entries)
+    made_with = tuple(head.get("made_with", ()))
+    if "commit" in head:  # an older log
+        made_with = (f"commit {head['commit']}",)
     pairs = [(start, seed) for start in job["starts"] for seed in job["seeds"]]
     for index, (start, seed) in enumerate(pairs):
         series = {
@@ -126,8 +132,18 @@ def _runs(head: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[Resul
             name: tuple(_number(entry["step_sizes"].get(name), index) for entry in entries)
             for name in entries[-1]["step_sizes"]
         }
-        steps, commit = head["steps"], head.get("commit")
-        yield Result(job["task"], method, start, seed, steps, at, series, sizes, commit)
+        yield Result(
+            job["task"],
+            method,
+            start,
+            seed,
+            head["steps"],
+            at,
+            series,
+            sizes,
+            job.get("precision", "fp32"),
+            made_with,
+        )
 
 
 def _number(values: Sequence[float | None] | None, index: int) -> float:
@@ -208,6 +224,6 @@ def cells(results: Iterable[Result], kind: type[Task]) -> list[Cell]:
     """Return results by method and start, in order of appearance; of equal runs the first."""
     found: dict[Any, dict[int, Result]] = {}
     for result in results:
-        key = (result.method, result.start, result.steps)
+        key = (result.method, result.start, result.steps, result.precision)
         found.setdefault(key, {}).setdefault(result.seed, result)
     return [Cell(tuple(some.values()), kind) for some in found.values()]

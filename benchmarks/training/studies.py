@@ -6,7 +6,18 @@ from training.loop import Job
 from training.methods import Method, Peer
 from training.peers import PEERS
 
-__all__ = ["GRIDS", "MAP_STARTS", "META_LRS", "PAIRS", "SEEDS", "STARTS", "comparison", "maps"]
+__all__ = [
+    "CURED",
+    "GRIDS",
+    "LARGE",
+    "MAP_STARTS",
+    "META_LRS",
+    "PAIRS",
+    "SEEDS",
+    "STARTS",
+    "comparison",
+    "maps",
+]
 
 SEEDS = (0, 1, 2, 3, 4)
 #: Where the learned step sizes of the comparison start.
@@ -42,7 +53,7 @@ VARIANTS = (
     (1e-2, 0.999, "scalar"),
     (1e-2, 1.0, "tensor"),
 )
-#: What cures a slow start, and step sizes that shrink without end: meta_lr and discount.
+#: meta_lr and discount with which fast starts are compared.
 CURES = ((1e-2, 0.99), (1e-2, 1.0), (1e-3, 1.0))
 CURED = (
     ("AdamW", "fast Adam"),

@@ -11,7 +11,7 @@ import torch
 
 from training.methods import Method, Peer, updater
 from training.peers import PEERS, Torch
-from training.studies import PAIRS
+from training.studies import CURED, PAIRS
 from training.tasks import TASKS
 
 __all__ = ["milliseconds", "read_times", "time_methods"]
@@ -43,7 +43,7 @@ def time_methods(task: str, data: Path | None, logs: Path, *, rounds: int = ROUN
     """
     kind = type("Timed", (TASKS[task],), {"compiled": True})
     steps: dict[str, Callable[[int], object]] = {}
-    methods: list[Method | Peer] = [Method(base=base, meta=meta) for base, meta in PAIRS]
+    methods: list[Method | Peer] = [Method(base=base, meta=meta) for base, meta in (*PAIRS, *CURED)]
     methods += [Peer(name=name) for name in PEERS]
     for method in methods:
         network: Any = kind((0,), data=data)
