@@ -37,7 +37,7 @@ LINES: dict[str, Method] = {
         base="AdamW", meta="fast Adam", meta_lr=1e-2, discount=0.99
     ),
 }
-COLOURS = ("0.6", "tab:orange", "tab:purple", "tab:blue")
+COLOURS = ("0.6", "tab:orange", "tab:red", "tab:blue")
 
 
 def drawn(tables: Iterable[Sequence[Cell]]) -> bool:

@@ -86,7 +86,7 @@ class Method:
         "diagonal" is the task's own where it knows it, and else an estimate from one probe;
         "rectified" is that of IDBD.
     schedule : {"constant", "cosine"}
-        "cosine": from 0 up to the step size, then down to 0 by a cosine.
+        "cosine": from 0 up to the step size, then down to 0 by a cosine; multiplies learned ones.
     warm_up : float
         Part of the run in which "cosine" goes up.
     weight_decay : float, optional
@@ -116,6 +116,8 @@ class Method:
             for option, plain in PLAIN.items():
                 if getattr(self, option) != plain:
                     words.append(f"{option} {getattr(self, option)}")
+            if self.schedule != "constant":
+                words.append(f"{self.schedule} on top")
         if self.weight_decay is not None:
             words.append(f"weight decay {self.weight_decay:g}")
         return ", ".join(words)

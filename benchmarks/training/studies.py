@@ -89,6 +89,8 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
                 yield _job(task, Peer(name=name), (start,), (seed,))
     for base in bases:
         yield _job(task, Method(base=base, schedule="cosine"), GRIDS[base], seeds)
+    scheduled = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, schedule="cosine", warm_up=0.0)
+    yield _job(task, scheduled, initial, seeds)
     for meta_lr, discount in CURES[1:]:
         for base, meta in cured:
             method = Method(base=base, meta=meta, meta_lr=meta_lr, discount=discount)
