@@ -7,7 +7,7 @@ import numpy as np
 
 import metaopt as mo
 from metaopt.arrays import namespace
-from metaopt_conformance import oracle, tolerances
+from metaopt_conformance import oracle, sigmas, tolerances
 from metaopt_conformance.cases import Case
 from metaopt_conformance.oracle_runs import by_weight, config, oracle_run, oracle_step, wanted
 from metaopt_conformance.runs import Under
@@ -44,7 +44,7 @@ def _reported(under: Under, case: Case, state: mo.State, want: oracle.State) -> 
     opt = case.opt()
     _, names = block_index(opt.blocks, case.subject.shapes)
     told = opt.diagnostics(state)
-    sizes = oracle.sigma(config(case).sigma, want.beta)
+    sizes = sigmas.sigma(config(case).sigma, want.beta)
     norms = np.sqrt(np.sum(want.H**2, axis=0))
     for what, key, by_name, values in (
         ("step sizes", "", opt.step_sizes(state), sizes),

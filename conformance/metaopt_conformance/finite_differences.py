@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from metaopt_conformance.oracle import Config, Matrix, State, first, sigma, speed
+from metaopt_conformance.oracle import Config, Matrix, State, speed
 from metaopt_conformance.problems import Problem
+from metaopt_conformance.sigmas import first, sigma
 from metaopt_conformance.tolerances import STEP
 from metaopt_conformance.updates import Vector, direction, partials
 
