@@ -28,16 +28,17 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 FACTOR_META_LR = 1e-2
 #: What is drawn by initial step size, as it is called there.
 LINES: dict[str, Method] = {
-    "AdamW at this step size": Method(base="AdamW"),
-    "(AdamW, Adam), the paper's meta_lr 1e-3": Method(base="AdamW", meta="Adam"),
-    "(AdamW, Adam), meta_lr 1e-2, discount 0.99": Method(
-        base="AdamW", meta="Adam", meta_lr=1e-2, discount=0.99
-    ),
-    "(AdamW, fast Adam), meta_lr 1e-2, discount 0.99": Method(
+    "AdamW, held at this step size": Method(base="AdamW"),
+    "AdamW, warm-up to it and cosine": Method(base="AdamW", schedule="cosine"),
+    "learned from it, as in the paper": Method(base="AdamW", meta="Adam"),
+    "learned from it, fast start, meta_lr 1e-2, discount 0.99": Method(
         base="AdamW", meta="fast Adam", meta_lr=1e-2, discount=0.99
     ),
+    "learned from it, fast start, meta_lr 1e-2, a cosine on top": Method(
+        base="AdamW", meta="fast Adam", meta_lr=1e-2, schedule="cosine", warm_up=0.0
+    ),
 }
-COLOURS = ("0.6", "tab:orange", "tab:red", "tab:blue")
+COLOURS = ("0.6", "0.8", "tab:orange", "tab:purple", "tab:blue")
 
 
 def drawn(tables: Iterable[Sequence[Cell]]) -> bool:
@@ -94,11 +95,11 @@ def starts(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
         if means and not kind.more_is_better:
             axis.set_ylim(0.95 * min(means), min(1.05 * max(means), 2.0 * min(means)))
         axis.set_title(title, fontsize=9)
-        axis.set_xlabel("step size, initial or fixed", fontsize=8)
+        axis.set_xlabel("step size", fontsize=8)
         axis.set_ylabel("\n".join(wrap(kind.judged_by, 32)), fontsize=8)
         axis.tick_params(labelsize=7)
     figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=2, fontsize=8
+        list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=8
     )
     saved(figure, path)
 
