@@ -135,7 +135,7 @@ def _draw(found: Sequence[Cell], path: Path) -> None:
     from matplotlib.figure import Figure
 
     kind = found[0].kind
-    figure = Figure(figsize=(11, 4), dpi=90, layout="constrained")
+    figure = Figure(figsize=(11, 4.6), dpi=90, layout="constrained")
     left, right = figure.subplots(1, 2)
     for index, cell in enumerate(found):
         colour = f"C{index % 10}"
@@ -153,7 +153,9 @@ def _draw(found: Sequence[Cell], path: Path) -> None:
         for axis in (left, right):
             for switch in range(TASK, kind.steps, TASK):
                 axis.axvline(switch, color="0.85", lw=0.8, zorder=0)
-    left.legend(fontsize=7)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+    )
     saved(figure, path)
 
 
