@@ -1,8 +1,12 @@
 """Compiled passes: one loop over memory, one graph for all sizes, the numbers of the eager ones."""
 
+import copy
+import gc
 import re
 import shutil
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -290,9 +294,46 @@ def test_gradients_know_of_the_step() -> None:
     opt = MetaOptimizer([param], base=RULES["AdamW"], meta=mo.Lion(), compile=True)
     loss = param.square().sum()
     param.grad = torch.ones(10)
+    kept = {key: value for key, value in opt.state[param].items() if key != "step"}
+    before = {key: value._version for key, value in kept.items()}
     opt.step()
+    assert all(value._version > before[key] for key, value in kept.items())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_state_that_is_replaced_is_let_go() -> None:
+    param = torch.ones(70_000, requires_grad=True)
+    opt = MetaOptimizer([param], base=RULES["AdamW"], meta=mo.Lion(), compile=True)
+    param.grad = torch.ones(70_000)
+    opt.step()
+    old = [weakref.ref(value) for value in opt.state[param].values()]
+    opt.load_state_dict(opt.state_dict() | {"state": copy.deepcopy(opt.state_dict()["state"])})
+    opt.step()
+    gc.collect()
+    assert [reference() for reference in old] == [None] * len(old)
+
+
+def test_threads_may_compile_at_once() -> None:
+    def trained(number: int) -> Any:
+        param = torch.full((70_000 + number,), 1.0, requires_grad=True)
+        opt = MetaOptimizer([param], base=mo.AdamW(), meta=mo.Lion(), compile=True)
+        for _ in range(3):
+            param.grad = param.detach().clone()
+            opt.step()
+        return param.detach()
+
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(trained, range(3)))
+    assert all(torch.equal(one[:70_000], found[0]) for one in found)
+
+
+def test_a_gradient_that_is_negated_by_a_bit_alone() -> None:
+    param = torch.ones(70_000, requires_grad=True)
+    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.SGD(), step_size=0.1, compile=True)
+    param.grad = torch._neg_view(torch.ones(70_000))
+    opt.step()
+    assert torch.allclose(param, torch.full((), 1.1))
 
 
 @pytest.mark.parametrize("skip_nonfinite", [False, True])

@@ -291,7 +291,7 @@ def test_a_state_takes_the_dtype_that_goes_with_the_parameters(of: str, into: st
 REFUSED: dict[str, Any] = {
     "has one parameter twice": lambda p: [p, p],
     "is expanded": lambda _: [torch.ones(1).expand(3)],
-    "must hold a parameter; got 2 groups without any": lambda _: [{"params": []}] * 2,
+    "must hold a parameter; got 2 empty groups": lambda _: [{"params": []}] * 2,
     "`maximize` must be True or False": lambda p: [{"params": [p], "maximize": "no"}],
     "`lr` must not be negative": lambda p: [{"params": [p], "lr": torch.tensor(-1.0)}],
 }

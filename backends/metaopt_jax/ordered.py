@@ -74,7 +74,8 @@ def _each_once(jaxpr: Jaxpr) -> Jaxpr:
         key = (equation.primitive, read, tuple(equation.params.items()))
         earlier = equation.outvars
         with contextlib.suppress(TypeError):  # of a parameter that cannot be compared
-            if all(type(v) is Var for v in earlier):  # else some are read nowhere
+            # some may be read nowhere, and what has effects has them each time
+            if not equation.effects and all(type(v) is Var for v in earlier):
                 earlier = found.setdefault(key, earlier)
         if earlier is equation.outvars:
             equations.append(equation)

@@ -115,7 +115,8 @@ def spelled_out(tree: Any) -> Any:
         full = PartitionSpec(*spec, *(None,) * (leaf.ndim - len(spec)))
         if jax.typeof(leaf).sharding.spec != full:  # some axes in it are not explicit
             return leaf
-        return jax.device_put(leaf, NamedSharding(mesh, full))
+        kind = leaf.sharding.memory_kind
+        return jax.device_put(leaf, NamedSharding(mesh, full, memory_kind=kind))
 
     return jax.tree.map(spelled, tree) if in_types(jax.tree.leaves(tree)) else tree
 

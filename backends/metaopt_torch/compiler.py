@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from importlib.util import find_spec
@@ -22,6 +23,9 @@ __all__ = ["Compiled", "in_chunks", "missing"]
 #: Numbers that an eager pass takes at a time: on a CPU what its cache holds, elsewhere what makes
 #: a launch worth its while.
 CHUNK, LARGE_CHUNK = 2**17, 2**24
+
+#: Tracing and Inductor are not for several threads at a time.
+_compiling = threading.RLock()
 
 
 def missing(device: torch.device) -> str | None:
@@ -79,11 +83,15 @@ class Compiled:
     def prepared(self, rule: Rule, arrays: Arrays) -> Callable[..., Any]:
         """Return what is called with the values of `arrays`, compiled."""
         values = arrays.values()
-        kinds = tuple([(type(a), a.dtype, a.shape, a.stride()) for a in values])
-        key = (id(rule), tuple(arrays), kinds, next(iter(values)).device)
+        kinds: Any = tuple([(type(a), a.dtype, a.shape, a.stride()) for a in values])
+        device = next(iter(values)).device
+        if device.type != "cpu":  # where kernels differ by it
+            kinds = (kinds, tuple([_aligned(a) for a in values]))
+        key = (id(rule), tuple(arrays), kinds, device)
         ready = self._ready.get(key)
         if ready is None:
-            ready = self._ready[key] = self._found(rule, arrays), rule  # which keeps its id
+            with _compiling:
+                ready = self._ready[key] = self._found(rule, arrays), rule  # which keeps its id
         return ready[0]
 
     def _found(self, rule: Rule, arrays: Arrays) -> Callable[..., Any]:
@@ -168,9 +176,12 @@ def _outline(array: Tensor) -> Tensor:
     The count of every leaf is another entry of one vector. Code for a GPU may differ by whether an
     array is aligned, which no number is taken to be.
     """
-    aligned = array.dim() > 0 and array.storage_offset() * array.itemsize % 16 == 0
-    start = 0 if aligned or array.device.type == "cpu" else 1
+    start = 0 if array.device.type == "cpu" or (array.dim() > 0 and _aligned(array)) else 1
     return _laid_out(array, start, torch.device("meta"))
+
+
+def _aligned(array: Tensor) -> bool:
+    return array.storage_offset() * array.itemsize % 16 == 0
 
 
 def _laid_out(array: Tensor, start: Any, device: torch.device) -> Tensor:

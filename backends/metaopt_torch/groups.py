@@ -127,6 +127,9 @@ def check_numbers(group: Group) -> None:
 def check_rounding(rounding: str, groups: Sequence[Group]) -> None:
     """Raise where parameters cannot be rounded in this way."""
     for name, param, _ in named(groups):
+        if rounding == "kahan" and param.dtype.itemsize == 1:
+            msg = f'`rounding="kahan"` is for 16 bits and more; {name!r} is {param.dtype}.'
+            raise ValueError(msg)
         if rounding == "stochastic" and param.dtype == torch.float16:
             msg = f'`rounding="stochastic"` is for bfloat16; {name!r} is float16: use "kahan".'
             raise ValueError(msg)
@@ -153,7 +156,7 @@ def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> mo.MetaOptim
     leaves = named(groups)
     if not leaves:
         msg = (
-            f"`params` must hold a parameter; got {len(groups)} groups without any. Step sizes are "
+            f"`params` must hold a parameter; got {len(groups)} empty groups. Step sizes are "
             "made for parameters, on their device: begin with one, and add others by "
             "`add_param_group`."
         )

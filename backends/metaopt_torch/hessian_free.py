@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import metaopt as mo
 from metaopt.arrays import per_leaf
+from metaopt.blocks import Blocks
 from metaopt.passes import meta_pass, usable
 from metaopt.rules import Rule
 from metaopt.step import awake_families
@@ -82,7 +84,8 @@ class HessianFree:
         self._indices: dict[Any, Tensor] = {}
         #: Whether the meta-gradient has to be known before a parameter is written.
         self.two_passes = built.config.meta_first or built.config.skip_nonfinite
-        self._move = self._run_as(self._meta, self._meta)
+        meta = _meta(self._config, self._plan.blocks)
+        self._move = self._run_as(meta, meta)
         if before is not None and _same_meta(before._built, built):
             self._move = before._move
 
@@ -328,9 +331,15 @@ class HessianFree:
             arrays["accepted"] = accepted
         return arrays
 
-    def _meta(self, rule: Rule, arrays: Arrays) -> None:
-        """Write the meta update of all blocks, where the step is accepted."""
-        blocks, z, beta = self._plan.blocks, arrays["z"], arrays["beta"]
+
+def _meta(config: mo.MetaOptimize, blocks: Blocks) -> Pass:
+    """Return what writes the meta update of all blocks, where the step is accepted.
+
+    It outlives the optimizer's state, so it holds none of it.
+    """
+
+    def run(rule: Rule, arrays: Arrays) -> None:
+        z, beta = arrays["z"], arrays["beta"]
         step = meta_pass(
             rule,
             blocks,
@@ -340,9 +349,9 @@ class HessianFree:
             {slot: arrays[slot] for slot in rule.slots},
             arrays["meta_count"],
             arrays["restarts"],
-            meta_lr=self._config.meta_lr,
+            meta_lr=config.meta_lr,
             awake=arrays.get("awake"),
-            bounds=self._config.limits(blocks, beta),
+            bounds=config.limits(blocks, beta),
             beta_trace={},
             held_trace={},
         )
@@ -356,6 +365,8 @@ class HessianFree:
         for name, new in (written | step.meta_slots).items():
             old = arrays[name]
             old.copy_(new if accepted is None else torch.where(accepted, new, old))
+
+    return run
 
 
 def _awake(group: Mapping[str, Any]) -> Any:

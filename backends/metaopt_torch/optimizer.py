@@ -244,7 +244,12 @@ meta_first, skip_nonfinite
         ValueError
             If it is not one number, or depends on no parameter of this optimizer that requires a
             gradient.
+        TypeError
+            If it is no tensor.
         """
+        if not isinstance(loss, Tensor):
+            msg = f"`loss` must be a tensor; got {type(loss).__name__}."
+            raise TypeError(msg)
         leaves = [leaf.param for leaf in self._ready.leaves.values() if leaf.param.requires_grad]
         if loss.numel() != 1:
             msg = f"`loss` must be one number; got shape {tuple(loss.shape)}."
@@ -271,6 +276,7 @@ meta_first, skip_nonfinite
                 param.grad = grad if param.grad is None else param.grad + grad
         self._twice = True
 
+    # as torch's own optimizers do it: the public way imports Dynamo, which takes a second
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def step(
         self,

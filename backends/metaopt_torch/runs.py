@@ -217,7 +217,7 @@ class Run:
         if not self._packed:
             order = self.leaves[0].order
             param = order.ordered(local(self.leaves[0].param))
-            grad = order.ordered(local(grads[0]))
+            grad = order.ordered(local(grads[0]).resolve_neg())  # kernels read the memory itself
             # its memory may have another layout than in the step before
             self._copied = not param.is_contiguous()
             return param.reshape(self.shape), grad.reshape(self.shape).contiguous()
