@@ -47,8 +47,8 @@ def drawn(tables: Iterable[Sequence[Cell]]) -> bool:
 
 
 def _shown(table: Sequence[Cell]) -> bool:
-    *_, last = LINES.values()
-    return any(cell.method == last for cell in table)
+    *_, discounted, scheduled = LINES.values()
+    return any(cell.method in (discounted, scheduled) for cell in table)
 
 
 def starts(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
@@ -57,7 +57,7 @@ def starts(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
     Parameters
     ----------
     tables : mapping of title to sequence of Cell
-        Tasks without a run of the last of `LINES` are left out.
+        Tasks without a run of the last two of `LINES` are left out.
     path : Path
         Where to write the picture.
     """
