@@ -160,8 +160,10 @@ class Compiled:
             return kernel
 
         with functorch.patch(enable_autograd_cache=False):  # its hits go past `inner`
-            # `prepared` looks at sizes and strides
-            whole = inductor.compile_fx(graph, inputs, inner, {"size_asserts": False})
+            # `prepared` looks at sizes and strides. Code is made for a number of threads, and is
+            # kept on disk under all options, but not under that number unless it is one.
+            options = {"size_asserts": False, "cpp.threads": torch.get_num_threads()}
+            whole = inductor.compile_fx(graph, inputs, inner, options)
         (kernel, nodes), *_ = made
         arguments = [node for node in nodes if node.op == "placeholder"]
         if len(arguments) != len(inputs) or _results(nodes) != results:
