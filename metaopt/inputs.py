@@ -20,6 +20,7 @@ from metaopt.arrays import (
 from metaopt.numerics import SMALLEST
 from metaopt.plan import Plan
 from metaopt.rules.fast_start import FastStart
+from metaopt.rules.rule import check_rule
 from metaopt.state import State
 
 __all__ = ["check_grads", "multipliers"]
@@ -297,11 +298,7 @@ def check_rules(base: Any, meta: Any) -> None:
             msg = f"`base` must have patterns, strings, as keys; got {key!r}."
             raise TypeError(msg)
     for name, rule in (rules | {"meta": meta}).items():
-        if isinstance(rule, type) or not all(
-            hasattr(rule, member) for member in ("slots", "weight_decay", "direction")
-        ):
-            msg = f"`{name}` must be a rule such as metaopt.AdamW(); got {rule!r}."
-            raise TypeError(msg)
+        check_rule(name, rule)
         if isinstance(rule, FastStart) and name != "meta":
             msg = f"`{name}` must be an update of weights, and `FastStart` is none; got {rule!r}."
             raise ValueError(msg)

@@ -6,7 +6,7 @@ from typing import Never
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import positive
-from metaopt.rules.rule import Rule, Slots, as_number, settle
+from metaopt.rules.rule import Rule, Slots, as_number, check_rule, settle
 
 __all__ = ["FastStart"]
 
@@ -57,10 +57,7 @@ class FastStart:
     factor: float = field(default=10.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        members = ("slots", "weight_decay", "direction")
-        if isinstance(self.rule, type) or not all(hasattr(self.rule, name) for name in members):
-            msg = f"`rule` must be a rule such as metaopt.AdamW(); got {self.rule!r}."
-            raise TypeError(msg)
+        check_rule("rule", self.rule)
         if TURNED in self.rule.slots:
             msg = f"`rule` must not be a FastStart itself; got {self.rule!r}."
             raise ValueError(msg)

@@ -120,6 +120,14 @@ def not_negative(name: str, value: Any) -> Any:
     return number
 
 
+def check_rule(name: str, rule: Any) -> None:
+    """Raise unless `rule` has what a rule must have."""
+    members = ("slots", "weight_decay", "direction")
+    if isinstance(rule, type) or not all(hasattr(rule, member) for member in members):
+        msg = f"`{name}` must be a rule such as metaopt.AdamW(); got {rule!r}."
+        raise TypeError(msg)
+
+
 def as_number(name: str, value: Any) -> Any:
     """Return a number as a Python float: NumPy's would promote the arrays it meets.
 
