@@ -60,8 +60,7 @@ def positive(x: ArrayT) -> ArrayT:
     """
     if isinstance(x, Jet):
         return _as(x, Jet(positive(x.value), order=x.order))
-    xp = namespace(x)
-    return xp.where(lift(x).value > 0.0, xp.ones_like(x), xp.zeros_like(x))
+    return only_where_positive(x, namespace(x).ones_like(x))
 
 
 def reciprocal(x: ArrayT) -> ArrayT:

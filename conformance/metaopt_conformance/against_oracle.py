@@ -74,14 +74,14 @@ def single_steps(under: Under, case: Case) -> float:
             want = _step_from(under, case, t - 1, before)
             weights, blocks = _decided(case, t - 1, before, want)
             compared += int(np.sum(weights))
+            firm_of = dict.fromkeys(("w", "H", "Z"), weights)
+            firm_of |= dict.fromkeys(("beta", "turned", "B"), blocks)
             for key, got in found.items():
                 value, where = wanted(case, want, key), f"{key} in step {t - 1}"
                 if key == "w":
                     slack = _rounding(case, before.w, got, value, adapter=under.adapter)
                     got = tolerances.without(slack, got, value)
-                firm = {"w": weights, "H": weights, "Z": weights}.get(key, ...)
-                if key in ("beta", "turned", "B"):
-                    firm = blocks
+                firm = firm_of.get(key, ...)
                 got, value = np.asarray(got)[firm], np.asarray(value)[firm]
                 if case.faulty != "nothing":
                     got, value = finite_alike(got, value, where)
