@@ -58,8 +58,7 @@ def report(logs: Path, output: Path | None) -> None:
         lines += _section(name, released, some)
         if some and output is not None:
             suffix = "_released" if released else ""
-            beyond = [method for method, _ in EXPERIMENTS[name].beyond]
-            of_paper = [cell for cell in some if cell.method not in beyond]
+            of_paper = [cell for cell in some if cell.method not in _beyond(name)]
             _draw(of_paper, output / f"paper_{name}{suffix}.png")
             lines += ["", f"![{name}](paper_{name}{suffix}.png)"]
     text = "\n".join(lines) + "\n"
@@ -77,6 +76,11 @@ def _cells(name: str, released: bool, logs: Path) -> list[Cell]:
     wanted = {(job.method, start) for job in jobs if job.name in done for start in job.starts}
     results = [run for run in read(logs) if run.task == jobs[0].task and run.steps == kind.steps]
     return [cell for cell in cells(results, kind) if (cell.method, cell.start) in wanted]
+
+
+def _beyond(name: str) -> list[Method]:
+    """Return the methods of an experiment that the paper does not have."""
+    return [method for method, _ in EXPERIMENTS[name].beyond]
 
 
 def _section(name: str, released: bool, found: Sequence[Cell]) -> Iterator[str]:
@@ -100,7 +104,7 @@ def _section(name: str, released: bool, found: Sequence[Cell]) -> Iterator[str]:
         known = ""
         if isinstance(method, Method):
             base = method.base.removesuffix(" as released")
-            if method not in [beyond for beyond, _ in EXPERIMENTS[name].beyond]:
+            if method not in _beyond(name):
                 known = PAPER.get((name, base, method.blocks if method.meta else None), "")
         yield f"| {method.label} | {number(start)} | {seeds} | {result} | {known} |"
     if name == "continual-cifar100":

@@ -71,15 +71,13 @@ def _runs_of(jobs: Iterable[Job]) -> set[tuple[Method | Peer, float]]:
     return {(job.method, start) for job in jobs for start in job.starts}
 
 
-def made_with(runs: Iterable[Result]) -> str:
+def made_with(runs: Sequence[Result]) -> str:
     """Return with what runs were made, a sentence or two."""
-    known, silent = dict[str, None](), False
-    for run in runs:
-        silent |= not run.made_with
-        known |= dict.fromkeys(run.made_with)
-    said = f"Runs were made with {'; '.join(sorted(known))}." if known else ""
-    older = "Of others the logs do not say it; they are older." if silent else ""
-    return " ".join(filter(None, (said, older)))
+    known = sorted({one for run in runs for one in run.made_with})
+    said = [f"Runs were made with {'; '.join(known)}."] if known else []
+    if not all(run.made_with for run in runs):
+        said.append("Of others the logs do not say it; they are older.")
+    return " ".join(said)
 
 
 def shown(value: float, kind: type[Task]) -> str:
@@ -196,8 +194,8 @@ def _summary(
         "the very measure that is shown, which flatters them. MetaOptimize starts from 1e-7, 1e-6, "
         "1e-5, 1e-4 and 1e-3, on characters and CIFAR from every other of these; shown are its "
         "worst and its best start. *fast Adam* is `mo.FastStart(mo.AdamW())`, *fast Lion* "
-        "`mo.FastStart(mo.Lion())`. *Lost* are "
-        "runs that had reached the target and ended clearly short of it. Peers are their authors' "
+        "`mo.FastStart(mo.Lion())`. *Lost* are runs that had reached the target and ended clearly "
+        "short of it. Peers are their authors' "
         "packages with the settings that these have. Weight decay of AdamW, Lion and RMSprop is "
         "0.1 for networks, 0 for the two convex tasks; that of SGD is 0. What is missing was not "
         "run. Seconds are steps times the cost of a step (`learning.py time`): forward pass, "

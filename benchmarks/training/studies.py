@@ -1,6 +1,7 @@
 """Which runs make a comparison, and which the maps of robustness."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from training.loop import Job
 from training.methods import Method, Peer
@@ -8,11 +9,13 @@ from training.peers import PEERS
 
 __all__ = [
     "CURED",
+    "DISCOUNTED",
     "GRIDS",
     "LARGE",
     "MAP_STARTS",
     "META_LRS",
     "PAIRS",
+    "SCHEDULED",
     "SEEDS",
     "STARTS",
     "comparison",
@@ -62,6 +65,9 @@ CURED = (
     ("SGDm", "fast Adam"),
     ("AdamW", "fast Lion"),
 )
+#: What is recommended: towards a target that moves, and for runs of a known length.
+DISCOUNTED = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, discount=0.99)
+SCHEDULED = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, schedule="cosine", warm_up=0.0)
 
 
 def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
@@ -78,10 +84,15 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
     for base in bases:
         yield _job(task, Method(base=base), GRIDS[base], seeds)
     cured = CURED[:2] if large else CURED
-    for base, meta in cured:
-        meta_lr, discount = CURES[0]
-        method = Method(base=base, meta=meta, meta_lr=meta_lr, discount=discount)
-        yield _job(task, method, initial, seeds)
+
+    def learned(
+        pairs: Iterable[tuple[str, str]], meta_lr: float, discount: float, **more: Any
+    ) -> Iterator[Job]:
+        for base, meta in pairs:
+            method = Method(base=base, meta=meta, meta_lr=meta_lr, discount=discount, **more)
+            yield _job(task, method, initial, seeds)
+
+    yield from learned(cured, *CURES[0])
     for name in PEERS:
         starts = (1e-6, 1e-3) if name.startswith(("gdtuo", "hypergradient")) else (1.0,)
         for start in starts:
@@ -89,38 +100,23 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
                 yield _job(task, Peer(name=name), (start,), (seed,))
     for base in bases:
         yield _job(task, Method(base=base, schedule="cosine"), GRIDS[base], seeds)
-    scheduled = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, schedule="cosine", warm_up=0.0)
-    yield _job(task, scheduled, initial, seeds)
+    yield _job(task, SCHEDULED, initial, seeds)
     for meta_lr, discount in CURES[1:]:
-        for base, meta in cured:
-            method = Method(base=base, meta=meta, meta_lr=meta_lr, discount=discount)
-            yield _job(task, method, initial, seeds)
-    for base, meta in PAIRS[:1] if large else (*PAIRS[:1], *PAIRS[3:]):
-        method = Method(base=base, meta=meta, meta_lr=1e-2, discount=0.99)
-        yield _job(task, method, initial, seeds)
+        yield from learned(cured, meta_lr, discount)
+    yield from learned(PAIRS[:1] if large else (*PAIRS[:1], *PAIRS[3:]), 1e-2, 0.99)
     for meta_lr, discount, blocks in VARIANTS:
         if blocks == "tensor" and large:
             continue
-        for base, meta in PAIRS[:3] if large else PAIRS:
-            method = Method(
-                base=base,
-                meta=meta,
-                meta_lr=meta_lr,
-                discount=discount,
-                # the regression has one array, and is known for a step size a weight
-                blocks="weight" if (task, blocks) == ("drift", "tensor") else blocks,
-            )
-            yield _job(task, method, initial, seeds)
+        if (task, blocks) == ("drift", "tensor"):
+            blocks = "weight"  # it has one array, and is known for a step size a weight
+        pairs = PAIRS[:3] if large else PAIRS
+        yield from learned(pairs, meta_lr, discount, blocks=blocks)
     if task == "drift":
         for meta_lr in (1e-3, 1e-2):
             yield _job(task, idbd(meta_lr), (1e-3, 1e-2, 0.05), seeds)
-        for base, meta in CURED[:4]:
-            method = Method(base=base, meta=meta, meta_lr=1e-2, discount=0.99, curvature="diagonal")
-            yield _job(task, method, initial, seeds)
+        yield from learned(CURED[:4], 1e-2, 0.99, curvature="diagonal")
     for discount in () if large else (1.0, 0.999):
-        for base, meta in PAIRS[:3]:
-            method = Method(base=base, meta=meta, meta_lr=1e-2, discount=discount, bounds=BOUNDS)
-            yield _job(task, method, initial, seeds)
+        yield from learned(PAIRS[:3], 1e-2, discount, bounds=BOUNDS)
 
 
 def idbd(meta_lr: float) -> Method:
