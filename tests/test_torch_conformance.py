@@ -1,9 +1,8 @@
 """Compiled steps of the torch adapter against the oracle: rules, options, partitions, dtypes."""
 
-import contextlib
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from metaopt_conformance import torch_adapter  # noqa: E402
 from metaopt_conformance.against_oracle import single_steps  # noqa: E402
 from metaopt_conformance.backends import find  # noqa: E402
 from metaopt_conformance.cases import BASES, METAS, OPTIONS, Case, pairs  # noqa: E402
@@ -96,8 +96,8 @@ MANY: Mapping[str, Sequence[Any]] = {
 }
 
 
-class Optimizer:
-    """The adapter as the suite sees one, compiled.
+class Optimizer(torch_adapter.Optimizer):
+    """The adapter as the suite sees it, compiled.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ class Optimizer:
             groups = [{"params": whole, "weight_decay": next(iter(decays.values()))}]
         self.optimizer = MetaOptimizer(groups, compile=True, maximize=case.maximize, **options)
 
-    def step(self, grads: Any, lr: Any, hvp: Any) -> None:  # noqa: ARG002
+    def step(self, grads: Any, lr: Any, *_: Any, **__: Any) -> None:
         """Take what `metaopt.MetaOptimize.step` takes, for the parameters and state at hand."""
         for name, param in self.own.items():
             grad = grads[name]
@@ -134,14 +134,6 @@ class Optimizer:
             group["lr"] = lr[name] if isinstance(lr, Mapping) else lr
         self.optimizer.step()
 
-    def params(self) -> dict[str, Any]:
-        """Return the parameters."""
-        return {name: param.detach().clone() for name, param in self.own.items()}
-
-    def state(self) -> mo.State:
-        """Return the state as the core has it."""
-        return self.optimizer.core_state()
-
 
 def _without_decay(base: Any) -> Any:
     if isinstance(base, Mapping):
@@ -149,19 +141,13 @@ def _without_decay(base: Any) -> Any:
     return replace(base, weight_decay=0.0)
 
 
-@contextlib.contextmanager
-def _numbers_may_overflow(case: Case) -> Iterator[None]:
-    with warnings.catch_warnings():
-        if case.faulty != "nothing":
-            warnings.simplefilter("ignore")
-        yield
-
-
 def compared(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(case, Compiled)
     monkeypatch.setitem(runs.SMALL, "cpu", 2**16 if case.packed else 0)
     under = Under(replace(find("torch"), optimizer=partial(Optimizer, case)), adapter=True)
-    with _numbers_may_overflow(case):
+    with warnings.catch_warnings():
+        if case.faulty != "nothing":
+            warnings.simplefilter("ignore")
         single_steps(under, case)
 
 
