@@ -131,9 +131,10 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.parametrize("name", RULES)
 def test_a_pass_is_one_loop_over_memory(name: str) -> None:
     """With the sum in it; and the bias corrections out of it."""
+    given = arrays(RULES[name], 10**6)
     run = compiler.Compiled(passes.fused(KIND))
     with torch.no_grad():
-        _, (code,) = run_and_get_code(run, RULES[name], arrays(RULES[name], 10**6))
+        _, (code,) = run_and_get_code(lambda: run.prepared(RULES[name], given)(*given.values()))
     assert len(re.findall(r"#pragma omp for", code)) == 1
     loop = code.partition("#pragma omp for")[2].partition("'''")[0]  # to the end of the kernel
     assert "loadu" in loop

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from metaopt.rules import Rule
 from metaopt_torch.passes import Arrays, Pass
 
-__all__ = ["Compiled", "in_chunks", "missing"]
+__all__ = ["Compiled", "Eager", "in_chunks", "missing", "placement"]
 
 #: Numbers that an eager pass takes at a time: on a CPU what its cache holds, elsewhere what makes
 #: a launch worth its while.
@@ -60,9 +60,9 @@ class Compiled:
     """A pass compiled by Inductor, once for each rule and for all sizes and steps.
 
     Dynamo is passed over. A step calls a pass for every large tensor, and what Dynamo looks at in
-    each call takes longer than a small pass itself. Here every call looks at the identity of the
-    rule, and at device, dtypes, shapes and strides; when these are new, at whether a kernel that
-    was made before holds for them.
+    each call takes longer than a small pass itself. Here a kernel is looked up by the identity of
+    the rule, and by device, dtypes, shapes and strides; when these are new, those that were made
+    before are asked whether they hold for them.
 
     Parameters
     ----------
@@ -76,18 +76,11 @@ class Compiled:
         self._ready: dict[Any, tuple[Callable[..., Any], Rule]] = {}
         self._kernels: dict[Any, list[Kernel]] = {}
 
-    def __call__(self, rule: Rule, arrays: Arrays) -> Any:
-        """Run the pass on arrays, which may be written to."""
-        return self.prepared(rule, arrays)(*arrays.values())
-
     def prepared(self, rule: Rule, arrays: Arrays) -> Callable[..., Any]:
-        """Return what is called with the values of `arrays`, compiled."""
+        """Return what is called with the values of `arrays`, which it may write to."""
         values = arrays.values()
-        kinds: Any = tuple([(type(a), a.dtype, a.shape, a.stride()) for a in values])
-        device = next(iter(values)).device
-        if device.type != "cpu":  # where kernels differ by it
-            kinds = (kinds, tuple([_aligned(a) for a in values]))
-        key = (id(rule), tuple(arrays), kinds, device)
+        kinds = tuple([(type(a), a.dtype, a.shape, a.stride()) for a in values])
+        key = (id(rule), tuple(arrays), kinds, placement(arrays), next(iter(values)).device)
         ready = self._ready.get(key)
         if ready is None:
             with _compiling:
@@ -116,17 +109,8 @@ class Compiled:
                 "`compile=True` for the error.",
                 stacklevel=2,
             )
-            return self._eagerly(rule, arrays)
+            return Eager(self._otherwise).prepared(rule, arrays)
         return kernels[-1].run
-
-    def _eagerly(self, rule: Rule, arrays: Arrays) -> Callable[..., Any]:
-        names, otherwise = tuple(arrays), self._otherwise
-        assert otherwise is not None
-
-        def run(*values: Tensor) -> Any:
-            return otherwise(rule, dict(zip(names, values, strict=True)))
-
-        return run
 
     def _made(self, rule: Rule, arrays: Arrays) -> Kernel:
         # imported here, for they take a second
@@ -170,6 +154,34 @@ class Compiled:
             return Kernel(whole, inputs)  # constants are among them, or what is written to
         copied = [node.args[0] for node in nodes if node.target is torch.ops.aten.copy_.default]
         return Kernel(_directly(kernel, [arguments.index(node) for node in copied]), inputs)
+
+
+class Eager:
+    """A pass run as it is.
+
+    Parameters
+    ----------
+    function : Pass
+    """
+
+    def __init__(self, function: Pass) -> None:
+        self._function = function
+
+    def prepared(self, rule: Rule, arrays: Arrays) -> Callable[..., Any]:
+        """Return what is called with the values of `arrays`, which it may write to."""
+        names, function = tuple(arrays), self._function
+
+        def run(*values: Tensor) -> Any:
+            return function(rule, dict(zip(names, values, strict=True)))
+
+        return run
+
+
+def placement(arrays: Arrays) -> tuple[bool, ...]:
+    """Return which arrays begin where a GPU reads several numbers at once; kernels differ by it."""
+    if next(iter(arrays.values())).device.type == "cpu":
+        return ()
+    return tuple([_aligned(array) for array in arrays.values()])
 
 
 def _outline(array: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from metaopt.passes import meta_pass, usable
 from metaopt.rules import Rule
 from metaopt.step import awake_families
 from metaopt_torch.build import Built
-from metaopt_torch.compiler import Compiled, in_chunks
+from metaopt_torch.compiler import Compiled, Eager, in_chunks, placement
 from metaopt_torch.passes import Arrays, Kind, Pass, fused, moved, products
 from metaopt_torch.runs import Run, grouped
 from metaopt_torch.shards import summed
@@ -77,7 +77,7 @@ class HessianFree:
         self._built, self._rounding, self._compile = built, rounding, compile
         self._config, self._plan = built.config, built.plan
         self._leaves, self._vectors = built.leaves, built.vectors
-        self._passes: dict[Any, Pass] = {} if before is None else before._passes
+        self._passes: dict[Any, Compiled | Eager] = {} if before is None else before._passes
         self._constants: dict[Any, Tensor] = {}
         self._signature: Any = None
         self._runs: dict[Any, Run] = {}
@@ -131,18 +131,13 @@ class HessianFree:
         refused = accepted if self._config.skip_nonfinite else None
         if self.two_passes:
             for run, _, grad in self._buffers(grads):
-                arrays = {"grad": grad, "trace": run.state["trace"]}
-                self._prepared(self._pass(products, run), run.leaves[0].rule, arrays)
+                self._kernel(products, run, {"grad": grad, "trace": run.state["trace"]})
         make, rates = moved if self.two_passes else fused, dict[Any, Rates]()
         for run, param, grad in self._buffers(grads):
             arrays = self._arrays(run, param, grad, self._rates(run, sizes, keep, rates), refused)
-            self._prepared(self._pass(make, run), run.leaves[0].rule, arrays)
+            self._kernel(make, run, arrays)
         arrays = self._of_blocks(torch.zeros_like(beta), self._awake(grads), refused)
-        self._prepared(self._move, self._config.meta, arrays)
-
-    def _prepared(self, function: Pass, rule: Rule, arrays: Arrays) -> None:
-        if isinstance(function, Compiled):
-            function.prepared(rule, arrays)
+        self._move.prepared(self._config.meta, arrays)
 
     def _buffers(self, grads: Mapping[str, Tensor]) -> Iterator[tuple[Run, Tensor, Tensor]]:
         for run in self._runs.values():
@@ -155,7 +150,7 @@ class HessianFree:
         for run, param, grad in self._buffers(grads):
             of_group = self._rates(run, sizes, keep, rates)
             arrays = self._arrays(run, param, grad, of_group, None)
-            total = self._pass(fused, run)(run.leaves[0].rule, arrays)
+            total = self._kernel(fused, run, arrays)(*arrays.values())
             sums.append((run, total, of_group.awake))
             run.written(param)
         z, _ = self._total(grads, sums, None)
@@ -167,7 +162,7 @@ class HessianFree:
         sums, lost = [], []
         for run, _, grad in self._buffers(grads):
             arrays = {"grad": grad, "trace": run.state["trace"]}
-            total, flag = self._pass(products, run)(run.leaves[0].rule, arrays)
+            total, flag = self._kernel(products, run, arrays)(*arrays.values())
             sums.append((run, total, _awake(run.leaves[0].group)))
             lost.append((run, flag))
         z, count = self._total(grads, sums, lost if self._config.skip_nonfinite else None)
@@ -180,7 +175,7 @@ class HessianFree:
         for run, param, grad in self._buffers(grads):
             of_group = self._rates(run, sizes, keep, rates)
             arrays = self._arrays(run, param, grad, of_group, accepted)
-            self._pass(moved, run)(run.leaves[0].rule, arrays)
+            self._kernel(moved, run, arrays)(*arrays.values())
             run.written(param)
         return accepted
 
@@ -232,22 +227,30 @@ class HessianFree:
             self._constants[key] = torch.full((), value, dtype=dtype, device=device)
         return self._constants[key]
 
-    def _pass(self, make: Callable[[Kind], Pass], run: Run) -> Pass:
+    def _kernel(self, make: Callable[[Kind], Pass], run: Run, arrays: Arrays) -> Callable[..., Any]:
+        """Return what is called with the values of `arrays`.
+
+        It is looked up once for a run, for whose arrays all that a kernel depends on is fixed, but
+        which there are, and on a GPU where gradients begin.
+        """
         leaf = run.leaves[0]
         maximize = bool(leaf.group["maximize"])
-        known = run.passes.get((make, maximize))
+        key: Any = (make, maximize, *arrays)
+        if run.device.type != "cpu":
+            key += placement(arrays)
+        known = run.kernels.get(key)
         if known is None:
             rounding = self._rounding if leaf.param.dtype != leaf.dtype else "nearest"
             kind = Kind(self._config.trace, maximize, rounding, not run.flat)
             if (make, kind) not in self._passes:
                 function = make(kind)
                 self._passes[make, kind] = self._run_as(function, in_chunks(function))
-            known = run.passes[make, maximize] = self._passes[make, kind]
+            known = run.kernels[key] = self._passes[make, kind].prepared(leaf.rule, arrays)
         return known
 
-    def _run_as(self, function: Pass, eager: Pass) -> Pass:
+    def _run_as(self, function: Pass, eager: Pass) -> Compiled | Eager:
         if self._compile is False:
-            return eager
+            return Eager(eager)
         return Compiled(function, eager if self._compile is None else None)
 
     def _total(
@@ -283,16 +286,18 @@ class HessianFree:
             if awake is False or not run.counts:
                 continue
             part = total if awake is True else torch.where(awake, total, 0.0)
-            counted.append((run, part.to(beta.device, beta.dtype).reshape(-1)))
+            if part.dtype is not beta.dtype or run.device != beta.device:
+                part = part.to(beta.device, beta.dtype)
+            counted.append((run, part))
         if not counted:
             z = torch.zeros_like(beta)
         elif len(beta) == 1:
-            z = torch.cat([part for _, part in counted]).sum().reshape(1)
+            z = torch.stack([part for _, part in counted]).sum().reshape(1)
         else:
             z = torch.zeros_like(beta).index_add_(
                 0,
                 self._index([run for run, _ in counted]),
-                torch.cat([part for _, part in counted]),
+                torch.cat([part.reshape(-1) for _, part in counted]),
             )
         if flags is None:
             return z
@@ -318,7 +323,8 @@ class HessianFree:
         return awake_families(self._plan, flags, self._vectors["step"])
 
     def _move_beta(self, z: Tensor, awake: Any, accepted: Tensor | None) -> None:
-        self._move(self._config.meta, self._of_blocks(z, awake, accepted))
+        arrays = self._of_blocks(z, awake, accepted)
+        self._move.prepared(self._config.meta, arrays)(*arrays.values())
 
     def _of_blocks(self, z: Tensor, awake: Any, accepted: Tensor | None) -> dict[str, Tensor]:
         """Return what the meta update takes."""

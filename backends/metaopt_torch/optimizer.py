@@ -360,18 +360,19 @@ meta_first, skip_nonfinite
             check_numbers(group)
         if self._in_core:
             self._refresh()  # elsewhere a group's weight decay is handed to every pass
-        grads = {
-            name: leaf.param.grad
-            for name, leaf in self._ready.leaves.items()
-            if leaf.param.grad is not None
-        }
-        for name, grad in grads.items():
+        grads, rebuild = {}, False
+        for name, leaf in self._ready.leaves.items():
+            grad = leaf.param.grad
+            if grad is None:
+                continue
             if grad.layout != torch.strided:
                 msg = f"The gradient of {name!r} must be dense; got layout {grad.layout}."
                 raise TypeError(msg)
-        if any(self._ready.leaves[name].changed() for name in grads):
+            grads[name] = placed(grad, leaf.param)
+            rebuild |= leaf.changed()
+        if rebuild:
             self._build()  # a parameter that was frozen has a gradient now, or is of another dtype
-        return {name: placed(grad, self._ready.leaves[name].param) for name, grad in grads.items()}
+        return grads
 
     def step_sizes(self) -> dict[str, Tensor]:
         """Return the learned step sizes by block, before the multiplier `lr`.

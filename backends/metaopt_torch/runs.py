@@ -9,6 +9,7 @@ are flat, elsewhere they are matrices with a block for every row.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Order:
     rows: int
     length: int
 
-    @property
+    @cached_property
     def straight(self) -> bool:
         """Whether the axes come in the parameter's own order."""
         return self.axes == (*range(len(self.axes)),)
@@ -163,8 +164,8 @@ class Run:
         The one block, where buffers are flat; the block of each row.
     state : mapping of key to tensor
         The leaves' state as buffers, of which `Leaf.state` has views.
-    passes : dict
-        For whoever makes passes, to find them again.
+    kernels : dict
+        What runs the passes, for whoever makes them to find it again.
     """
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
@@ -194,7 +195,7 @@ class Run:
         self._copied = self._packed
         self._scratch: list[tuple[Tensor, list[Tensor]]] = []
         self.state = {key: self._adopted(key) for key in first.buffered}
-        self.passes: dict[Any, Any] = {}
+        self.kernels: dict[Any, Any] = {}
 
     @property
     def mesh(self) -> Any:
@@ -213,14 +214,14 @@ class Run:
         return values.index_select(0, self.index).unsqueeze(1)
 
     def buffers(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the parameters and gradients as buffers."""
+        """Return the parameters and gradients as buffers, which are laid out alike in all steps."""
         if not self._packed:
             order = self.leaves[0].order
             param = order.ordered(local(self.leaves[0].param))
             grad = order.ordered(local(grads[0]).resolve_neg())  # kernels read the memory itself
             # its memory may have another layout than in the step before
             self._copied = not param.is_contiguous()
-            return param.reshape(self.shape), grad.reshape(self.shape).contiguous()
+            return param.reshape(self.shape).contiguous(), grad.reshape(self.shape).contiguous()
         params = [local(leaf.param) for leaf in self.leaves]
         for (buffer, views), tensors in zip(
             self._scratch, (params, [local(grad) for grad in grads]), strict=True
