@@ -221,7 +221,8 @@ class Run:
             grad = order.ordered(local(grads[0]).resolve_neg())  # kernels read the memory itself
             # its memory may have another layout than in the step before
             self._copied = not param.is_contiguous()
-            return param.reshape(self.shape).contiguous(), grad.reshape(self.shape).contiguous()
+            param, grad = param.ravel(), grad.ravel()
+            return (param, grad) if self.flat else (param.view(self.shape), grad.view(self.shape))
         params = [local(leaf.param) for leaf in self.leaves]
         for (buffer, views), tensors in zip(
             self._scratch, (params, [local(grad) for grad in grads]), strict=True
