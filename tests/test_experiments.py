@@ -207,9 +207,19 @@ def test_a_report_shows_what_was_run_and_says_what_was_not(
     job = next(iter(runs("continual-cifar100")))
     run(job, tmp_path, data=data)
     reproduce.main(["report", "--logs", str(tmp_path), "--output", str(output)])
-    page = (output / "paper.md").read_text()
-    assert "| (AdamW, Lion), scalar, meta_lr 0.001, weight decay 0.1 | 1e-6 |  | not run |" in page
+    page = (output / "paper_continual-cifar100.md").read_text()
+    assert "| AdamW, fixed, weight decay 0.1 | 1e-5 |  | not run |" in page
     shown = next(line for line in page.splitlines() if line.startswith(f"| {job.method.label} |"))
     assert "%" in shown
     assert "not run" not in shown
     assert (output / "paper_continual-cifar100.png").stat().st_size > 1000
+    listed = (output / "paper.md").read_text()
+    assert "| continual-cifar100 | [results](paper_continual-cifar100.md) | not run |" in listed
+    assert "| imagenet | not run | not run |" in listed
+
+    learning.main(["report", "--logs", str(tmp_path), "--output", str(output)])
+    made = {path.name: path.read_bytes() for path in output.iterdir()}
+    nothing = tmp_path / "nothing"
+    learning.main(["report", "--logs", str(nothing), "--output", str(output)])
+    reproduce.main(["report", "--logs", str(nothing), "--output", str(output)])
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == made, "results stay"

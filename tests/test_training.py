@@ -20,13 +20,14 @@ pytest.importorskip("PIL")
 import torch
 from filelock import FileLock
 from metaopt_conformance.tolerances import rounding
+from training.cells import cells, keep, kept, merged
 from training.data import DataMissingError, cifar, jpegs
 from training.imagenet import image_sets
 from training.loop import Job, TakenError, finished, run
 from training.methods import Method, Peer, updater
 from training.peers import PACKAGES
 from training.replicas import side_by_side, starts_of_blocks
-from training.results import Cell, Result, cells, read
+from training.results import Result, read
 from training.stories import stories
 from training.studies import GRIDS, STARTS, comparison, idbd, maps
 from training.tasks import TASKS, Task
@@ -315,15 +316,36 @@ def test_a_run_has_arrived_diverged_or_lost_what_it_had() -> None:
     assert [run.lost(kind) for run in (good, lost, worse)] == [False, True, False]
     assert [run.diverged() for run in (good, lost, worse, broken)] == [False, False, True, True]
     assert good.judged(kind) == 0.97
-    cell = Cell((good, worse), kind)
-    assert (cell.diverged, cell.mean, cell.values) == (1, float("-inf"), [0.97])
-    assert Cell((good,), kind).better_than(Cell((lost,), kind))
+    (cell,) = cells([good, replace(worse, seed=1)], kind)
+    assert (cell.seeds, cell.diverged, cell.mean) == (2, 1, float("-inf"))
+    (one,), (other,) = cells([good], kind), cells([lost], kind)
+    assert one.better_than(other)
 
 
 def test_a_run_that_is_in_two_logs_counts_once() -> None:
     kind, one = TASKS["digits"], of_digits((0.1, 0.96), (2.3, 0.2))
     other = replace(one, seed=1)
     assert [cell.results for cell in cells([one, other, replace(one)], kind)] == [(one, other)]
+
+
+def test_cells_are_kept_and_added_to(tmp_path: Path) -> None:
+    """What a folder of results holds stays, also where the logs that it was made of are gone."""
+    kind, path = TASKS["digits"], tmp_path / "learning.jsonl"
+    run_ = replace(of_digits((0.1, 0.96), (2.3, 0.2)), sizes={"all": (1e-3, 2e-3)})
+    method = Method(base="AdamW", meta="fast Adam", bounds=(1e-6, 1.0), weight_decay=0.0)
+    results = [run_, replace(run_, seed=1), replace(run_, method=method, made_with=("a commit",))]
+    results += [replace(run_, method=Peer(name="DoG"), series={"test.loss": (1.0, float("nan"))})]
+    results[-1].series["test.accuracy"] = (0.1, 0.1)
+    before = cells(results, kind)
+    assert list(kept(path, TASKS)) == []
+    keep({"digits": before}, path)
+    assert list(kept(path, TASKS)) == before
+
+    fewer = cells([replace(run_, made_with=("a later commit",))], kind)
+    assert merged(before, fewer) == before
+    again = cells([replace(one, made_with=("a later commit",)) for one in results[:2]], kind)
+    assert merged(before, again) == [*again, *before[1:]]
+    assert merged(before, cells([replace(run_, start=0.5)], kind))[:-1] == before
 
 
 def test_online_tasks_are_judged_by_their_second_half() -> None:
@@ -346,7 +368,7 @@ def test_logs_are_read_as_they_were_written(tmp_path: Path) -> None:
     run(job, tmp_path, tasks={"short": Short})
     found = cells(read(tmp_path), Short)
     assert [(cell.method, cell.start) for cell in found] == [(method, 1e-3), (method, 1e-2)]
-    assert [len(cell.results) for cell in found] == [2, 2]
+    assert [cell.seeds for cell in found] == [2, 2]
     (first, *_), _ = found[0].results, found
     assert first.at == (0, 5, 10, 12)
     assert first.sizes["all"][0] == 1e-3

@@ -1,4 +1,4 @@
-"""The paper's results beside ours: a page, and its figures made from logs."""
+"""The paper's results beside ours: pages, and their figures made from logs."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from training.cells import Cell, cells
 from training.figures import saved
 from training.loop import finished
 from training.methods import Method
 from training.report import made_with, shown
-from training.results import Cell, cells, read
+from training.results import read
 from training.tasks import Task
 
 from metaopt.demo.report import number
@@ -32,35 +33,42 @@ TASK, WINDOW = 5000, 1000
 
 
 def report(logs: Path, output: Path | None) -> None:
-    """Write paper.md and a picture for each experiment that was run; print the page.
+    """Write a page and a picture for each experiment that was run, and paper.md, which lists them.
+
+    Pages of experiments that the logs say nothing of stay as they are.
 
     Parameters
     ----------
     logs : Path
         Folder of logs.
     output : Path, optional
-        Folder; without it the page is printed alone.
+        Folder; without it the pages are printed alone.
     """
-    found = {
-        (name, released): _cells(name, released, logs)
-        for name in EXPERIMENTS
-        for released in (False, True)
-    }
-    results = [run for some in found.values() for cell in some for run in cell.results]
     lines = [
         "# The paper's experiments",
         "",
         "Made by `python benchmarks/reproduce.py report`. Settings of the MetaOptimize paper as "
-        "printed, and as its authors' released code acts (`benchmarks/paper/settings.py`). Mean "
-        "and standard deviation over seeds. *Not run* is what it says. " + made_with(results),
+        "printed, and as its authors' released code acts (`benchmarks/paper/settings.py`).",
+        "",
+        "| experiment | as printed | as the released code acts |",
+        "| --- | --- | --- |",
     ]
-    for (name, released), some in found.items():
-        lines += _section(name, released, some)
-        if some and output is not None:
-            suffix = "_released" if released else ""
-            of_paper = [cell for cell in some if cell.method not in _beyond(name)]
-            _draw(of_paper, output / f"paper_{name}{suffix}.png")
-            lines += ["", f"![{name}](paper_{name}{suffix}.png)"]
+    for name in EXPERIMENTS:
+        pages = []
+        for released in (False, True):
+            page = f"paper_{name}{'_released' if released else ''}"
+            found = _cells(name, released, logs)
+            if found:
+                text = "\n".join([*_page(name, released, found), "", f"![{name}]({page}.png)"])
+                print(f"{text}\n")
+                if output is not None:
+                    output.mkdir(parents=True, exist_ok=True)
+                    (output / f"{page}.md").write_text(f"{text}\n", encoding="utf-8")
+                    of_paper = [cell for cell in found if cell.method not in _beyond(name)]
+                    _draw(of_paper, output / f"{page}.png")
+            run = bool(found) or (output is not None and (output / f"{page}.md").is_file())
+            pages.append(f"[results]({page}.md)" if run else "not run")
+        lines.append(f"| {name} | {' | '.join(pages)} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if output is not None:
@@ -83,9 +91,13 @@ def _beyond(name: str) -> list[Method]:
     return [method for method, _ in EXPERIMENTS[name].beyond]
 
 
-def _section(name: str, released: bool, found: Sequence[Cell]) -> Iterator[str]:
+def _page(name: str, released: bool, found: Sequence[Cell]) -> Iterator[str]:
+    yield f"# {name}, {'as the released code acts' if released else 'as printed'}"
     yield ""
-    yield f"## {name}, {'as the released code acts' if released else 'as printed'}"
+    yield (
+        "Made by `python benchmarks/reproduce.py report`; see [paper.md](paper.md). Mean and "
+        "standard deviation over seeds. *Not run* is what it says. " + made_with(found)
+    )
     yield ""
     yield "| method | start | seeds | result | sd | the paper's |"
     yield "| --- | --- | --- | --- | --- | --- |"
@@ -100,7 +112,7 @@ def _section(name: str, released: bool, found: Sequence[Cell]) -> Iterator[str]:
         if cell is not None:
             factor = 100 if cell.kind.more_is_better else 1
             result = f"{shown(cell.mean, cell.kind)} | {factor * cell.spread:.2g}"
-            seeds = str(len(cell.results))
+            seeds = str(cell.seeds)
         known = ""
         if isinstance(method, Method):
             base = method.base.removesuffix(" as released")
@@ -129,8 +141,8 @@ def _switches(found: Sequence[Cell]) -> Iterator[str]:
             rises = sum(ratio > 1 for ratio in ratios)
             yield ""
             yield (
-                f"{cell.method.label}, step size of {block!r}: higher in the {WINDOW} steps after "
-                f"a switch than in those before it in {rises} of {len(ratios)} switches, "
+                f"{cell.method.label} from {number(cell.start)}, step size of {block!r}: higher "
+                f"in the {WINDOW} steps after a switch than in those before it in {rises} of {len(ratios)} switches, "
                 f"{statistics.geometric_mean(ratios):.2f} times on average."
             )
 

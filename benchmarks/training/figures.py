@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metaopt.demo.report import number
+from training.cells import Cell
 from training.methods import Method, Peer
-from training.results import Cell, Result, cells
 from training.studies import DISCOUNTED, SCHEDULED
 from training.tasks import Task
 
@@ -104,12 +104,12 @@ def _start(cell: Cell) -> float:
     return cell.start
 
 
-def maps(results: Sequence[Result], kind: type[Task], path: Path) -> None:
+def maps(found: Sequence[Cell], kind: type[Task], path: Path) -> None:
     """Draw the maps of a task: a row for each pair of rules; nothing where there are no runs.
 
     Parameters
     ----------
-    results : sequence of Result
+    found : sequence of Cell
         Of the task.
     kind : type of Task
     path : Path
@@ -117,17 +117,14 @@ def maps(results: Sequence[Result], kind: type[Task], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    lengths = {
-        run.steps for run in results if isinstance(run.method, Method) and run.start in (1e-8, 0.1)
-        and run.method.meta and run.method.meta_lr not in (1e-2, 1e-3)
-    }  # fmt: skip
+    lengths = {cell.steps for cell in found if _mapped_alone(cell)}
     if not lengths:
         return
     steps = min(lengths)
     table = [
         cell
-        for cell in cells([run for run in results if run.steps == steps], kind)
-        if isinstance(cell.method, Method) and cell.method.meta
+        for cell in found
+        if cell.steps == steps and isinstance(cell.method, Method) and cell.method.meta
     ]
     pairs = list(dict.fromkeys(_pair(cell) for cell in table))
     pairs = [pair for pair in pairs if len(_grid(table, pair, "meta_lr")[1]) > 2]
@@ -144,9 +141,17 @@ def maps(results: Sequence[Result], kind: type[Task], path: Path) -> None:
     figure.colorbar(image, ax=axes.ravel().tolist(), label=kind.judged_by, aspect=40)
     figure.suptitle(
         f"{kind.__name__} by initial step size, {steps:,} steps, mean of "
-        f"{len(table[0].results)} seeds; x: a run diverged"
+        f"{table[0].seeds} seeds; x: a run diverged"
     )
     saved(figure, path)
+
+
+def _mapped_alone(cell: Cell) -> bool:
+    """Say whether a cell is of a map and of no comparison."""
+    method = cell.method
+    if not isinstance(method, Method) or method.meta is None:
+        return False
+    return cell.start in (1e-8, 0.1) and method.meta_lr not in (1e-2, 1e-3)
 
 
 def _pair(cell: Cell) -> tuple[str, str]:

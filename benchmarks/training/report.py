@@ -7,12 +7,13 @@ from pathlib import Path
 
 from metaopt.demo.report import number
 from training import figures
+from training.cells import Cell, cells, keep, kept, merged
 from training.loop import Job
 from training.methods import Method, Peer
-from training.results import Cell, Result, cells, read
+from training.results import read
 from training.studies import LARGE, STARTS, comparison, maps
 from training.tasks import TASKS, Task
-from training.timing import milliseconds, read_times
+from training.timing import milliseconds, read_times, write_times
 
 __all__ = ["made_with", "report", "shown"]
 
@@ -25,12 +26,16 @@ NAMES = {
     "continual": "Continual CIFAR-100, as printed",
     "continual-as-released": "Continual CIFAR-100, as released",
 }
+#: What a report adds to.
+KEPT = "learning.jsonl"
 #: Starts from which the goals are to be reached; large tasks are run from every other.
 GOAL = tuple(start for start in STARTS if 1e-7 <= start <= 1e-3)
 
 
 def report(logs: Path, output: Path | None) -> None:
     """Write learning.md, a table for each task and the maps; print the summary.
+
+    Results are added to those that learning.jsonl in `output` keeps.
 
     Parameters
     ----------
@@ -39,43 +44,54 @@ def report(logs: Path, output: Path | None) -> None:
     output : Path, optional
         Folder; without it the summary is printed alone.
     """
+    before = [] if output is None else list(kept(output / KEPT, TASKS))
     results = list(read(logs))
+    everything = {
+        name: merged(
+            [cell for cell in before if cell.kind is kind],
+            cells([run for run in results if run.task == name], kind),
+        )
+        for name, kind in TASKS.items()
+    }
     tables = {}
-    for name, kind in TASKS.items():
+    for name, found in everything.items():
         # what is in the maps alone is drawn; tables are of runs of full length
         drawn = _runs_of(maps(name)) - _runs_of(comparison(name))
         whole = [
-            run
-            for run in results
-            if run.task == name and run.steps == kind.steps and (run.method, run.start) not in drawn
+            cell
+            for cell in found
+            if cell.steps == cell.kind.steps and (cell.method, cell.start) not in drawn
         ]
         if whole:
-            tables[name] = cells(whole, kind)
-    times = {name: read_times(logs, name) for name in tables}
+            tables[name] = whole
+    times = {name: read_times(logs, name) or read_times(output, name) for name in tables}
     summary = "\n".join(_summary(tables, times)) + "\n"
     print(summary)
     if output is None:
         return
     output.mkdir(parents=True, exist_ok=True)
+    keep(everything, output / KEPT)
     (output / "learning.md").write_text(summary, encoding="utf-8")
     for name, table in tables.items():
         text = "\n".join(_everything(name, table, times[name])) + "\n"
         (output / f"learning_{name}.md").write_text(text, encoding="utf-8")
+        if times[name]:
+            write_times(output, name, times[name])
     titles = {NAMES[name]: table for name, table in tables.items()}
     figures.starts(titles, output / "learning_starts.png")
-    for name, kind in TASKS.items():
-        figures.maps([run for run in results if run.task == name], kind, output / f"map_{name}.png")
+    for name, found in everything.items():
+        figures.maps(found, TASKS[name], output / f"map_{name}.png")
 
 
 def _runs_of(jobs: Iterable[Job]) -> set[tuple[Method | Peer, float]]:
     return {(job.method, start) for job in jobs for start in job.starts}
 
 
-def made_with(runs: Sequence[Result]) -> str:
-    """Return with what runs were made, a sentence or two."""
-    known = sorted({one for run in runs for one in run.made_with})
+def made_with(table: Sequence[Cell]) -> str:
+    """Return with what the runs were made, a sentence or two."""
+    known = sorted({one for cell in table for one in cell.made_with})
     said = [f"Runs were made with {'; '.join(known)}."] if known else []
-    if not all(run.made_with for run in runs):
+    if not all(cell.made_with for cell in table):
         said.append("Of others the logs do not say it; they are older.")
     return " ".join(said)
 
@@ -99,8 +115,8 @@ def _arrival(cell: Cell, times: Mapping[str, float]) -> str:
     median = statistics.median(cell.arrivals)
     each = milliseconds(times, cell.method)
     reached = f"{median:g}" if each is None else f"{median:g}, {number(1e-3 * each * median)} s"
-    missing = len(cell.results) - len(cell.arrivals)
-    return f"{reached} ({len(cell.arrivals)} of {len(cell.results)})" if missing else reached
+    missing = cell.seeds - len(cell.arrivals)
+    return f"{reached} ({len(cell.arrivals)} of {cell.seeds})" if missing else reached
 
 
 def _sizes(cell: Cell) -> str:
@@ -130,7 +146,7 @@ def _everything(name: str, table: Sequence[Cell], times: dict[str, float]) -> It
     for cell in sorted(table, key=lambda cell: (_rank(cell.method), cell.start)):
         start = number(cell.start) if _has_start(cell.method) else ""
         yield (
-            f"| {cell.method.label} | {start} | {len(cell.results)} | {shown(cell.mean, kind)} | "
+            f"| {cell.method.label} | {start} | {cell.seeds} | {shown(cell.mean, kind)} | "
             f"{_spread(cell)} | {cell.diverged} | {cell.lost} | {_arrival(cell, times)} | "
             f"{_sizes(cell)} |"
         )
@@ -169,7 +185,7 @@ def _tuned(name: str, table: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 def _slowness(cell: Cell) -> tuple[int, float]:
     """Return what sorts by runs that did not arrive, then by steps."""
-    missing = len(cell.results) - len(cell.arrivals)
+    missing = cell.seeds - len(cell.arrivals)
     return missing, statistics.median(cell.arrivals) if cell.arrivals else 0.0
 
 
@@ -184,7 +200,6 @@ def _worst(some: Sequence[Cell]) -> Cell:
 def _summary(
     tables: Mapping[str, Sequence[Cell]], times: Mapping[str, dict[str, float]]
 ) -> Iterator[str]:
-    runs = [run for table in tables.values() for cell in table for run in cell.results]
     yield "# Does it learn?"
     yield ""
     yield (
@@ -199,7 +214,8 @@ def _summary(
         "packages with the settings that these have. Weight decay of AdamW, Lion and RMSprop is "
         "0.1 for networks, 0 for the two convex tasks; that of SGD is 0. What is missing was not "
         "run. Seconds are steps times the cost of a step (`learning.py time`): forward pass, "
-        "backward pass and the optimizer, in turns in one process. " + made_with(runs)
+        "backward pass and the optimizer, in turns in one process. "
+        + made_with([cell for table in tables.values() for cell in table])
     )
     if figures.drawn(tables.values()):
         yield ""
@@ -210,7 +226,7 @@ def _summary(
 
 
 def _section(name: str, table: Sequence[Cell], times: Mapping[str, float]) -> Iterator[str]:
-    kind, seeds = table[0].kind, max(len(cell.results) for cell in table)
+    kind, seeds = table[0].kind, max(cell.seeds for cell in table)
     yield ""
     yield f"## {NAMES[name]}"
     yield ""
@@ -236,7 +252,7 @@ def _section(name: str, table: Sequence[Cell], times: Mapping[str, float]) -> It
     for label, some in sorted(_tuned(name, table).items()):
         worst, found = _worst(some), _best(some)
         assert found is not None
-        runs = sum(len(cell.results) for cell in some)
+        runs = sum(cell.seeds for cell in some)
         yield (
             f"| {label} | {shown(worst.mean, kind)} | {shown(found.mean, kind)} | "
             f"{sum(cell.diverged for cell in some)} of {runs} | "
@@ -247,7 +263,7 @@ def _section(name: str, table: Sequence[Cell], times: Mapping[str, float]) -> It
         start = f" from {number(cell.start)}" if _has_start(cell.method) else ""
         yield (
             f"| {cell.method.label}{start} | | {shown(cell.mean, kind)} | {cell.diverged} of "
-            f"{len(cell.results)} | {cell.lost} | {_arrival(cell, times)} |"
+            f"{cell.seeds} | {cell.lost} | {_arrival(cell, times)} |"
         )
 
 

@@ -1,9 +1,9 @@
-"""What logs say: one result for each run, and what several seeds have in common."""
+"""What logs say: one result for each run."""
 
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from training.loop import finished
 from training.methods import Method, Peer
 from training.tasks import Task
 
-__all__ = ["Cell", "Result", "cells", "read"]
+__all__ = ["Result", "method_of", "read"]
 
 #: A run has diverged where it ends with a loss this many times that of the start.
 WORSE = 1.5
@@ -111,10 +111,7 @@ def read(folder: Path) -> Iterator[Result]:
 
 def _runs(head: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[Result]:
     job = head["job"]
-    given = dict(job["method"])
-    if given.get("bounds"):
-        given["bounds"] = tuple(given["bounds"])
-    method: Method | Peer = Peer(**given) if "name" in given else Method(**given)
+    method = method_of(job["method"])
     at = tuple(entry["step"] for entry in entries)
     made_with = tuple(head.get("made_with", ()))
     if "commit" in head:  # an older log
@@ -146,84 +143,14 @@ def _runs(head: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[Resul
         )
 
 
+def method_of(given: Mapping[str, Any]) -> Method | Peer:
+    """Return the method that JSON speaks of."""
+    if "name" in given:
+        return Peer(**given)
+    bounds = {"bounds": tuple(given["bounds"])} if given.get("bounds") else {}
+    return Method(**{**given, **bounds})
+
+
 def _number(values: Sequence[float | None] | None, index: int) -> float:
     value = None if values is None else values[index]
     return math.nan if value is None else value
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A method from one start, over seeds.
-
-    Parameters
-    ----------
-    results : tuple of Result
-    kind : type of Task
-    """
-
-    results: tuple[Result, ...]
-    kind: type[Task]
-
-    @property
-    def method(self) -> Method | Peer:
-        """The method."""
-        return self.results[0].method
-
-    @property
-    def start(self) -> float:
-        """Where step sizes start, or what they are."""
-        return self.results[0].start
-
-    @property
-    def values(self) -> list[float]:
-        """What the runs are judged by, without those that diverged."""
-        judged = [result.judged(self.kind) for result in self.results]
-        return [value for value in judged if not math.isnan(value)]
-
-    @property
-    def mean(self) -> float:
-        """Their mean; the worst there is if a run diverged."""
-        if self.diverged:
-            return -math.inf if self.kind.more_is_better else math.inf
-        return statistics.fmean(self.values)
-
-    @property
-    def spread(self) -> float:
-        """Their standard deviation."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
-
-    @property
-    def diverged(self) -> int:
-        """How many diverged."""
-        return sum(result.diverged() for result in self.results)
-
-    @property
-    def lost(self) -> int:
-        """How many arrived and went away again."""
-        return sum(result.lost(self.kind) for result in self.results)
-
-    @property
-    def arrivals(self) -> list[int]:
-        """Steps to the target of the runs that reached it."""
-        steps = [result.steps_to_target(self.kind) for result in self.results]
-        return sorted(step for step in steps if step is not None)
-
-    @property
-    def final_sizes(self) -> tuple[float, float] | None:
-        """Least and largest last step size over runs and blocks."""
-        last = [values[-1] for result in self.results for values in result.sizes.values()]
-        known = [size for size in last if not math.isnan(size)]
-        return (min(known), max(known)) if known else None
-
-    def better_than(self, other: "Cell") -> bool:
-        """Return whether its mean is the better one."""
-        return self.mean > other.mean if self.kind.more_is_better else self.mean < other.mean
-
-
-def cells(results: Iterable[Result], kind: type[Task]) -> list[Cell]:
-    """Return results by method and start, in order of appearance; of equal runs the first."""
-    found: dict[Any, dict[int, Result]] = {}
-    for result in results:
-        key = (result.method, result.start, result.steps, result.precision)
-        found.setdefault(key, {}).setdefault(result.seed, result)
-    return [Cell(tuple(some.values()), kind) for some in found.values()]

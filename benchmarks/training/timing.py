@@ -14,7 +14,7 @@ from training.peers import PEERS, Torch
 from training.studies import CURED, PAIRS
 from training.tasks import TASKS
 
-__all__ = ["milliseconds", "read_times", "time_methods"]
+__all__ = ["milliseconds", "read_times", "time_methods", "write_times"]
 
 #: Steps that are not counted, and that are.
 WARM_UP, ROUNDS = 3, 40
@@ -64,9 +64,7 @@ def time_methods(task: str, data: Path | None, logs: Path, *, rounds: int = ROUN
                 seconds[name].append(time.perf_counter() - start)
     found = {name: 1e3 * statistics.median(taken) for name, taken in seconds.items()}
     logs.mkdir(parents=True, exist_ok=True)
-    path = logs / f"time-{task}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return path
+    return write_times(logs, task, found)
 
 
 def _stepped(stepping: Any, network: Any) -> Callable[[int], object]:
@@ -80,10 +78,17 @@ def _key(method: Method | Peer) -> str:
     return method.base if method.meta is None else f"({method.base}, {method.meta})"
 
 
-def read_times(logs: Path, task: str) -> dict[str, float]:
-    """Return milliseconds of a step, empty where they were not measured."""
-    path = logs / f"time-{task}.json"
-    found: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+def write_times(folder: Path, task: str, times: Mapping[str, float]) -> Path:
+    """Write milliseconds of a step by label where `read_times` finds them."""
+    path = folder / f"time-{task}.json"
+    path.write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def read_times(folder: Path | None, task: str) -> dict[str, float]:
+    """Return milliseconds of a step by label, empty where they were not measured."""
+    path = None if folder is None else folder / f"time-{task}.json"
+    found: dict[str, float] = json.loads(path.read_text()) if path and path.is_file() else {}
     return found
 
 
