@@ -23,7 +23,7 @@ from metaopt.rules.fast_start import FastStart
 from metaopt.rules.rule import check_rule
 from metaopt.state import State
 
-__all__ = ["check_grads", "multipliers"]
+__all__ = ["check_grads", "multiplier", "multipliers"]
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -213,10 +213,7 @@ def check_copies(copies: Mapping[str, int], names: Mapping[str, Any]) -> None:
 
 
 def multipliers(lr: Any, names: Leaves[Any]) -> Leaves[Any]:
-    """Return for every leaf its multiplier, a float or an array of shape ().
-
-    A number below the least normal float32 is 0: there a step would be rounded to none, and whether
-    the leaf rests must not depend on who rounds.
+    """Return for every leaf its multiplier, see `multiplier`.
 
     Raises
     ------
@@ -225,12 +222,17 @@ def multipliers(lr: Any, names: Leaves[Any]) -> Leaves[Any]:
     """
     if isinstance(lr, Mapping):
         check_names("lr", lr, names)
-        return per_leaf((name, _multiplier(f"lr[{name!r}]", lr[name])) for name in names)
-    value = _multiplier("lr", lr)
+        return per_leaf((name, multiplier(f"lr[{name!r}]", lr[name])) for name in names)
+    value = multiplier("lr", lr)
     return per_leaf((name, value) for name in names)
 
 
-def _multiplier(name: str, lr: Any) -> Any:
+def multiplier(name: str, lr: Any) -> Any:
+    """Return a multiplier, which messages call `name`: a float or an array of shape ().
+
+    A number below the least normal float32 is 0: there a step would be rounded to none, and whether
+    the leaf rests must not depend on who rounds.
+    """
     if is_number(lr):
         check_number(name, lr, 0.0)
         return float(lr) if lr >= SMALLEST else 0.0

@@ -100,7 +100,7 @@ def only_where_positive(condition: ArrayT, x: ArrayT) -> ArrayT:
 
     Parameters
     ----------
-    condition : array or jet, nowhere negative
+    condition : array or jet
         A jet's value is what counts.
     x : array or jet, of the same shape
     """

@@ -1,6 +1,7 @@
 """The program that XLA makes of an update on a CPU: what it copies, and what it needs beside."""
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
 
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import io_callback  # noqa: E402
 from metaopt_jax import metaoptimize, transformation  # noqa: E402
 
 import metaopt as mo  # noqa: E402
@@ -128,3 +131,36 @@ def test_without_the_order_traces_and_parameters_are_copied(
 def test_the_option_does_optax_no_harm() -> None:
     program = compiled(optax.adamw(1e-4), OPTION)
     assert (copies(program), temporaries(program)) == (0, 0)
+
+
+def test_effects_of_a_rule_are_had_once_a_step() -> None:
+    """Those that nothing comes of as well."""
+    had: list[str] = []
+
+    def passed(value: Any) -> Any:
+        had.append("passed")
+        return value
+
+    @dataclass(frozen=True)
+    class Telling:
+        weight_decay: float = 0.0
+        slots: tuple[str, ...] = ("moment",)
+
+        def direction(self, grad: Any, slots: Any, count: Any) -> Any:
+            if isinstance(grad, jax.Array):
+                jax.debug.callback(lambda _: had.append("printed"), count)
+                like = jax.ShapeDtypeStruct(grad.shape, grad.dtype)
+                grad = io_callback(passed, like, grad)
+            moment = 0.9 * slots["moment"] + 0.1 * grad
+            return moment + grad, {"moment": moment}
+
+        def without_momentum(self) -> Any:
+            return mo.SGD()
+
+    params = {"w": jnp.ones(4)}
+    tx = metaoptimize(base=Telling(), meta=mo.SGD(), step_size=0.1)
+    state = tx.init(params)
+    updates, _ = jax.jit(tx.update)(params, state, params)
+    jax.block_until_ready(updates)
+    jax.effects_barrier()
+    assert sorted(had) == ["passed", "printed"]

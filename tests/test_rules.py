@@ -390,7 +390,7 @@ def test_step_sizes_that_start_too_small_arrive_sooner() -> None:
 def test_a_fast_start_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="`factor` must be finite and at least 1"):
         mo.FastStart(mo.AdamW(), factor=0.5)
-    with pytest.raises(ValueError, match="`rule` must not be a FastStart itself"):
+    with pytest.raises(ValueError, match="`rule` must have no slot 'turned'"):
         mo.FastStart(mo.FastStart(mo.AdamW()))
     with pytest.raises(TypeError, match="`rule` must be a rule such as"):
         mo.FastStart(mo.AdamW)  # type: ignore[arg-type]

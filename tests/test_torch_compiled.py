@@ -4,6 +4,7 @@ import copy
 import gc
 import re
 import shutil
+import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -327,6 +328,92 @@ def test_threads_may_compile_at_once() -> None:
     with ThreadPoolExecutor(3) as threads:
         found = list(threads.map(trained, range(3)))
     assert all(torch.equal(one[:70_000], found[0]) for one in found)
+
+
+def test_others_may_call_what_they_have_compiled_while_a_first_step_is_made() -> None:
+    """Tracing is seen by all threads."""
+    theirs = torch.compile(lambda x: (3.0 * x).cos().sum(), backend="eager")
+    theirs(torch.ones(10))
+    made = threading.Event()
+
+    def called() -> int:
+        calls = 0
+        while not made.is_set():
+            theirs(torch.ones(10))
+            calls += 1
+        return calls
+
+    with ThreadPoolExecutor(1) as threads:
+        calling = threads.submit(called)
+        param = torch.ones(70_003, requires_grad=True)
+        param.grad = torch.ones(70_003)
+        opt = MetaOptimizer([param], base=mo.RMSprop(), meta=mo.Lion(), compile=True)
+        try:
+            opt.step()
+        finally:
+            made.set()
+        assert calling.result() > 0
+
+
+def test_code_is_made_anew_for_another_number_of_threads(monkeypatch: Any) -> None:
+    graphs, before = made(monkeypatch), torch.get_num_threads()
+    param = torch.ones(70_000, requires_grad=True)
+    param.grad = torch.ones(70_000)
+    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.SGD(), compile=True)
+    try:
+        for threads, so_far in ((2, 2), (1, 4), (2, 4)):
+            torch.set_num_threads(threads)
+            opt.step()
+            assert len(graphs) == so_far, "one of the weights, one of the step sizes"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("sizes", [(70_000,), (100, 200)], ids=["alone", "packed"])
+def test_gradients_may_change_their_dtype_from_step_to_step(sizes: tuple[int, ...]) -> None:
+    found = []
+    for compile in (True, False):
+        params = [torch.ones(size, requires_grad=True) for size in sizes]
+        opt = MetaOptimizer(
+            params, base=mo.SGD(momentum=0.9), meta=mo.Lion(), step_size=0.1, compile=compile
+        )
+        for step, dtype in enumerate((torch.float32, torch.bfloat16) * 2):
+            for param in params:
+                param.grad, param.grad_dtype = None, None
+                param.grad = torch.full(param.shape, 1.0 + step, dtype=dtype)
+            opt.step()
+        found.append(torch.cat([param.detach() for param in params]))
+    _close(found[0], found[1], rounding("float32", 10, 4))
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr": 0.0}, {"weight_decay": 0.1}, {"maximize": True}], ids=lambda c: next(iter(c))
+)
+def test_what_fails_to_compile_later_changes_nothing(
+    change: dict[str, Any], monkeypatch: Any
+) -> None:
+    param = torch.ones(70_000, requires_grad=True)
+    param.grad = torch.ones(70_000)
+    opt = MetaOptimizer([param], base=mo.AdamW(), meta=mo.Lion(), compile=True)
+    opt.step()
+
+    def failing(*_: Any) -> Any:
+        msg = "no toolchain"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(compiler.Compiled, "_made", failing)
+    opt.param_groups[0].update(change)
+
+    def held() -> list[Any]:
+        shared = [
+            value for value in opt.param_groups[0].values() if isinstance(value, torch.Tensor)
+        ]
+        return copy.deepcopy([param.detach(), *opt.state[param].values(), *shared])
+
+    before = held()
+    with pytest.raises(RuntimeError, match="no toolchain"):
+        opt.step()
+    assert all(torch.equal(one, other) for one, other in zip(held(), before, strict=True))
 
 
 def test_a_gradient_that_is_negated_by_a_bit_alone() -> None:

@@ -236,6 +236,26 @@ def test_gradients_without_a_graph_are_refused_with_advice() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
+def test_a_backward_pass_whose_gradients_are_gone_vouches_for_none() -> None:
+    net = network()
+    opt = made(net)
+    opt.backward(loss_of(net, 0))
+    opt.zero_grad()
+    loss_of(net, 0).backward()
+    with pytest.raises(ValueError, match="has no graph"):
+        opt.step()
+
+
+def test_a_loss_without_second_derivatives_is_none_the_less_one() -> None:
+    param = torch.ones(3, requires_grad=True)
+    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.SGD(), step_size=0.1, curvature="exact")
+    for _ in range(2):
+        opt.zero_grad()
+        opt.backward(param.sum())
+        opt.step()
+    assert torch.allclose(opt.state[param]["trace"], torch.full((3,), -0.2))
+
+
 def test_central_differences_need_a_closure() -> None:
     net = network()
     opt = made(net, hvp="central")

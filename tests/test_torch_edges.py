@@ -291,6 +291,7 @@ def test_a_state_takes_the_dtype_that_goes_with_the_parameters(of: str, into: st
 REFUSED: dict[str, Any] = {
     "has one parameter twice": lambda p: [p, p],
     "is expanded": lambda _: [torch.ones(1).expand(3)],
+    "is negated by a bit alone": lambda _: [torch._neg_view(torch.ones(3))],
     "must hold a parameter; got 2 empty groups": lambda _: [{"params": []}] * 2,
     "`maximize` must be True or False": lambda p: [{"params": [p], "maximize": "no"}],
     "`lr` must not be negative": lambda p: [{"params": [p], "lr": torch.tensor(-1.0)}],
@@ -309,9 +310,27 @@ def test_float16_is_not_rounded_stochastically_in_a_group_that_comes_late_either
     param = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
     opt = MetaOptimizer([param], **(OPTIONS | {"rounding": "stochastic"}))
     late = torch.ones(3, dtype=torch.float16, requires_grad=True)
-    with pytest.raises(ValueError, match="'1' is float16"):
+    with pytest.raises(ValueError, match=r"'1' is torch\.float16"):
         opt.add_param_group({"params": [late]})
     assert len(opt.param_groups) == 1
+
+
+def test_eight_bits_are_not_rounded_stochastically() -> None:
+    param = torch.ones(3).to(torch.float8_e4m3fn).requires_grad_()
+    with pytest.raises(ValueError, match=r"is for bfloat16; '0' is torch\.float8_e4m3fn"):
+        MetaOptimizer([param], **(OPTIONS | {"rounding": "stochastic"}))
+
+
+@pytest.mark.parametrize("curvature", ["none", "diagonal"])
+def test_a_multiplier_too_small_for_float32_is_zero(curvature: str) -> None:
+    param = torch.full((3,), 2.0, dtype=torch.float64, requires_grad=True)
+    opt = MetaOptimizer([param], **(OPTIONS | {"curvature": curvature, "meta_lr": 0.1}))
+    for lr in (1.0, 1e-40, 1e-40):
+        opt.param_groups[0]["lr"] = lr
+        param.grad = param.detach().clone()
+        diagonal = {"0": torch.ones(3)} if curvature == "diagonal" else None
+        opt.step(hessian_diagonal=diagonal)
+    assert opt.core_state().meta_count.tolist() == [1]
 
 
 def test_a_group_without_parameters_is_no_matter() -> None:

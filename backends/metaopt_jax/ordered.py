@@ -35,11 +35,16 @@ def helps(params: Iterable[Any]) -> bool:
 
 
 def in_order(update: Update, grads: Any, state: MetaOptimizeState, params: Any) -> Any:
-    """Return `update(grads, state, params)`, in an order in which XLA copies nothing."""
+    """Return `update(grads, state, params)`, in an order in which XLA copies nothing.
+
+    An update with effects, such as a rule that prints, keeps the order that it has.
+    """
     inputs, tree = jax.tree.flatten((grads, state, params))
     closed, shape = jax.make_jaxpr(lambda *flat: update(*tree.unflatten(flat)), return_shape=True)(
         *inputs
     )
+    if closed.jaxpr.effects:
+        return jax.tree.structure(shape).unflatten(jaxpr_as_fun(closed)(*inputs))
     jaxpr = _each_once(closed.jaxpr)
     _, before, _ = tree.unflatten(jaxpr.invars)
     outputs = jax.tree.structure(shape).unflatten(jaxpr.outvars)
@@ -74,8 +79,7 @@ def _each_once(jaxpr: Jaxpr) -> Jaxpr:
         key = (equation.primitive, read, tuple(equation.params.items()))
         earlier = equation.outvars
         with contextlib.suppress(TypeError):  # of a parameter that cannot be compared
-            # some may be read nowhere, and what has effects has them each time
-            if not equation.effects and all(type(v) is Var for v in earlier):
+            if all(type(v) is Var for v in earlier):  # some may be read nowhere
                 earlier = found.setdefault(key, earlier)
         if earlier is equation.outvars:
             equations.append(equation)

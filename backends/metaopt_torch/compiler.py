@@ -5,7 +5,8 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -24,8 +25,20 @@ __all__ = ["Compiled", "Eager", "in_chunks", "missing", "placement"]
 #: a launch worth its while.
 CHUNK, LARGE_CHUNK = 2**17, 2**24
 
-#: Tracing and Inductor are not for several threads at a time.
-_compiling = threading.RLock()
+_lock = threading.RLock()
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Keep other threads from compiling meanwhile, and let them call what is compiled.
+
+    Tracing and Inductor are not for several threads at a time. `torch.compile` has a lock of its
+    own, and marks the time in which a graph that is traced is none that was asked for.
+    """
+    frames = importlib.import_module("torch._dynamo.convert_frame")
+    mark = getattr(torch.compiler, "_compile_session_context", nullcontext)
+    with getattr(frames, "compile_lock", _lock), mark():
+        yield
 
 
 def missing(device: torch.device) -> str | None:
@@ -61,8 +74,8 @@ class Compiled:
 
     Dynamo is passed over. A step calls a pass for every large tensor, and what Dynamo looks at in
     each call takes longer than a small pass itself. Here a kernel is looked up by the identity of
-    the rule, and by device, dtypes, shapes and strides; when these are new, those that were made
-    before are asked whether they hold for them.
+    the rule, and by device, dtypes, shapes, strides and the number of threads; when these are new,
+    those that were made before are asked whether they hold for them.
 
     Parameters
     ----------
@@ -80,17 +93,19 @@ class Compiled:
         """Return what is called with the values of `arrays`, which it may write to."""
         values = arrays.values()
         kinds = tuple([(type(a), a.dtype, a.shape, a.stride()) for a in values])
-        key = (id(rule), tuple(arrays), kinds, placement(arrays), next(iter(values)).device)
+        device, threads = next(iter(values)).device, torch.get_num_threads()
+        key = (id(rule), tuple(arrays), kinds, placement(arrays), device, threads)
         ready = self._ready.get(key)
         if ready is None:
-            with _compiling:
+            with _compiling():
                 ready = self._ready[key] = self._found(rule, arrays), rule  # which keeps its id
         return ready[0]
 
     def _found(self, rule: Rule, arrays: Arrays) -> Callable[..., Any]:
         same = rule if isinstance(rule, Hashable) else id(rule)
         dtypes = tuple([(array.dtype, array.device, array.dim()) for array in arrays.values()])
-        kernels = self._kernels.setdefault((same, tuple(arrays), dtypes), [])
+        key = (same, tuple(arrays), dtypes, torch.get_num_threads())  # which code is made for
+        kernels = self._kernels.setdefault(key, [])
         try:
             for name, array in arrays.items():
                 if is_traceable_wrapper_subclass(array) or is_fake(array):
@@ -144,9 +159,7 @@ class Compiled:
             return kernel
 
         with functorch.patch(enable_autograd_cache=False):  # its hits go past `inner`
-            # `prepared` looks at sizes and strides. Code is made for a number of threads, and is
-            # kept on disk under all options, but not under that number unless it is one.
-            options = {"size_asserts": False, "cpp.threads": torch.get_num_threads()}
+            options = {"size_asserts": False}  # `prepared` looks at sizes and strides
             whole = inductor.compile_fx(graph, inputs, inner, options)
         (kernel, nodes), *_ = made
         arguments = [node for node in nodes if node.op == "placeholder"]
@@ -221,7 +234,8 @@ def _directly(kernel: Callable[..., Any], written: Sequence[int]) -> Callable[..
 
     def run(*values: Tensor) -> Any:
         results = kernel(list(values))
-        increment_version([values[index] for index in written])
+        for index in written:
+            increment_version(values[index])
         return results[0] if len(results) == 1 else tuple(results)
 
     return run

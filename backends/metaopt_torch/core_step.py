@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard
 from metaopt.step import Reduce
 from metaopt_torch.build import Built
 from metaopt_torch.core_state import assemble, write
+from metaopt_torch.groups import multiplier_of
 from metaopt_torch.rounding import lost, rounded
 from metaopt_torch.runs import Leaf
 from metaopt_torch.shards import local, summed_along
@@ -45,7 +46,7 @@ def core_step(
         params,
         signed,
         state,
-        lr={name: _multiplier(leaf) for name, leaf in leaves.items()},
+        lr={name: multiplier_of(leaf.group) for name, leaf in leaves.items()},
         reduce=reduction(leaves),
         **options,
     )
@@ -72,11 +73,6 @@ def _signed(leaf: Leaf, grad: Tensor | None) -> Tensor | None:
         return None
     grad = local(grad).detach().to(leaf.dtype)
     return -grad if leaf.group["maximize"] else grad
-
-
-def _multiplier(leaf: Leaf) -> Any:
-    lr = leaf.group["lr"]
-    return lr.reshape(()) if isinstance(lr, Tensor) else float(lr)
 
 
 def _derivative(built: Built, function: Callable[..., Any]) -> Callable[..., Any]:

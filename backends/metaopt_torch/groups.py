@@ -13,6 +13,7 @@ from torch import Tensor
 import metaopt as mo
 from metaopt.arrays import per_leaf
 from metaopt.blocks import Blocks, Partition
+from metaopt.inputs import multiplier
 from metaopt.plan import rules_by_leaf
 from metaopt.rules import Rule
 
@@ -23,6 +24,7 @@ __all__ = [
     "check_numbers",
     "check_rounding",
     "configured",
+    "multiplier_of",
     "named",
 ]
 
@@ -84,6 +86,9 @@ def check_groups(groups: Sequence[Group]) -> None:
         if _expanded(param):
             msg = f"`params[{name!r}]` is expanded, one number for many; copy it by `.clone()`."
             raise ValueError(msg)
+        if param.is_neg():
+            msg = f"`params[{name!r}]` is negated by a bit alone; copy it by `.resolve_neg()`."
+            raise ValueError(msg)
         if param.layout != torch.strided or not param.is_floating_point():
             got = param.dtype if param.layout == torch.strided else param.layout
             msg = f"`params[{name!r}]` must be dense, real and floating; got {got}."
@@ -124,14 +129,21 @@ def check_numbers(group: Group) -> None:
         raise ValueError(msg)
 
 
+def multiplier_of(group: Group) -> Any:
+    """Return what step sizes are multiplied by: a float, or a tensor of shape ()."""
+    lr = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else multiplier("lr", float(lr))
+
+
 def check_rounding(rounding: str, groups: Sequence[Group]) -> None:
     """Raise where parameters cannot be rounded in this way."""
     for name, param, _ in named(groups):
         if rounding == "kahan" and param.dtype.itemsize == 1:
             msg = f'`rounding="kahan"` is for 16 bits and more; {name!r} is {param.dtype}.'
             raise ValueError(msg)
-        if rounding == "stochastic" and param.dtype == torch.float16:
-            msg = f'`rounding="stochastic"` is for bfloat16; {name!r} is float16: use "kahan".'
+        if rounding == "stochastic" and (param.dtype.itemsize == 1 or param.dtype == torch.float16):
+            other = ': use "kahan"' if param.dtype == torch.float16 else ""
+            msg = f'`rounding="stochastic"` is for bfloat16; {name!r} is {param.dtype}{other}.'
             raise ValueError(msg)
 
 

@@ -16,6 +16,7 @@ from metaopt.rules import Rule
 from metaopt.step import awake_families
 from metaopt_torch.build import Built
 from metaopt_torch.compiler import Compiled, Eager, in_chunks, placement
+from metaopt_torch.groups import multiplier_of
 from metaopt_torch.passes import Arrays, Kind, Pass, fused, moved, products
 from metaopt_torch.runs import Run, grouped
 from metaopt_torch.shards import summed
@@ -80,6 +81,8 @@ class HessianFree:
         self._passes: dict[Any, Compiled | Eager] = {} if before is None else before._passes
         self._constants: dict[Any, Tensor] = {}
         self._signature: Any = None
+        self._groups = {id(leaf.group): leaf.group for leaf in built.leaves.values()}
+        self._lr: dict[int, Any] = {}
         self._runs: dict[Any, Run] = {}
         self._indices: dict[Any, Tensor] = {}
         #: Whether the meta-gradient has to be known before a parameter is written.
@@ -96,12 +99,15 @@ class HessianFree:
         ----------
         grads : mapping of leaf name to tensor
         """
-        signature = tuple([(id(self._leaves[name]), grad.dtype) for name, grad in grads.items()])
+        self._lr = {key: multiplier_of(group) for key, group in self._groups.items()}
+        signature = self._signature_of(grads)
         if signature != self._signature:
             for name, grad in grads.items():
                 self._leaves[name].grad_dtype = grad.dtype
             self._runs = grouped((self._leaves[name] for name in grads), self._runs)
             self._indices = {}
+            for run in self._runs.values():
+                run.kernels.clear()
             self._prepare(grads)
             self._signature = signature
         accepted = None
@@ -120,6 +126,19 @@ class HessianFree:
         )
         self._vectors["step"].add_(one)
         self._vectors["skipped"].add_(1 - one)
+
+    def _signature_of(self, grads: Mapping[str, Tensor]) -> Any:
+        """Return all that runs, and the kernels that step them, depend on."""
+        options = [
+            (
+                None if isinstance(self._lr[key], Tensor) else self._lr[key] == 0.0,
+                group["weight_decay"] is None,
+                bool(group["maximize"]),
+            )
+            for key, group in self._groups.items()
+        ]
+        leaves = [(id(self._leaves[name]), grad.dtype) for name, grad in grads.items()]
+        return torch.get_num_threads(), tuple(options), tuple(leaves)
 
     def _prepare(self, grads: Mapping[str, Tensor]) -> None:
         """Compile what a step of these leaves needs, before any of it writes."""
@@ -163,7 +182,7 @@ class HessianFree:
         for run, _, grad in self._buffers(grads):
             arrays = {"grad": grad, "trace": run.state["trace"]}
             total, flag = self._kernel(products, run, arrays)(*arrays.values())
-            sums.append((run, total, _awake(run.leaves[0].group)))
+            sums.append((run, total, self._moves(run.leaves[0].group)))
             lost.append((run, flag))
         z, count = self._total(grads, sums, lost if self._config.skip_nonfinite else None)
         accepted = None if count is None else count == 0.0
@@ -197,26 +216,25 @@ class HessianFree:
         key = (id(leaf.group), leaf.dtype, run.device)
         if key in known:
             return known[key]
-        lr, decay = leaf.group["lr"], leaf.group["weight_decay"]
+        lr, decay = self._lr[id(leaf.group)], leaf.group["weight_decay"]
         discount, one = (
             self._constant(value, leaf.dtype, run.device) for value in (self._config.discount, 1.0)
         )
         if isinstance(lr, Tensor):
-            lr = lr.to(run.device, leaf.dtype).reshape(())
+            lr = lr.to(run.device, leaf.dtype)
             discount = torch.where(lr != 0.0, discount, one)
         elif lr == 0.0:
             discount = one
         value, slope = (size.to(run.device, leaf.dtype) for size in sizes)
         shared = sizes[1] is sizes[0]
         if isinstance(lr, Tensor) or lr != 1.0:
-            lr = lr if isinstance(lr, Tensor) else float(lr)
             value, slope = value * lr, slope if shared else slope * lr
         by_block = {"lr": value} if shared else {"lr": value, "lr_trace": slope}
         single = {"discount": discount}
         if decay is not None:  # an argument of the pass, for it may have a schedule
             single["weight_decay"] = self._constant(float(decay), leaf.dtype, run.device)
         by_block["keep"] = keep.to(run.device)
-        known[key] = Rates(by_block, single, _awake(leaf.group))
+        known[key] = Rates(by_block, single, self._moves(leaf.group))
         return known[key]
 
     def _constant(self, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -230,18 +248,15 @@ class HessianFree:
     def _kernel(self, make: Callable[[Kind], Pass], run: Run, arrays: Arrays) -> Callable[..., Any]:
         """Return what is called with the values of `arrays`.
 
-        It is looked up once for a run, for whose arrays all that a kernel depends on is fixed, but
-        which there are, and on a GPU where gradients begin.
+        It is looked up once for a run, whose arrays are laid out alike in all steps of one
+        signature; on a GPU, once for all ways in which they are aligned.
         """
-        leaf = run.leaves[0]
-        maximize = bool(leaf.group["maximize"])
-        key: Any = (make, maximize, *arrays)
-        if run.device.type != "cpu":
-            key += placement(arrays)
+        key: Any = make if run.device.type == "cpu" else (make, placement(arrays))
         known = run.kernels.get(key)
         if known is None:
+            leaf = run.leaves[0]
             rounding = self._rounding if leaf.param.dtype != leaf.dtype else "nearest"
-            kind = Kind(self._config.trace, maximize, rounding, not run.flat)
+            kind = Kind(self._config.trace, bool(leaf.group["maximize"]), rounding, not run.flat)
             if (make, kind) not in self._passes:
                 function = make(kind)
                 self._passes[make, kind] = self._run_as(function, in_chunks(function))
@@ -319,8 +334,12 @@ class HessianFree:
         """Return which families move, None for all."""
         flags: Any = per_leaf((name, False) for name in self._leaves)
         for name in grads:
-            flags[name] = _awake(self._leaves[name].group)
+            flags[name] = self._moves(self._leaves[name].group)
         return awake_families(self._plan, flags, self._vectors["step"])
+
+    def _moves(self, group: Mapping[str, Any]) -> Any:
+        """Say whether the leaves of a group move."""
+        return self._lr[id(group)] != 0.0
 
     def _move_beta(self, z: Tensor, awake: Any, accepted: Tensor | None) -> None:
         arrays = self._of_blocks(z, awake, accepted)
@@ -373,12 +392,6 @@ def _meta(config: mo.MetaOptimize, blocks: Blocks) -> Pass:
             old.copy_(new if accepted is None else torch.where(accepted, new, old))
 
     return run
-
-
-def _awake(group: Mapping[str, Any]) -> Any:
-    """Say whether the leaves of a group move."""
-    lr = group["lr"]
-    return lr.reshape(()) != 0.0 if isinstance(lr, Tensor) else bool(lr != 0.0)
 
 
 def _same_meta(one: Built, other: Built) -> bool:

@@ -1,6 +1,7 @@
 """MetaOptimizer, a `torch.optim.Optimizer` whose step sizes tune themselves."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -140,7 +141,8 @@ meta_first, skip_nonfinite
         self._built: Built | None = None
         self._engine: HessianFree | None = None
         #: Whether `backward` was called since the last step; whether its graph was looked at.
-        self._twice = self._checked = False
+        self._twice: list[weakref.ref[Tensor]] = []
+        self._checked = False
         given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, dict.fromkeys(OPTIONS) | given)
         self._build()
@@ -271,10 +273,11 @@ meta_first, skip_nonfinite
                 "`torch.no_grad`."
             )
             raise ValueError(msg)
+        self._twice = [known for known in self._twice if known() is not None]
         for param, grad in zip(leaves, found, strict=True):
             if grad is not None:
                 param.grad = grad if param.grad is None else param.grad + grad
-        self._twice = True
+                self._twice.append(weakref.ref(param.grad))
 
     # as torch's own optimizers do it: the public way imports Dynamo, which takes a second
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
@@ -325,7 +328,7 @@ meta_first, skip_nonfinite
             if exact:
                 derivatives |= self._derivatives(grads, closure, random, third)
             core_step(self._ready, grads, self._rounding, derivatives)
-            self._twice = False
+            self._twice = []
             for leaf in self._ready.leaves.values():
                 if leaf.param.grad is not None and leaf.param.grad.requires_grad:
                     leaf.param.grad = leaf.param.grad.detach()  # and let go of the graph
@@ -341,7 +344,10 @@ meta_first, skip_nonfinite
         if self._hvp == "central":
             reduce = reduction(self._ready.leaves)
             return {"hvp": by_central_difference(closure, params, grads, random, reduce)}
-        if not self._twice and not any(grad.requires_grad for grad in grads.values()):
+        # those of a loss without second derivatives have no graph, wherever they come from
+        made = {id(grad()) for grad in self._twice}
+        constant = all(id(param.grad) in made for name, param in params.items() if name in grads)
+        if not constant and not any(grad.requires_grad for grad in grads.values()):
             msg = (
                 '`curvature="exact"` needs gradients that can be differentiated; that of '
                 f"{next(iter(grads))!r} has no graph. Call `optimizer.backward(loss)` in place of "
@@ -511,7 +517,7 @@ meta_first, skip_nonfinite
             for name in OPTIONS:
                 group.setdefault(name, self.defaults[name])
         if not self.__dict__.get("_loading", False):
-            self._built, self._engine, self._twice, self._checked = None, None, False, False
+            self._built, self._engine, self._twice, self._checked = None, None, [], False
             self._build()
 
     def __repr__(self) -> str:

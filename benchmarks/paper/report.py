@@ -142,7 +142,8 @@ def _switches(found: Sequence[Cell]) -> Iterator[str]:
             yield ""
             yield (
                 f"{cell.method.label} from {number(cell.start)}, step size of {block!r}: higher "
-                f"in the {WINDOW} steps after a switch than in those before it in {rises} of {len(ratios)} switches, "
+                f"in the {WINDOW} steps after a switch than in those before it in {rises} of "
+                f"{len(ratios)} switches, "
                 f"{statistics.geometric_mean(ratios):.2f} times on average."
             )
 

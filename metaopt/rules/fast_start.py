@@ -59,7 +59,7 @@ class FastStart:
     def __post_init__(self) -> None:
         check_rule("rule", self.rule)
         if TURNED in self.rule.slots:
-            msg = f"`rule` must not be a FastStart itself; got {self.rule!r}."
+            msg = f"`rule` must have no slot {TURNED!r}, as a FastStart has; got {self.rule!r}."
             raise ValueError(msg)
         factor = as_number("factor", self.factor)
         if isinstance(factor, float) and not 1.0 <= factor < math.inf:

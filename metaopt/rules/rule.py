@@ -121,7 +121,7 @@ def not_negative(name: str, value: Any) -> Any:
 
 
 def check_rule(name: str, rule: Any) -> None:
-    """Raise unless `rule` has what a rule must have."""
+    """Raise TypeError unless `rule` has what a rule must have."""
     members = ("slots", "weight_decay", "direction")
     if isinstance(rule, type) or not all(hasattr(rule, member) for member in members):
         msg = f"`{name}` must be a rule such as metaopt.AdamW(); got {rule!r}."
