@@ -169,7 +169,8 @@ def _grid(
         assert isinstance(method, Method)
         if (method.base, method.meta) != pair:
             continue
-        others = [name for name in (*FACTORS, "bounds", "sigma", "meta_first") if name != factor]
+        held = (*FACTORS, "bounds", "sigma", "meta_first", "schedule", "weight_decay")
+        others = [name for name in held if name != factor]
         if any(getattr(method, name) != getattr(USUAL, name) for name in others):
             continue
         if factor != "meta_lr" and method.meta_lr != FACTOR_META_LR:

@@ -42,6 +42,9 @@ def _grid(lowest: int) -> tuple[float, ...]:
 
 #: Fixed step sizes. The momentum of SGDm is an average, so its steps are ten times smaller.
 GRIDS = {"AdamW": _grid(-5), "Lion": _grid(-6), "RMSprop": _grid(-5), "SGDm": _grid(-3)}
+#: Larger ones for the linear tasks, where the best of these is the last.
+WIDER = {"AdamW": (0.3, 1.0), "RMSprop": (0.3, 1.0)}
+LINEAR = ("drift", "logistic")
 #: What keeps a step size from running away, on one step size for all weights.
 BOUNDS = (1e-7, 1.0)
 MAP_STARTS = tuple(10.0**power for power in range(-8, 0))
@@ -81,8 +84,15 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
     large = task in LARGE
     initial = STARTS[::2] if large else STARTS
     bases = ("AdamW",) if large else tuple(GRIDS)
-    for base in bases:
-        yield _job(task, Method(base=base), GRIDS[base], seeds)
+
+    def tuned(schedule: str) -> Iterator[Job]:
+        for base in bases:
+            method = Method(base=base, schedule=schedule)
+            yield _job(task, method, GRIDS[base], seeds)
+            if task in LINEAR and base in WIDER:
+                yield _job(task, method, WIDER[base], seeds)
+
+    yield from tuned("constant")
     cured = CURED[:2] if large else CURED
 
     def learned(
@@ -98,8 +108,7 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
         for start in starts:
             for seed in seeds:
                 yield _job(task, Peer(name=name), (start,), (seed,))
-    for base in bases:
-        yield _job(task, Method(base=base, schedule="cosine"), GRIDS[base], seeds)
+    yield from tuned("cosine")
     yield _job(task, SCHEDULED, initial, seeds)
     for meta_lr, discount in CURES[1:]:
         yield from learned(cured, meta_lr, discount)
