@@ -29,7 +29,7 @@ class State:
     beta : blocks
         Meta-parameters; the step sizes are sigma(beta).
     meta_slots : mapping of slot to blocks
-        Moments of the meta update, and whether its fast start is over.
+        Moments of the meta update, and how near the end of its fast start is.
     slots : mapping of leaf to mapping of slot to array of the leaf's shape
         Moments of the base update.
     trace : mapping of leaf to array

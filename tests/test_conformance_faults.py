@@ -73,17 +73,22 @@ FAULTS = {
     ),
     "start over when a larger step size is asked for": Fault(
         "rules/fast_start.py",
-        "(1.0 - before) * positive(grad)",
-        "(1.0 - before) * positive(-grad)",
+        "before + positive(grad)",
+        "before + positive(-grad)",
     ),
     "start one step too long": Fault(
         "rules/fast_start.py",
-        "(self.factor - 1.0) * (1.0 - turned)",
-        "(self.factor - 1.0) * (1.0 - before)",
+        "positive(self.patience - against)",
+        "positive(self.patience - before)",
     ),
-    "start that begins again": Fault(
+    "start that one meta-gradient ends": Fault(
         "rules/fast_start.py",
-        "before + (1.0 - before) * positive(grad)",
+        "before + positive(grad)",
+        "before + self.patience * positive(grad)",
+    ),
+    "start that counts on": Fault(
+        "rules/fast_start.py",
+        "positive(grad) * positive(self.patience - before)",
         "positive(grad)",
     ),
     "slope of the root left out": Fault(

@@ -75,7 +75,7 @@ def single_steps(under: Under, case: Case) -> float:
             weights, blocks = _decided(case, t - 1, before, want)
             compared += int(np.sum(weights))
             firm_of = dict.fromkeys(("w", "H", "Z"), weights)
-            firm_of |= dict.fromkeys(("beta", "turned", "B"), blocks)
+            firm_of |= dict.fromkeys(("beta", "against", "B"), blocks)
             for key, got in found.items():
                 value, where = wanted(case, want, key), f"{key} in step {t - 1}"
                 if key == "w":
@@ -181,7 +181,7 @@ def _decided(case: Case, t: int, before: oracle.State, after: oracle.State) -> t
         scale = np.abs(parts[0]) + (1.0 - meta.interpolation) * terms
         blocks = (np.abs(sum(parts)) > margin * scale) | (scale == 0.0) | unused
     if meta.factor != 1.0:
-        settled = (terms == 0.0) | unused | (before.turned > 0.0)
+        settled = (terms == 0.0) | unused | (before.against >= meta.patience)
         blocks &= (np.abs(after.z) > margin * terms) | settled
     if config(case).meta_first:
         weights &= blocks[config(case).block_of]

@@ -87,7 +87,7 @@ class Case:
     eps, bias_correction, delayed
         Of the rules that have them, in either role.
     start : {"usual", "fast"}
-        Whether the meta update is three times faster until z has been positive.
+        Whether the meta update is three times faster until z has been positive twice.
     decays : {"fast", "usual"}
         Decay rates of moments: such that they change within a dozen steps, or the most used.
     step_size : {"one", "each"}
@@ -187,7 +187,7 @@ class Case:
     def rules(self) -> tuple[Any, Any]:
         """Return base and meta update."""
         base, meta = (self._varied(rule) for rule in (BASES[self.base], METAS[self.meta]))
-        return base, meta if self.start == "usual" else mo.FastStart(meta, factor=3.0)
+        return base, meta if self.start == "usual" else mo.FastStart(meta, factor=3.0, patience=2)
 
     def _varied(self, rule: Any) -> Any:
         changes: dict[str, Any] = {} if self.decays == "fast" else dict(USUAL.get(type(rule), {}))

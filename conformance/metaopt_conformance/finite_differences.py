@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from metaopt_conformance.oracle import Config, Matrix, State, speed
+from metaopt_conformance.oracle import Config, Matrix, State, counted_against, speed
 from metaopt_conformance.problems import Problem
 from metaopt_conformance.sigmas import first, sigma
 from metaopt_conformance.tolerances import STEP
@@ -107,6 +107,6 @@ def _base(config: Config, state: State, grad: Vector, beta: Vector) -> State:
 def _meta(config: Config, state: State, z: Vector) -> State:
     count = state.meta_count + 1
     u, m, v = direction(config.meta, z, state.meta_m, state.meta_v, count)
-    turned = np.maximum(state.turned, z > 0.0)
-    beta = state.beta - config.meta_lr * speed(config, turned) * u
-    return replace(state, beta=beta, meta_m=m, meta_v=v, turned=turned, meta_count=count)
+    against = counted_against(config, state.against, z)
+    beta = state.beta - config.meta_lr * speed(config, against) * u
+    return replace(state, beta=beta, meta_m=m, meta_v=v, against=against, meta_count=count)

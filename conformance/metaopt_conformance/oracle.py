@@ -117,7 +117,7 @@ class State:
     """Everything carried from step to step.
 
     `w`, `m`, `v`, `count` have a value per weight; `beta`, `meta_m`, `meta_v`, `meta_count`, `z`,
-    `restarts` one per block, as has `turned`: 1 once z has been positive; `step` and `skipped` are
+    `restarts` one per block, as has `against`, positive z so far; `step` and `skipped` are
     numbers. `H`, `M`, `V` are the rows of w, m and v of the trace X (n by m); `B`, `Bm`, `Bv` the
     rows of beta and the meta moments of Y (m by m). `Z[k, i, j]` is how entry (k, i) of H depends
     on block j (n by m by m).
@@ -130,7 +130,7 @@ class State:
     beta: Vector
     meta_m: Vector
     meta_v: Vector
-    turned: Vector
+    against: Vector
     meta_count: Vector
     H: Matrix
     M: Matrix
@@ -156,7 +156,7 @@ def init(config: Config, w: Vector) -> State:
         beta=inverse(config.sigma, config.step_size),
         meta_m=np.zeros(m),
         meta_v=np.zeros(m),
-        turned=np.zeros(m),
+        against=np.zeros(m),
         meta_count=np.zeros(m),
         H=np.zeros((n, m)),
         M=np.zeros((n, m)),
@@ -392,8 +392,8 @@ def meta_update(config: Config, state: State, into: State, z: Vector, moves: Fla
     counted = np.isin(config.family_of, config.family_of[moves])
     count = state.meta_count + 1
     u, m, v = direction(config.meta, z, state.meta_m, state.meta_v, count)
-    turned = np.maximum(state.turned, z > 0.0)
-    beta = state.beta - config.meta_lr * speed(config, turned) * u
+    against = counted_against(config, state.against, z)
+    beta = state.beta - config.meta_lr * speed(config, against) * u
     if config.bounds is not None:
         lo, hi = config.bounds
         sizes = np.clip(sigma(config.sigma, beta), lo, hi)
@@ -404,14 +404,19 @@ def meta_update(config: Config, state: State, into: State, z: Vector, moves: Fla
         beta=np.where(moves, beta, state.beta),
         meta_m=np.where(moves, m, state.meta_m),
         meta_v=np.where(moves, v, state.meta_v),
-        turned=np.where(moves, turned, state.turned),
+        against=np.where(moves, against, state.against),
         meta_count=np.where(counted, count, state.meta_count),
     )
 
 
-def speed(config: Config, turned: Vector) -> Vector:
+def counted_against(config: Config, against: Vector, z: Vector) -> Vector:
+    """Return how many z were positive, until they are enough (section 6)."""
+    return np.minimum(against + (z > 0.0), config.meta.patience)
+
+
+def speed(config: Config, against: Vector) -> Vector:
     """Return how many times faster than its rule the meta update of each block is (section 6)."""
-    return np.where(turned > 0.0, 1.0, config.meta.factor)
+    return np.where(against >= config.meta.patience, 1.0, config.meta.factor)
 
 
 def meta_traces(
@@ -438,7 +443,7 @@ def meta_traces(
     if config.follows_third:  # term B
         z_trace = term_a + np.einsum("k,kij->ij", np.where(awake, grad, 0.0), hatted.Z)
     u_trace = _chain((d.u_g, z_trace), (d.u_m, hatted.Bm), (d.u_v, hatted.Bv))
-    u_trace = _rows(speed(config, into.turned), u_trace)
+    u_trace = _rows(speed(config, into.against), u_trace)
     # rows of blocks that rest are left as they were, but for columns that start anew
     stays = np.logical_not(moves)[:, None]
     return replace(

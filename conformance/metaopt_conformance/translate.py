@@ -115,7 +115,7 @@ def update_of(rule: Any) -> Update:
     """Return a rule of the library as the oracle's."""
     common = {"weight_decay": rule.weight_decay, "delayed": getattr(rule, "delayed", False)}
     if isinstance(rule, mo.FastStart):
-        return replace(update_of(rule.rule), factor=rule.factor)
+        return replace(update_of(rule.rule), factor=rule.factor, patience=rule.patience)
     if isinstance(rule, mo.SGD):
         return Update(kind="sgd", rho=rule.momentum, **common)
     if isinstance(rule, mo.RMSprop):
@@ -216,8 +216,8 @@ def dense(
             found[f"meta_{values}"] = _blocks(state.meta_slots[slot])
         if slot in state.beta_trace:
             found[f"B{values}"] = _matrix(state.beta_trace[slot], m)
-    if "turned" in state.meta_slots:
-        found["turned"] = _blocks(state.meta_slots["turned"])
+    if "against" in state.meta_slots:
+        found["against"] = _blocks(state.meta_slots["against"])
     if state.third_trace:
         thirds = [state.third_trace[name].reshape(m, m, -1).transpose(2, 1, 0) for name in shapes]
         found["Z"] = np.concatenate(thirds)

@@ -32,7 +32,8 @@ class Update:
         Of RMSprop.
     delayed : bool
     factor : float
-        By which a meta update is faster until a block's z has been positive.
+        By which a meta update is faster until `patience` of a block's z were positive.
+    patience : int
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Update:
     bias_correction: bool = True
     delayed: bool = False
     factor: float = 1.0
+    patience: int = 1
 
 
 @dataclass(frozen=True)

@@ -4,32 +4,34 @@ import math
 from dataclasses import dataclass, field
 from typing import Never
 
+import numpy as np
+
 from metaopt.arrays import ArrayT
 from metaopt.numerics import positive
 from metaopt.rules.rule import Rule, Slots, as_number, check_rule, settle
 
 __all__ = ["FastStart"]
 
-#: 0 until the meta-gradient has been positive, then 1.
-TURNED = "turned"
+#: How many meta-gradients have been positive, until there were enough.
+AGAINST = "against"
 
 
 @dataclass(frozen=True, slots=True)
 class FastStart:
     r"""A meta update that is faster as long as nothing has spoken against a larger step size.
 
-    docs/mathematics.md section 6. Until the meta-gradient of a block is positive for the first
-    time, which asks for a smaller step size, its direction is that of `rule` times `factor`; from
-    then on it is that of `rule`:
+    docs/mathematics.md section 6. A positive meta-gradient asks for a smaller step size. Until
+    a block has had `patience` of them, its direction is that of `rule` times `factor`; from then on
+    it is that of `rule`:
 
     .. math::
-        d_{t+1} &= \max(d_t, [z_t > 0]) \\
-        u_t &= (1 + (\text{factor} - 1)(1 - d_{t+1}))\, \bar u_t
+        d_{t+1} &= \min(d_t + [z_t > 0],\, \text{patience}) \\
+        u_t &= (1 + (\text{factor} - 1) [d_{t+1} < \text{patience}])\, \bar u_t
 
     So step sizes that start far too small arrive up to `factor` times sooner, and `meta_lr` can be
-    what suits the rest of the run. One positive meta-gradient ends the start. Where they are mostly
-    noise, as with a single example a step or a step size for each weight, it soon is over, and
-    nothing is gained or lost.
+    what suits the rest of the run. Where meta-gradients are mostly noise, as with a single example
+    a step or a step size for each weight, the start is over after about twice `patience` steps, and
+    little is gained or lost.
 
     Parameters
     ----------
@@ -39,13 +41,17 @@ class FastStart:
         At least 1. The start ends after a step size that is too large, the larger the higher
         `meta_lr` times `factor`. AdamW and RMSprop as `base` recover where this is 0.1; SGD and
         Lion may not.
+    patience : int, default 5
+        At least 1. How many meta-gradients have to ask for a smaller step size: a single one may be
+        noise. More of them let the step size grow further where it is too large.
 
     Raises
     ------
     ValueError
-        If `factor` is less than 1 or not finite, or `rule` has a slot "turned" already.
+        If `factor` is less than 1 or not finite, `patience` less than 1, or `rule` has a slot
+        "against" already.
     TypeError
-        If `factor` is no number or `rule` no rule.
+        If `factor` is no number, `patience` no whole one, or `rule` no rule.
 
     Examples
     --------
@@ -55,22 +61,29 @@ class FastStart:
 
     rule: Rule
     factor: float = field(default=10.0, kw_only=True)
+    patience: int = field(default=5, kw_only=True)
 
     def __post_init__(self) -> None:
         check_rule("rule", self.rule)
-        if TURNED in self.rule.slots:
-            msg = f"`rule` must have no slot {TURNED!r}, as a FastStart has; got {self.rule!r}."
+        if AGAINST in self.rule.slots:
+            msg = f"`rule` must have no slot {AGAINST!r}, as a FastStart has; got {self.rule!r}."
             raise ValueError(msg)
         factor = as_number("factor", self.factor)
         if isinstance(factor, float) and not 1.0 <= factor < math.inf:
             msg = f"`factor` must be finite and at least 1; got {self.factor}."
             raise ValueError(msg)
-        settle(self, factor=factor)
+        if not isinstance(self.patience, int | np.integer) or isinstance(self.patience, bool):
+            msg = f"`patience` must be a whole number; got {self.patience!r}."
+            raise TypeError(msg)
+        if self.patience < 1:
+            msg = f"`patience` must be at least 1; got {self.patience}."
+            raise ValueError(msg)
+        settle(self, factor=factor, patience=int(self.patience))
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Those of `rule`, and whether the start is over."""
-        return (*self.rule.slots, TURNED)
+        """Those of `rule`, and how near the end of the start is."""
+        return (*self.rule.slots, AGAINST)
 
     @property
     def weight_decay(self) -> float:
@@ -83,9 +96,10 @@ class FastStart:
         """Return :math:`u_t` and the next slots, all of the shape and dtype of `grad`."""
         own = {slot: slots[slot] for slot in self.rule.slots}
         direction, new = self.rule.direction(grad, own, count)
-        before = positive(slots[TURNED])  # no derivative passes: it is 0 or 1
-        turned = before + (1.0 - before) * positive(grad)
-        return direction * (1.0 + (self.factor - 1.0) * (1.0 - turned)), {**new, TURNED: turned}
+        before = slots[AGAINST]  # a whole number, as which no derivative passes
+        against = before + positive(grad) * positive(self.patience - before)
+        faster = (self.factor - 1.0) * positive(self.patience - against)
+        return direction * (1.0 + faster), {**new, AGAINST: against}
 
     def without_momentum(self) -> Never:
         """Raise: it is no base update."""
