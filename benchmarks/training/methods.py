@@ -36,6 +36,8 @@ METAS: dict[str, Any] = {
     "Lion": mo.Lion(),
     "fast Adam": mo.FastStart(mo.AdamW()),
     "fast Lion": mo.FastStart(mo.Lion()),
+    "fast Adam 1": mo.FastStart(mo.AdamW(), patience=1),
+    "fast Lion 1": mo.FastStart(mo.Lion(), patience=1),
     "SGD": mo.SGD(),
     "RMSprop": mo.RMSprop(),
     "Adam as released": mo.AdamW(eps=1e-5),

@@ -1,6 +1,7 @@
 """Which runs make a comparison, and which the maps of robustness."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from training.loop import Job
@@ -112,6 +113,8 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
     yield _job(task, SCHEDULED, initial, seeds)
     for meta_lr, discount in CURES[1:]:
         yield from learned(cured, meta_lr, discount)
+    for recommended in (DISCOUNTED, SCHEDULED):  # with starts that one meta-gradient ends
+        yield _job(task, replace(recommended, meta="fast Adam 1"), initial, seeds)
     yield from learned(PAIRS[:1] if large else (*PAIRS[:1], *PAIRS[3:]), 1e-2, 0.99)
     for meta_lr, discount, blocks in VARIANTS:
         if blocks == "tensor" and large:
