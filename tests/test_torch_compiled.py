@@ -416,6 +416,54 @@ def test_what_fails_to_compile_later_changes_nothing(
     assert all(torch.equal(one, other) for one, other in zip(held(), before, strict=True))
 
 
+@pytest.mark.parametrize("change", ["maximize", "gradient"])
+def test_after_a_step_that_failed_to_compile_the_next_is_whole(
+    change: str, monkeypatch: Any
+) -> None:
+    def made_of(compile: bool) -> tuple[list[Any], Any]:
+        dtypes = torch.float32, torch.float64
+        params = [torch.ones(70_000, dtype=dtype, requires_grad=True) for dtype in dtypes]
+        opt = MetaOptimizer(
+            params, base=mo.SGD(), meta=mo.Lion(), step_size=0.1, meta_lr=1e-3, compile=compile
+        )
+        return params, opt
+
+    def stepped(params: list[Any], opt: Any) -> None:
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+
+    params, opt = made_of(compile=True)
+    stepped(params, opt)
+    with monkeypatch.context() as broken:
+        plain, calls = compiler.Compiled._made, []
+
+        def failing(self: Any, rule: Any, given: Any) -> Any:
+            calls.append(given)
+            if len(calls) == 2 or change == "gradient":
+                msg = "no toolchain"
+                raise RuntimeError(msg)
+            return plain(self, rule, given)
+
+        broken.setattr(compiler.Compiled, "_made", failing)
+        if change == "maximize":
+            opt.param_groups[0]["maximize"] = True
+        else:  # from here on of another dtype, alone
+            params[0].grad_dtype = None
+            params[0].grad = torch.ones(70_000, dtype=torch.bfloat16)
+            params[1].grad = None
+        with pytest.raises(RuntimeError, match="no toolchain"):
+            opt.step()
+    opt.param_groups[0]["maximize"] = False
+    params[0].grad = None
+    stepped(params, opt)
+    twins, other = made_of(compile=False)
+    for _ in range(2):
+        stepped(twins, other)
+    for param, twin in zip(params, twins, strict=True):
+        _close(param.detach(), twin.detach(), rounding("float32", 10, 4))
+
+
 def test_a_gradient_that_is_negated_by_a_bit_alone() -> None:
     param = torch.ones(70_000, requires_grad=True)
     opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.SGD(), step_size=0.1, compile=True)

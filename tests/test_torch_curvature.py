@@ -236,12 +236,13 @@ def test_gradients_without_a_graph_are_refused_with_advice() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
-def test_a_backward_pass_whose_gradients_are_gone_vouches_for_none() -> None:
-    net = network()
-    opt = made(net)
-    opt.backward(loss_of(net, 0))
-    opt.zero_grad()
-    loss_of(net, 0).backward()
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_backward_pass_whose_gradients_are_gone_vouches_for_none(set_to_none: bool) -> None:
+    param = torch.ones(3, requires_grad=True)
+    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.SGD(), step_size=0.1, curvature="exact")
+    opt.backward(param.pow(4).sum())
+    opt.zero_grad(set_to_none=set_to_none)
+    param.pow(4).sum().backward()
     with pytest.raises(ValueError, match="has no graph"):
         opt.step()
 

@@ -102,6 +102,7 @@ class HessianFree:
         self._lr = {key: multiplier_of(group) for key, group in self._groups.items()}
         signature = self._signature_of(grads)
         if signature != self._signature:
+            self._signature = None  # until all of it is ready
             for name, grad in grads.items():
                 self._leaves[name].grad_dtype = grad.dtype
             self._runs = grouped((self._leaves[name] for name in grads), self._runs)
@@ -137,7 +138,10 @@ class HessianFree:
             )
             for key, group in self._groups.items()
         ]
-        leaves = [(id(self._leaves[name]), grad.dtype) for name, grad in grads.items()]
+        leaves = [
+            (id(self._leaves[name]), grad.dtype, type(grad), grad.device)
+            for name, grad in grads.items()
+        ]
         return torch.get_num_threads(), tuple(options), tuple(leaves)
 
     def _prepare(self, grads: Mapping[str, Tensor]) -> None:
@@ -221,8 +225,8 @@ class HessianFree:
             self._constant(value, leaf.dtype, run.device) for value in (self._config.discount, 1.0)
         )
         if isinstance(lr, Tensor):
+            discount = torch.where((lr != 0.0).to(run.device), discount, one)
             lr = lr.to(run.device, leaf.dtype)
-            discount = torch.where(lr != 0.0, discount, one)
         elif lr == 0.0:
             discount = one
         value, slope = (size.to(run.device, leaf.dtype) for size in sizes)

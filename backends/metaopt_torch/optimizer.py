@@ -141,7 +141,7 @@ meta_first, skip_nonfinite
         self._built: Built | None = None
         self._engine: HessianFree | None = None
         #: Whether `backward` was called since the last step; whether its graph was looked at.
-        self._twice: list[weakref.ref[Tensor]] = []
+        self._twice: list[tuple[weakref.ref[Tensor], int]] = []
         self._checked = False
         given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, dict.fromkeys(OPTIONS) | given)
@@ -273,11 +273,11 @@ meta_first, skip_nonfinite
                 "`torch.no_grad`."
             )
             raise ValueError(msg)
-        self._twice = [known for known in self._twice if known() is not None]
+        self._twice = [known for known in self._twice if known[0]() is not None]
         for param, grad in zip(leaves, found, strict=True):
             if grad is not None:
                 param.grad = grad if param.grad is None else param.grad + grad
-                self._twice.append(weakref.ref(param.grad))
+                self._twice.append((weakref.ref(param.grad), param.grad._version))
 
     # as torch's own optimizers do it: the public way imports Dynamo, which takes a second
     @torch._disable_dynamo  # type: ignore[untyped-decorator]
@@ -345,8 +345,9 @@ meta_first, skip_nonfinite
             reduce = reduction(self._ready.leaves)
             return {"hvp": by_central_difference(closure, params, grads, random, reduce)}
         # those of a loss without second derivatives have no graph, wherever they come from
-        made = {id(grad()) for grad in self._twice}
-        constant = all(id(param.grad) in made for name, param in params.items() if name in grads)
+        made = {(id(grad()), version) for grad, version in self._twice}
+        own = [params[name].grad for name in grads]
+        constant = all(grad is not None and (id(grad), grad._version) in made for grad in own)
         if not constant and not any(grad.requires_grad for grad in grads.values()):
             msg = (
                 '`curvature="exact"` needs gradients that can be differentiated; that of '

@@ -35,8 +35,9 @@ class Cell:
         there is if a run diverged.
     diverged, lost : int
         Runs that diverged; that arrived at the target and went away again.
-    arrivals : tuple of int
-        Steps to the target of the runs that reached it, sorted.
+    arrivals : tuple of float
+        Steps to the target of the runs that reached it, sorted; for results older than this file,
+        of which only tables are left, their median for each, as numbers have the tables' digits.
     final_sizes : tuple of float or None
         Least and largest last step size over runs and blocks.
     made_with : tuple of str
@@ -55,7 +56,7 @@ class Cell:
     spread: float
     diverged: int
     lost: int
-    arrivals: tuple[int, ...]
+    arrivals: tuple[float, ...]
     final_sizes: tuple[float, float] | None
     made_with: tuple[str, ...]
     results: tuple[Result, ...] = field(default=(), compare=False, repr=False)

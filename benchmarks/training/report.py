@@ -26,6 +26,10 @@ NAMES = {
     "continual": "Continual CIFAR-100, as printed",
     "continual-as-released": "Continual CIFAR-100, as released",
 }
+SECONDS = (
+    "Seconds are steps times the cost of a step (`learning.py time`): forward pass, backward pass "
+    "and the optimizer, in turns in one process. "
+)
 #: What a report adds to.
 KEPT = "learning.jsonl"
 #: Starts from which the goals are to be reached; large tasks are run from every other.
@@ -217,8 +221,8 @@ def _summary(
         "packages with the settings that these have: without a schedule on top, and without weight "
         "decay but for mechanic's 0.01 of AdamW. Weight decay of AdamW, Lion and RMSprop is "
         "0.1 for networks, 0 for the two convex tasks; that of SGD is 0. What is missing was not "
-        "run. Seconds are steps times the cost of a step (`learning.py time`): forward pass, "
-        "backward pass and the optimizer, in turns in one process. "
+        "run. "
+        + SECONDS * any(times.values())
         + made_with([cell for table in tables.values() for cell in table])
     )
     if figures.drawn(tables.values()):
