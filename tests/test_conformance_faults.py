@@ -248,8 +248,8 @@ FAULTS = {
     ),
     "multipliers by position": Fault(
         "inputs.py",
-        'return per_leaf((name, _multiplier(f"lr[{name!r}]", lr[name])) for name in names)',
-        'return per_leaf((name, _multiplier("lr", one)) for name, one in zip(names, lr.values()))',
+        'return per_leaf((name, multiplier(f"lr[{name!r}]", lr[name])) for name in names)',
+        'return per_leaf((name, multiplier("lr", one)) for name, one in zip(names, lr.values()))',
     ),
     "a diagonal by position": Fault(
         "step.py",

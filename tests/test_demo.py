@@ -293,12 +293,18 @@ def test_an_interrupt_ends_all_processes_without_a_traceback(delay: float, tmp_p
         encoding="utf-8",
         start_new_session=True,
         env={**os.environ, "PYTHONIOENCODING": "utf-8", **package_path()},
+        # which what runs in the background of a shell ignores, and what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        assert process.stdout is not None
-        assert "network" in process.stdout.readline()
-        time.sleep(delay)
-        os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
-        _, errors = process.communicate(timeout=60)
+        try:
+            assert process.stdout is not None
+            assert "network" in process.stdout.readline()
+            time.sleep(delay)
+            os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
+            _, errors = process.communicate(timeout=60)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     assert process.returncode in (130, -signal.SIGINT)
     assert errors == "\nInterrupted.\n"
     deadline = time.monotonic() + 20  # the last, multiprocessing's own, end a little later
