@@ -318,6 +318,7 @@ def test_a_run_has_arrived_diverged_or_lost_what_it_had() -> None:
     assert good.judged(kind) == 0.97
     (cell,) = cells([good, replace(worse, seed=1)], kind)
     assert (cell.seeds, cell.diverged, cell.mean) == (2, 1, float("-inf"))
+    assert cell.spread == 0.0, "of the one that did not diverge"
     (one,), (other,) = cells([good], kind), cells([lost], kind)
     assert one.better_than(other)
 

@@ -80,11 +80,11 @@ class Compiled:
     Parameters
     ----------
     function : Pass
-    otherwise : Pass, optional
+    otherwise : Eager, optional
         What runs where compilation fails, with a warning; without it the error is raised.
     """
 
-    def __init__(self, function: Pass, otherwise: Pass | None = None) -> None:
+    def __init__(self, function: Pass, otherwise: "Eager | None" = None) -> None:
         self._function, self._otherwise = function, otherwise
         self._ready: dict[Any, tuple[Callable[..., Any], Rule]] = {}
         self._kernels: dict[Any, list[Kernel]] = {}
@@ -124,7 +124,7 @@ class Compiled:
                 "`compile=True` for the error.",
                 stacklevel=2,
             )
-            return Eager(self._otherwise).prepared(rule, arrays)
+            return self._otherwise.prepared(rule, arrays)
         return kernels[-1].run
 
     def _made(self, rule: Rule, arrays: Arrays) -> Kernel:

@@ -268,9 +268,10 @@ class HessianFree:
         return known
 
     def _run_as(self, function: Pass, eager: Pass) -> Compiled | Eager:
+        otherwise = Eager(eager)
         if self._compile is False:
-            return Eager(eager)
-        return Compiled(function, eager if self._compile is None else None)
+            return otherwise
+        return Compiled(function, otherwise if self._compile is None else None)
 
     def _total(
         self,

@@ -140,7 +140,7 @@ meta_first, skip_nonfinite
         self._hvp, self._rounding, self._compile = hvp, rounding, compile
         self._built: Built | None = None
         self._engine: HessianFree | None = None
-        #: Whether `backward` was called since the last step; whether its graph was looked at.
+        #: What `backward` made since the last step, and its version; whether a graph was seen.
         self._twice: list[tuple[weakref.ref[Tensor], int]] = []
         self._checked = False
         given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}

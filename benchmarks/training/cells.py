@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training.loop import replace_file
 from training.methods import Method, Peer
 from training.results import Result, method_of
 from training.tasks import Task
@@ -131,9 +132,7 @@ def keep(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
     path : Path
     """
     lines = [json.dumps({"task": task} | _line(cell)) for task in tables for cell in tables[task]]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _line(cell: Cell) -> dict[str, Any]:

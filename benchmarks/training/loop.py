@@ -21,7 +21,7 @@ import metaopt as mo
 from training.methods import Method, Peer, Updater, updater
 from training.tasks import TASKS, Measures, Task
 
-__all__ = ["Job", "TakenError", "run"]
+__all__ = ["Job", "TakenError", "replace_file", "run"]
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 #: Seconds between checkpoints.
@@ -224,7 +224,7 @@ class _Training:
         else:
             self._lines = [json.dumps({"job": self._job.settings, "steps": self._steps})]
         self._sign()
-        self._replace(self._path, ("\n".join(self._lines) + "\n").encode())
+        replace_file(self._path, ("\n".join(self._lines) + "\n").encode())
         if self._done == 0 and len(self._lines) == 1:
             self._write({"step": 0, **self._judged()})
 
@@ -302,10 +302,12 @@ class _Training:
         torch.save(whole, part)
         os.replace(part, self._checkpoint)
 
-    def _replace(self, path: Path, content: bytes) -> None:
-        part = path.with_suffix(".part")
-        part.write_bytes(content)
-        os.replace(part, path)
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole: killed at any time, it leaves the old one or the new."""
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    os.replace(part, path)
 
 
 def _of_runs(size: Tensor, runs: int) -> Tensor:
