@@ -69,6 +69,8 @@ CURED = (
     ("SGDm", "fast Adam"),
     ("AdamW", "fast Lion"),
 )
+#: meta_lr and blocks for a single example a step, with a discount between those of the others.
+SINGLE = ((1e-2, "groups"), (1e-2, "scalar"), (1e-3, "groups"))
 #: What is recommended: towards a target that moves, and for runs of a known length.
 DISCOUNTED = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, discount=0.99)
 SCHEDULED = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, schedule="cosine", warm_up=0.0)
@@ -127,6 +129,9 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
         for meta_lr in (1e-3, 1e-2):
             yield _job(task, idbd(meta_lr), (1e-3, 1e-2, 0.05), seeds)
         yield from learned(CURED[:4], 1e-2, 0.99, curvature="diagonal")
+    if task == "continual":
+        for meta_lr, blocks in SINGLE:
+            yield from learned(CURED[:1], meta_lr, 0.999, blocks=blocks)
     for discount in () if large else (1.0, 0.999):
         yield from learned(PAIRS[:3], 1e-2, discount, bounds=BOUNDS)
 
