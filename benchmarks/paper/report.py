@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from training.cells import Cell, cells
+from training.cells import Cell, cells, shown
 from training.figures import saved
 from training.loop import finished
 from training.methods import Method
-from training.report import made_with, shown
+from training.report import made_with
 from training.results import read
 from training.tasks import Task
 

@@ -13,7 +13,7 @@ from training.methods import Method, Peer
 from training.results import Result, method_of
 from training.tasks import Task
 
-__all__ = ["Cell", "cells", "keep", "kept", "merged"]
+__all__ = ["Cell", "best_of", "cells", "keep", "kept", "merged", "shown", "worst_of"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,24 @@ class Cell:
     def better_than(self, other: "Cell") -> bool:
         """Return whether its mean is the better one."""
         return self.mean > other.mean if self.kind.more_is_better else self.mean < other.mean
+
+
+def best_of(table: Sequence[Cell]) -> Cell | None:
+    """Return the cell with the best mean, the first of equals; None of none."""
+    found: Cell | None = None
+    for cell in table:
+        if found is None or cell.better_than(found):
+            found = cell
+    return found
+
+
+def worst_of(table: Sequence[Cell]) -> Cell:
+    """Return the cell with the worst mean, the first of equals."""
+    found = table[0]
+    for cell in table:
+        if found.better_than(cell):
+            found = cell
+    return found
 
 
 def cells(results: Iterable[Result], kind: type[Task]) -> list[Cell]:
@@ -121,6 +139,13 @@ def merged(older: Sequence[Cell], newer: Sequence[Cell]) -> list[Cell]:
 
 def _key(cell: Cell) -> Any:
     return cell.kind, cell.method, cell.start, cell.steps, cell.precision
+
+
+def shown(value: float, kind: type[Task]) -> str:
+    """Return what a task judges by as text, "diverged" where it is infinite."""
+    if math.isinf(value):
+        return "diverged"
+    return f"{100 * value:.1f}%" if kind.more_is_better else f"{value:.4g}"
 
 
 def keep(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:

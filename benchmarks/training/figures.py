@@ -10,7 +10,7 @@ import numpy as np
 from metaopt.demo.report import number
 from training.cells import Cell
 from training.methods import Method, Peer
-from training.studies import DISCOUNTED, SCHEDULED
+from training.studies import DISCOUNTED, SCHEDULED, STREAMED
 from training.tasks import Task
 
 if TYPE_CHECKING:
@@ -34,8 +34,11 @@ LINES: dict[str, Method] = {
     "learned from it, as in the paper": Method(base="AdamW", meta="Adam"),
     "learned from it, fast start, meta_lr 1e-2, discount 0.99": DISCOUNTED,
     "learned from it, fast start, meta_lr 1e-2, a cosine on top": SCHEDULED,
+    "learned from it, fast start, meta_lr 1e-2, discount 0.999, blocks": STREAMED,
 }
-COLOURS = ("0.6", "0.8", "tab:orange", "tab:purple", "tab:blue")
+COLOURS = ("0.6", "0.8", "tab:orange", "tab:purple", "tab:blue", "tab:red")
+#: Pictures of tasks in a row.
+ABREAST = 3
 
 
 def drawn(tables: Iterable[Sequence[Cell]]) -> bool:
@@ -44,7 +47,7 @@ def drawn(tables: Iterable[Sequence[Cell]]) -> bool:
 
 
 def _shown(table: Sequence[Cell]) -> bool:
-    return any(cell.method in (DISCOUNTED, SCHEDULED) for cell in table)
+    return any(cell.method in (DISCOUNTED, SCHEDULED, STREAMED) for cell in table)
 
 
 def starts(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
@@ -53,7 +56,7 @@ def starts(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
     Parameters
     ----------
     tables : mapping of title to sequence of Cell
-        Tasks without a run of the last two of `LINES` are left out.
+        Tasks without a run of the last three of `LINES` are left out.
     path : Path
         Where to write the picture.
     """
@@ -62,11 +65,15 @@ def starts(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
     tables = {title: table for title, table in tables.items() if _shown(table)}
     if not tables:
         return
-    width = max(6.4, 3.2 * len(tables))
-    figure = Figure(figsize=(width, 3.4), dpi=100, layout="constrained")
-    row = figure.subplots(1, len(tables), squeeze=False)[0]
+    columns = min(len(tables), ABREAST)
+    rows = -(-len(tables) // columns)
+    size = (max(6.4, 3.6 * columns), 0.8 + 2.6 * rows)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(tables) :]:
+        axis.set_axis_off()
     handles: dict[str, Any] = {}
-    for axis, (title, table) in zip(row, tables.items(), strict=True):
+    for axis, (title, table) in zip(axes[: len(tables)], tables.items(), strict=True):
         kind = table[0].kind
         lines = {
             label: sorted((cell for cell in table if cell.method == method), key=_start)

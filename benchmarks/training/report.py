@@ -1,39 +1,28 @@
-"""Tables in Markdown: everything by task, the summary, and where goals are missed."""
+"""Tables in Markdown: everything by task, and the summary."""
 
-import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from metaopt.demo.report import number
 from training import figures
-from training.cells import Cell, cells, keep, kept, merged
+from training.cells import Cell, best_of, cells, keep, kept, merged, shown, worst_of
+from training.goals import NAMES, advised, misses, of_base, tuned
 from training.loop import Job
 from training.methods import Method, Peer
 from training.results import read
-from training.studies import LARGE, STARTS, comparison, maps
-from training.tasks import TASKS, Task
+from training.studies import comparison, maps
+from training.tasks import TASKS
 from training.timing import milliseconds, read_times, write_times
 
-__all__ = ["made_with", "report", "shown"]
+__all__ = ["made_with", "report"]
 
-NAMES = {
-    "drift": "Drifting linear regression",
-    "logistic": "Logistic regression",
-    "digits": "Digits network",
-    "characters": "Character language model",
-    "cifar10": "CIFAR-10 convolutional network",
-    "continual": "Continual CIFAR-100, as printed",
-    "continual-as-released": "Continual CIFAR-100, as released",
-}
 SECONDS = (
     "Seconds are steps times the cost of a step (`learning.py time`): forward pass, backward pass "
     "and the optimizer, in turns in one process. "
 )
 #: What a report adds to.
 KEPT = "learning.jsonl"
-#: Starts from which the goals are to be reached; large tasks are run from every other.
-GOAL = tuple(start for start in STARTS if 1e-7 <= start <= 1e-3)
 
 
 def report(logs: Path, output: Path | None) -> None:
@@ -100,13 +89,6 @@ def made_with(table: Sequence[Cell]) -> str:
     return " ".join(said)
 
 
-def shown(value: float, kind: type[Task]) -> str:
-    """Return what a task judges by as text, "diverged" where it is infinite."""
-    if math.isinf(value):
-        return "diverged"
-    return f"{100 * value:.1f}%" if kind.more_is_better else f"{value:.4g}"
-
-
 def _spread(cell: Cell) -> str:
     if cell.diverged:
         return ""
@@ -170,37 +152,10 @@ def _rank(method: Method | Peer) -> tuple[int, str]:
     return (0 if method.schedule == "constant" else 1), method.label
 
 
-def _best(table: Sequence[Cell]) -> Cell | None:
-    best: Cell | None = None
-    for cell in table:
-        if best is None or cell.better_than(best):
-            best = cell
-    return best
-
-
-def _tuned(name: str, table: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Return the cells of each configuration of MetaOptimize that is run from all its starts."""
-    wanted = set(GOAL[::2] if name in LARGE else GOAL)
-    found: dict[str, list[Cell]] = {}
-    for cell in table:
-        if isinstance(cell.method, Method) and cell.method.meta and cell.start in GOAL:
-            found.setdefault(cell.method.label, []).append(cell)
-    starts = {label: {cell.start for cell in some} for label, some in found.items()}
-    return {label: some for label, some in found.items() if starts[label] >= wanted}
-
-
 def _slowness(cell: Cell) -> tuple[int, float]:
     """Return what sorts by runs that did not arrive, then by steps."""
     missing = cell.seeds - len(cell.arrivals)
     return missing, statistics.median(cell.arrivals) if cell.arrivals else 0.0
-
-
-def _worst(some: Sequence[Cell]) -> Cell:
-    worst = some[0]
-    for cell in some:
-        if worst.better_than(cell):
-            worst = cell
-    return worst
 
 
 def _summary(
@@ -228,9 +183,10 @@ def _summary(
     if figures.drawn(tables.values()):
         yield ""
         yield "![Results by initial step size](learning_starts.png)"
+    yield from advised(tables)
     for name, table in tables.items():
         yield from _section(name, table, times[name])
-    yield from _misses(tables)
+    yield from misses(tables)
 
 
 def _section(name: str, table: Sequence[Cell], times: Mapping[str, float]) -> Iterator[str]:
@@ -251,14 +207,14 @@ def _section(name: str, table: Sequence[Cell], times: Mapping[str, float]) -> It
         ("cosine", "best warm-up and cosine"),
     ):
         for base in dict.fromkeys(_bases(table, schedule)):
-            best = _best(_of_base(table, base, schedule))
+            best = best_of(of_base(table, base, schedule))
             assert best is not None
             yield (
                 f"| {base}, {words}: {number(best.start)} | | {shown(best.mean, kind)} | "
                 f"{best.diverged} | {best.lost} | {_arrival(best, times)} |"
             )
-    for label, some in sorted(_tuned(name, table).items()):
-        worst, found = _worst(some), _best(some)
+    for label, some in sorted(tuned(name, table).items()):
+        worst, found = worst_of(some), best_of(some)
         assert found is not None
         runs = sum(cell.seeds for cell in some)
         yield (
@@ -291,57 +247,3 @@ def _bases(table: Sequence[Cell], schedule: str) -> list[str]:
         and cell.method.meta is None
         and cell.method.schedule == schedule
     ]
-
-
-def _of_base(table: Sequence[Cell], base: str, schedule: str) -> list[Cell]:
-    return [
-        cell
-        for cell in table
-        if isinstance(cell.method, Method)
-        and (cell.method.base, cell.method.meta, cell.method.schedule) == (base, None, schedule)
-    ]
-
-
-def _misses(tables: Mapping[str, Sequence[Cell]]) -> Iterator[str]:
-    """Yield the table of goals: by how much a configuration falls short from its worst start."""
-    yield ""
-    yield "## Where it falls short"
-    yield ""
-    yield (
-        "Goals, from any start in 1e-7 to 1e-3: no diverged run; at least the result of the best "
-        "fixed step size of the same base; within 0.5 points, or 1% of the loss, of the best "
-        "cosine schedule of the base; never behind a peer. Shown is what is missing at the worst "
-        "start: points of accuracy, or per cent of the loss; nothing where the goal is reached."
-    )
-    yield ""
-    yield "| task | method | diverged | to best fixed | to cosine | behind the best peer |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    for name, table in tables.items():
-        peers = _best([cell for cell in table if isinstance(cell.method, Peer)])
-        for label, some in sorted(_tuned(name, table).items()):
-            worst = _worst(some)
-            assert isinstance(worst.method, Method)
-            fixed, cosine = (
-                _best(_of_base(table, worst.method.base, schedule))
-                for schedule in ("constant", "cosine")
-            )
-            diverged = sum(cell.diverged for cell in some)
-            slack = 0.005 if worst.kind.more_is_better else 0.01
-            yield (
-                f"| {NAMES[name]} | {label} | {diverged or ''} | {_short(worst, fixed)} | "
-                f"{_short(worst, cosine, slack)} | {_short(worst, peers)}"
-                f"{f' ({peers.method.label})' if peers and _short(worst, peers) else ''} |"
-            )
-
-
-def _short(cell: Cell, goal: Cell | None, slack: float = 0.0) -> str:
-    """Return by how much a cell falls short of a goal; empty where it does not."""
-    if goal is None:
-        return "not run"
-    if cell.diverged:
-        return "diverged"
-    if cell.kind.more_is_better:
-        gap = goal.mean - cell.mean
-        return f"{100 * gap:.1f}" if gap > max(slack, 5e-4) else ""
-    gap = cell.mean / goal.mean - 1
-    return f"{100 * gap:.1f}%" if gap > max(slack, 5e-4) else ""

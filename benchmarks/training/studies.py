@@ -19,6 +19,7 @@ __all__ = [
     "SCHEDULED",
     "SEEDS",
     "STARTS",
+    "STREAMED",
     "comparison",
     "maps",
 ]
@@ -69,11 +70,11 @@ CURED = (
     ("SGDm", "fast Adam"),
     ("AdamW", "fast Lion"),
 )
-#: meta_lr and blocks for a single example a step, with a discount between those of the others.
-SINGLE = ((1e-2, "groups"), (1e-2, "scalar"), (1e-3, "groups"))
-#: What is recommended: towards a target that moves, and for runs of a known length.
-DISCOUNTED = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, discount=0.99)
+#: What is recommended: for runs of a known length, towards a target that moves, and for a network
+#: that sees a single example a step.
 SCHEDULED = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, schedule="cosine", warm_up=0.0)
+DISCOUNTED = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, discount=0.99)
+STREAMED = replace(DISCOUNTED, discount=0.999, blocks="groups")
 
 
 def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
@@ -130,8 +131,12 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
             yield _job(task, idbd(meta_lr), (1e-3, 1e-2, 0.05), seeds)
         yield from learned(CURED[:4], 1e-2, 0.99, curvature="diagonal")
     if task == "continual":
-        for meta_lr, blocks in SINGLE:
-            yield from learned(CURED[:1], meta_lr, 0.999, blocks=blocks)
+        for streamed in (
+            STREAMED,
+            replace(STREAMED, blocks="scalar"),
+            replace(STREAMED, meta_lr=1e-3),
+        ):
+            yield _job(task, streamed, initial, seeds)
     for discount in () if large else (1.0, 0.999):
         yield from learned(PAIRS[:3], 1e-2, discount, bounds=BOUNDS)
 

@@ -1,0 +1,126 @@
+"""The goals: which configurations reach them, and by how much others fall short."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from training.cells import Cell, best_of, shown, worst_of
+from training.methods import Method, Peer
+from training.studies import DISCOUNTED, LARGE, SCHEDULED, STARTS, STREAMED
+
+__all__ = ["NAMES", "advised", "misses", "of_base", "tuned"]
+
+NAMES = {
+    "drift": "Drifting linear regression",
+    "logistic": "Logistic regression",
+    "digits": "Digits network",
+    "characters": "Character language model",
+    "cifar10": "CIFAR-10 convolutional network",
+    "continual": "Continual CIFAR-100, as printed",
+    "continual-as-released": "Continual CIFAR-100, as released",
+}
+#: Starts from which the goals are to be reached; large tasks are run from every other.
+GOAL = tuple(start for start in STARTS if 1e-7 <= start <= 1e-3)
+GOALS = (
+    "Goals, from any start in 1e-7 to 1e-3: no diverged run; at least the result of the best fixed "
+    "step size of the same base; within 0.5 points, or 1% of the loss, of the best cosine schedule "
+    "of the base; never behind a peer. Shown is what is missing at the worst start: points of "
+    "accuracy, or per cent of the loss; nothing where the goal is reached."
+)
+#: What is advised, and for what.
+ADVISED = {
+    SCHEDULED.label: "a known length",
+    DISCOUNTED.label: "a target that moves",
+    STREAMED.label: "a network, an example a step",
+}
+
+
+def tuned(name: str, table: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Return the cells of MetaOptimize by label, of what was run from all the starts of a task."""
+    wanted = set(GOAL[::2] if name in LARGE else GOAL)
+    found: dict[str, list[Cell]] = {}
+    for cell in table:
+        if isinstance(cell.method, Method) and cell.method.meta and cell.start in GOAL:
+            found.setdefault(cell.method.label, []).append(cell)
+    starts = {label: {cell.start for cell in some} for label, some in found.items()}
+    return {label: some for label, some in found.items() if starts[label] >= wanted}
+
+
+def of_base(table: Sequence[Cell], base: str, schedule: str) -> list[Cell]:
+    """Return the cells of a base update whose step size is not learned."""
+    return [
+        cell
+        for cell in table
+        if isinstance(cell.method, Method)
+        and (cell.method.base, cell.method.meta, cell.method.schedule) == (base, None, schedule)
+    ]
+
+
+def advised(tables: Mapping[str, Sequence[Cell]]) -> Iterator[str]:
+    """Yield the table of the goals for what is advised."""
+    yield ""
+    yield "## What is advised, and where it falls short"
+    yield ""
+    yield (
+        f"{GOALS} The settings are those of [how to choose](../../docs/how_to_choose.md): (AdamW, "
+        "fast Adam) with a `meta_lr` of 1e-2; for runs of a known length a cosine on top, towards "
+        "a target that moves a discount of 0.99, for a network that sees an example a step one of "
+        "0.999 and blocks that differ in kind. [All configurations](#where-it-falls-short)."
+    )
+    yield ""
+    yield (
+        "| task | advised for | worst to best start | diverged | to best fixed | to cosine | "
+        "behind the best peer |"
+    )
+    yield "|" + " --- |" * 7
+    for name, table in tables.items():
+        found = tuned(name, table)
+        for label, purpose in ADVISED.items():
+            if label in found:
+                worst, best = worst_of(found[label]), best_of(found[label])
+                assert best is not None
+                reached = f"{shown(worst.mean, worst.kind)} to {shown(best.mean, best.kind)}"
+                yield f"| {NAMES[name]} | {purpose} | {reached} | {_goals(found[label], table)} |"
+
+
+def misses(tables: Mapping[str, Sequence[Cell]]) -> Iterator[str]:
+    """Yield the table of the goals for all that was run."""
+    yield ""
+    yield "## Where it falls short"
+    yield ""
+    yield GOALS
+    yield ""
+    yield "| task | method | diverged | to best fixed | to cosine | behind the best peer |"
+    yield "|" + " --- |" * 6
+    for name, table in tables.items():
+        for label, some in sorted(tuned(name, table).items()):
+            yield f"| {NAMES[name]} | {label} | {_goals(some, table)} |"
+
+
+def _goals(some: Sequence[Cell], table: Sequence[Cell]) -> str:
+    """Return by how much a configuration falls short from its worst start, in four cells."""
+    worst = worst_of(some)
+    assert isinstance(worst.method, Method)
+    fixed, cosine = (
+        best_of(of_base(table, worst.method.base, schedule)) for schedule in ("constant", "cosine")
+    )
+    peers = best_of([cell for cell in table if isinstance(cell.method, Peer)])
+    diverged = sum(cell.diverged for cell in some)
+    slack = 0.005 if worst.kind.more_is_better else 0.01
+    behind = _short(worst, peers)
+    who = f" ({peers.method.label})" if peers and behind else ""
+    return (
+        f"{diverged or ''} | {_short(worst, fixed)} | {_short(worst, cosine, slack)} | "
+        f"{behind}{who}"
+    )
+
+
+def _short(cell: Cell, goal: Cell | None, slack: float = 0.0) -> str:
+    """Return by how much a cell falls short of a goal; empty where it does not."""
+    if goal is None:
+        return "not run"
+    if cell.diverged:
+        return "diverged"
+    if cell.kind.more_is_better:
+        gap = goal.mean - cell.mean
+        return f"{100 * gap:.1f}" if gap > max(slack, 5e-4) else ""
+    gap = cell.mean / goal.mean - 1
+    return f"{100 * gap:.1f}%" if gap > max(slack, 5e-4) else ""
