@@ -5,6 +5,7 @@ import gc
 import re
 import shutil
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -416,6 +417,52 @@ def test_what_fails_to_compile_later_changes_nothing(
     assert all(torch.equal(one, other) for one, other in zip(held(), before, strict=True))
 
 
+@pytest.mark.parametrize("failing", [1, 2, 3, 4, 5, 6])
+def test_after_a_regrouping_that_failed_the_next_step_is_whole(
+    failing: int, monkeypatch: Any
+) -> None:
+    """Its leaves are views of new buffers, some of them."""
+
+    def made() -> tuple[list[Any], Any]:
+        params = [
+            torch.full((5,), 1.0 + index, dtype=dtype, requires_grad=True)
+            for dtype in (torch.float32, torch.float64)
+            for index in range(3)
+        ]
+        return params, MetaOptimizer(
+            params, base=mo.AdamW(), meta=mo.AdamW(), step_size=0.1, meta_lr=0.1, compile=False
+        )
+
+    def stepped(params: list[Any], opt: Any, resting: tuple[int, ...] = ()) -> None:
+        for index, param in enumerate(params):
+            param.grad = None if index in resting else param.detach().clone()
+        opt.step()
+
+    plain, calls = runs.Run._adopted, []
+
+    def out_of_memory(self: Any, key: str) -> Any:
+        calls.append(key)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError
+        return plain(self, key)
+
+    params, opt = made()
+    stepped(params, opt)
+    with monkeypatch.context() as full:
+        full.setattr(runs.Run, "_adopted", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            stepped(params, opt, (2, 5))
+    twins, other = made()
+    stepped(twins, other)
+    for resting in ((), (2, 5), ()):
+        stepped(params, opt, resting)
+        stepped(twins, other, resting)
+    for param, twin in zip(params, twins, strict=True):
+        assert torch.equal(param, twin)
+        for key, value in other.state[twin].items():
+            assert torch.equal(opt.state[param][key], value), key
+
+
 @pytest.mark.parametrize("change", ["maximize", "gradient"])
 def test_after_a_step_that_failed_to_compile_the_next_is_whole(
     change: str, monkeypatch: Any
@@ -549,14 +596,19 @@ def test_what_does_not_compile_is_known_before_anything_moves(monkeypatch: Any) 
 
 def test_where_compilation_fails_steps_are_eager_with_a_warning(monkeypatch: Any) -> None:
     def failing(*_: Any) -> Any:
+        with warnings.catch_warnings():  # as torch does: it makes Python forget what was warned of
+            pass
         msg = "no such toolchain"
         raise RuntimeError(msg)
 
     monkeypatch.setattr(compiler.Compiled, "_made", failing)
     nets = [network() for _ in range(2)]
     opt = MetaOptimizer(nets[0].named_parameters(), **options_of("tensor"))
-    with pytest.warns(UserWarning, match="torch.compile failed .*no such toolchain.*eagerly"):
+    with pytest.warns(
+        UserWarning, match="torch.compile failed .*no such toolchain.*eagerly"
+    ) as got:
         trained(opt, nets[0], 3)
+    assert len(got) == 1  # for all passes, and whatever else the toolchain has warned of
     trained(
         MetaOptimizer(nets[1].named_parameters(), compile=False, **options_of("tensor")), nets[1], 3
     )
@@ -567,6 +619,24 @@ def test_where_compilation_fails_steps_are_eager_with_a_warning(monkeypatch: Any
     with pytest.raises(RuntimeError, match="no such toolchain"):
         trained(opt, nets[0], 1)
     assert all(torch.equal(a, b) for a, b in zip(before, nets[0].parameters(), strict=True))
+
+
+def test_what_does_not_compile_is_not_tried_again_for_other_sizes(monkeypatch: Any) -> None:
+    tried = []
+
+    def failing(_: Any, __: Any, given: Any) -> Any:
+        tried.append(tuple(given))
+        msg = "no such toolchain"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(compiler.Compiled, "_made", failing)
+    params = [torch.ones(side, side, requires_grad=True) for side in (300, 400, 500)]
+    opt = MetaOptimizer(params, base=mo.SGD(), meta=mo.Lion())
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.warns(UserWarning, match="torch.compile failed"):
+        opt.step()
+    assert len(tried) == len(set(tried)) == 2  # the parameters' pass, and that of the step sizes
 
 
 def test_without_a_compiler_steps_are_eager_with_one_warning(monkeypatch: Any) -> None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from metaopt.rules import Rule
 from metaopt_torch.passes import Arrays, Pass
 
-__all__ = ["Compiled", "Eager", "in_chunks", "missing", "placement"]
+__all__ = ["Compiled", "Eager", "Once", "in_chunks", "missing", "placement"]
 
 #: Numbers that an eager pass takes at a time: on a CPU what its cache holds, elsewhere what makes
 #: a launch worth its while.
@@ -69,6 +69,19 @@ class Kernel(NamedTuple):
         return bool(env.evaluate_guards_for_args(self.inputs, given, ignore_static=False))
 
 
+class Once:
+    """Warns, the first time alone: what passes that fail for the same reason share."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def warn(self, message: str) -> None:
+        """Warn, unless it has."""
+        if not self._said:
+            self._said = True
+            warnings.warn(message, stacklevel=2)
+
+
 class Compiled:
     """A pass compiled by Inductor, once for each rule and for all sizes and steps.
 
@@ -82,10 +95,16 @@ class Compiled:
     function : Pass
     otherwise : Eager, optional
         What runs where compilation fails, with a warning; without it the error is raised.
+    warning : Once, optional
+        What warns, by default once for this pass.
     """
 
-    def __init__(self, function: Pass, otherwise: "Eager | None" = None) -> None:
+    def __init__(
+        self, function: Pass, otherwise: "Eager | None" = None, warning: Once | None = None
+    ) -> None:
         self._function, self._otherwise = function, otherwise
+        self._warning = Once() if warning is None else warning
+        self._failed: set[Any] = set()
         self._ready: dict[Any, tuple[Callable[..., Any], Rule]] = {}
         self._kernels: dict[Any, list[Kernel]] = {}
 
@@ -106,6 +125,9 @@ class Compiled:
         dtypes = tuple([(array.dtype, array.device, array.dim()) for array in arrays.values()])
         key = (same, tuple(arrays), dtypes, torch.get_num_threads())  # which code is made for
         kernels = self._kernels.setdefault(key, [])
+        kind = key, tuple(map(type, arrays.values()))
+        if self._otherwise is not None and kind in self._failed:
+            return self._otherwise.prepared(rule, arrays)
         try:
             for name, array in arrays.items():
                 if is_traceable_wrapper_subclass(array) or is_fake(array):
@@ -118,11 +140,11 @@ class Compiled:
         except Exception as error:  # whatever it is that a toolchain does not manage
             if self._otherwise is None:
                 raise
-            warnings.warn(
+            self._failed.add(kind)  # other sizes would fail as well, after as many seconds
+            self._warning.warn(
                 f"torch.compile failed ({type(error).__name__}: {error}): steps are run eagerly, "
                 "several times slower. Pass `compile=False` for that without this warning, "
-                "`compile=True` for the error.",
-                stacklevel=2,
+                "`compile=True` for the error."
             )
             return self._otherwise.prepared(rule, arrays)
         return kernels[-1].run

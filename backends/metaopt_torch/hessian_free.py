@@ -15,7 +15,7 @@ from metaopt.passes import meta_pass, usable
 from metaopt.rules import Rule
 from metaopt.step import awake_families
 from metaopt_torch.build import Built
-from metaopt_torch.compiler import Compiled, Eager, in_chunks, placement
+from metaopt_torch.compiler import Compiled, Eager, Once, in_chunks, placement
 from metaopt_torch.groups import multiplier_of
 from metaopt_torch.passes import Arrays, Kind, Pass, fused, moved, products
 from metaopt_torch.runs import Run, grouped
@@ -79,6 +79,7 @@ class HessianFree:
         self._config, self._plan = built.config, built.plan
         self._leaves, self._vectors = built.leaves, built.vectors
         self._passes: dict[Any, Compiled | Eager] = {} if before is None else before._passes
+        self._warning: Once = Once() if before is None else before._warning
         self._constants: dict[Any, Tensor] = {}
         self._signature: Any = None
         self._groups = {id(leaf.group): leaf.group for leaf in built.leaves.values()}
@@ -105,7 +106,9 @@ class HessianFree:
             self._signature = None  # until all of it is ready
             for name, grad in grads.items():
                 self._leaves[name].grad_dtype = grad.dtype
-            self._runs = grouped((self._leaves[name] for name in grads), self._runs)
+            # none of these if it fails halfway: the leaves are views of new buffers then
+            known, self._runs = self._runs, {}
+            self._runs = grouped((self._leaves[name] for name in grads), known)
             self._indices = {}
             for run in self._runs.values():
                 run.kernels.clear()
@@ -271,7 +274,7 @@ class HessianFree:
         otherwise = Eager(eager)
         if self._compile is False:
             return otherwise
-        return Compiled(function, otherwise if self._compile is None else None)
+        return Compiled(function, otherwise if self._compile is None else None, self._warning)
 
     def _total(
         self,

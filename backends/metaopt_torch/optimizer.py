@@ -352,7 +352,8 @@ meta_first, skip_nonfinite
             msg = (
                 '`curvature="exact"` needs gradients that can be differentiated; that of '
                 f"{next(iter(grads))!r} has no graph. Call `optimizer.backward(loss)` in place of "
-                f"`loss.backward()`. {ADVICE}"
+                "`loss.backward()`; and where gradients are constants, change none of them in "
+                f"place before the step. {ADVICE}"
             )
             raise ValueError(msg)
         if not self._checked:
