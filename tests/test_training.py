@@ -20,8 +20,9 @@ pytest.importorskip("PIL")
 import torch
 from filelock import FileLock
 from metaopt_conformance.tolerances import rounding
-from training.cells import cells, keep, kept, merged
+from training.cells import Cell, best_of, cells, keep, kept, merged, worst_of
 from training.data import DataMissingError, cifar, jpegs
+from training.goals import advised, misses
 from training.imagenet import image_sets
 from training.loop import Job, TakenError, finished, run
 from training.methods import Method, Peer, updater
@@ -29,7 +30,7 @@ from training.peers import PACKAGES
 from training.replicas import side_by_side, starts_of_blocks
 from training.results import Result, read
 from training.stories import stories
-from training.studies import GRIDS, STARTS, comparison, idbd, maps
+from training.studies import GRIDS, SCHEDULED, STARTS, comparison, idbd, maps
 from training.tasks import TASKS, Task
 from training.tasks.linear import DriftingRegression
 
@@ -347,6 +348,45 @@ def test_cells_are_kept_and_added_to(tmp_path: Path) -> None:
     again = cells([replace(one, made_with=("a later commit",)) for one in results[:2]], kind)
     assert merged(before, again) == [*again, *before[1:]]
     assert merged(before, cells([replace(run_, start=0.5)], kind))[:-1] == before
+
+
+def test_goals_are_held_against_the_worst_start() -> None:
+    def cell(task: str, method: Method | Peer, mean: float, start: float = 1.0) -> Cell:
+        run_ = replace(of_digits((0.5,), (1.0,)), method=method, start=start)
+        (found,) = cells([run_], TASKS["digits"])
+        diverged = int(mean == float("inf"))
+        return replace(found, kind=TASKS[task], mean=mean, diverged=diverged)
+
+    def table(task: str, fixed: float, cosine: float, peer: float, found: Any) -> list[Cell]:
+        return [
+            cell(task, Method(base="AdamW"), fixed, 1e-2),
+            cell(task, Method(base="AdamW"), 0.5, 1e-1),
+            cell(task, Method(base="AdamW", schedule="cosine"), cosine, 1e-1),
+            cell(task, Peer(name="DoG"), peer),
+            cell(task, Peer(name="Prodigy"), peer),
+            *(cell(task, SCHEDULED, *one) for one in zip(found, STARTS, strict=True)),
+        ]
+
+    def ends(lines: Any) -> list[str]:
+        return [line.split("|", 3)[3].strip() for line in lines if SCHEDULED.label in line]
+
+    better = {"digits": table("digits", 0.97, 0.9835, 0.97, (0.98, 0.981, 0.979, 0.99, 0.99))}
+    assert ends(misses(better)) == ["|  |  |  |"]
+    assert "| a known length | 97.9% to 99.0% |  |  |  |  |" in "\n".join(advised(better))
+    worse = {"digits": table("digits", 0.97, 0.98, 0.975, (0.98, 0.96, 0.99, 0.99, 0.99))}
+    assert ends(misses(worse)) == ["| 1.0 | 2.0 | 1.5 (DoG) |"]
+    losses = {"drift": table("drift", 0.4, 0.3, 0.2, (0.302, 0.3, 0.3, 0.3, 0.3))}
+    assert ends(misses(losses)) == ["|  |  | 51.0% (DoG) |"]
+    gone = float("inf")
+    diverged = {"drift": table("drift", 0.4, 0.3, 0.2, (0.3, gone, 0.3, gone, 0.3))}
+    assert ends(misses(diverged)) == ["2 | diverged | diverged | diverged (DoG) |"]
+    untold = {"digits": better["digits"][5:]}
+    assert ends(misses(untold)) == ["| not run | not run | not run |"]
+    fewer = {"digits": better["digits"][:-1]}
+    assert not ends(misses(fewer)), "not run from all starts"
+    assert list(advised(fewer)) == []
+    first, second = better["digits"][3:5]
+    assert best_of([first, second]) is worst_of([first, second]) is first
 
 
 def test_online_tasks_are_judged_by_their_second_half() -> None:

@@ -37,8 +37,8 @@ class Cell:
     diverged, lost : int
         Runs that diverged; that arrived at the target and went away again.
     arrivals : tuple of float
-        Steps to the target of the runs that reached it, sorted; for results older than this file,
-        of which only tables are left, their median for each, as numbers have the tables' digits.
+        Steps to the target of the runs that reached it, sorted; of runs without `made_with`, which
+        were taken from tables, as many times their median.
     final_sizes : tuple of float or None
         Least and largest last step size over runs and blocks.
     made_with : tuple of str
@@ -67,11 +67,11 @@ class Cell:
         return self.mean > other.mean if self.kind.more_is_better else self.mean < other.mean
 
 
-def best_of(table: Sequence[Cell]) -> Cell | None:
-    """Return the cell with the best mean, the first of equals; None of none."""
-    found: Cell | None = None
+def best_of(table: Sequence[Cell]) -> Cell:
+    """Return the cell with the best mean, the first of equals."""
+    found = table[0]
     for cell in table:
-        if found is None or cell.better_than(found):
+        if cell.better_than(found):
             found = cell
     return found
 

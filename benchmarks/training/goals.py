@@ -6,7 +6,7 @@ from training.cells import Cell, best_of, shown, worst_of
 from training.methods import Method, Peer
 from training.studies import DISCOUNTED, LARGE, SCHEDULED, STARTS, STREAMED
 
-__all__ = ["NAMES", "advised", "misses", "of_base", "tuned"]
+__all__ = ["NAMES", "advised", "learned", "misses", "of_base"]
 
 NAMES = {
     "drift": "Drifting linear regression",
@@ -17,8 +17,6 @@ NAMES = {
     "continual": "Continual CIFAR-100, as printed",
     "continual-as-released": "Continual CIFAR-100, as released",
 }
-#: Starts from which the goals are to be reached; large tasks are run from every other.
-GOAL = tuple(start for start in STARTS if 1e-7 <= start <= 1e-3)
 GOALS = (
     "Goals, from any start in 1e-7 to 1e-3: no diverged run; at least the result of the best fixed "
     "step size of the same base; within 0.5 points, or 1% of the loss, of the best cosine schedule "
@@ -33,12 +31,12 @@ ADVISED = {
 }
 
 
-def tuned(name: str, table: Sequence[Cell]) -> dict[str, list[Cell]]:
+def learned(name: str, table: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Return the cells of MetaOptimize by label, of what was run from all the starts of a task."""
-    wanted = set(GOAL[::2] if name in LARGE else GOAL)
+    wanted = set(STARTS[::2] if name in LARGE else STARTS)
     found: dict[str, list[Cell]] = {}
     for cell in table:
-        if isinstance(cell.method, Method) and cell.method.meta and cell.start in GOAL:
+        if isinstance(cell.method, Method) and cell.method.meta and cell.start in STARTS:
             found.setdefault(cell.method.label, []).append(cell)
     starts = {label: {cell.start for cell in some} for label, some in found.items()}
     return {label: some for label, some in found.items() if starts[label] >= wanted}
@@ -55,7 +53,18 @@ def of_base(table: Sequence[Cell], base: str, schedule: str) -> list[Cell]:
 
 
 def advised(tables: Mapping[str, Sequence[Cell]]) -> Iterator[str]:
-    """Yield the table of the goals for what is advised."""
+    """Yield the table of the goals for what is advised; nothing if none of it was run."""
+    lines = []
+    for name, table in tables.items():
+        found = learned(name, table)
+        for label in ADVISED:
+            if label in found:
+                worst, best = worst_of(found[label]), best_of(found[label])
+                reached = f"{shown(worst.mean, worst.kind)} to {shown(best.mean, best.kind)}"
+                goals = _goals(found[label], table)
+                lines.append(f"| {NAMES[name]} | {ADVISED[label]} | {reached} | {goals} |")
+    if not lines:
+        return
     yield ""
     yield "## What is advised, and where it falls short"
     yield ""
@@ -71,14 +80,7 @@ def advised(tables: Mapping[str, Sequence[Cell]]) -> Iterator[str]:
         "behind the best peer |"
     )
     yield "|" + " --- |" * 7
-    for name, table in tables.items():
-        found = tuned(name, table)
-        for label, purpose in ADVISED.items():
-            if label in found:
-                worst, best = worst_of(found[label]), best_of(found[label])
-                assert best is not None
-                reached = f"{shown(worst.mean, worst.kind)} to {shown(best.mean, best.kind)}"
-                yield f"| {NAMES[name]} | {purpose} | {reached} | {_goals(found[label], table)} |"
+    yield from lines
 
 
 def misses(tables: Mapping[str, Sequence[Cell]]) -> Iterator[str]:
@@ -91,7 +93,7 @@ def misses(tables: Mapping[str, Sequence[Cell]]) -> Iterator[str]:
     yield "| task | method | diverged | to best fixed | to cosine | behind the best peer |"
     yield "|" + " --- |" * 6
     for name, table in tables.items():
-        for label, some in sorted(tuned(name, table).items()):
+        for label, some in sorted(learned(name, table).items()):
             yield f"| {NAMES[name]} | {label} | {_goals(some, table)} |"
 
 
@@ -99,26 +101,25 @@ def _goals(some: Sequence[Cell], table: Sequence[Cell]) -> str:
     """Return by how much a configuration falls short from its worst start, in four cells."""
     worst = worst_of(some)
     assert isinstance(worst.method, Method)
-    fixed, cosine = (
-        best_of(of_base(table, worst.method.base, schedule)) for schedule in ("constant", "cosine")
-    )
-    peers = best_of([cell for cell in table if isinstance(cell.method, Peer)])
+    fixed, cosine = (of_base(table, worst.method.base, name) for name in ("constant", "cosine"))
+    peers = [cell for cell in table if isinstance(cell.method, Peer)]
     diverged = sum(cell.diverged for cell in some)
     slack = 0.005 if worst.kind.more_is_better else 0.01
     behind = _short(worst, peers)
-    who = f" ({peers.method.label})" if peers and behind else ""
+    who = f" ({best_of(peers).method.label})" if peers and behind else ""
     return (
         f"{diverged or ''} | {_short(worst, fixed)} | {_short(worst, cosine, slack)} | "
         f"{behind}{who}"
     )
 
 
-def _short(cell: Cell, goal: Cell | None, slack: float = 0.0) -> str:
-    """Return by how much a cell falls short of a goal; empty where it does not."""
-    if goal is None:
+def _short(cell: Cell, others: Sequence[Cell], slack: float = 0.0) -> str:
+    """Return by how much a cell falls short of the best of others; empty where it does not."""
+    if not others:
         return "not run"
     if cell.diverged:
         return "diverged"
+    goal = best_of(others)
     if cell.kind.more_is_better:
         gap = goal.mean - cell.mean
         return f"{100 * gap:.1f}" if gap > max(slack, 5e-4) else ""

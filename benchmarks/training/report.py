@@ -7,7 +7,7 @@ from pathlib import Path
 from metaopt.demo.report import number
 from training import figures
 from training.cells import Cell, best_of, cells, keep, kept, merged, shown, worst_of
-from training.goals import NAMES, advised, misses, of_base, tuned
+from training.goals import NAMES, advised, learned, misses, of_base
 from training.loop import Job
 from training.methods import Method, Peer
 from training.results import read
@@ -208,14 +208,12 @@ def _section(name: str, table: Sequence[Cell], times: Mapping[str, float]) -> It
     ):
         for base in dict.fromkeys(_bases(table, schedule)):
             best = best_of(of_base(table, base, schedule))
-            assert best is not None
             yield (
                 f"| {base}, {words}: {number(best.start)} | | {shown(best.mean, kind)} | "
                 f"{best.diverged} | {best.lost} | {_arrival(best, times)} |"
             )
-    for label, some in sorted(tuned(name, table).items()):
+    for label, some in sorted(learned(name, table).items()):
         worst, found = worst_of(some), best_of(some)
-        assert found is not None
         runs = sum(cell.seeds for cell in some)
         yield (
             f"| {label} | {shown(worst.mean, kind)} | {shown(found.mean, kind)} | "
