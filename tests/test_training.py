@@ -25,7 +25,7 @@ from training.data import DataMissingError, cifar, jpegs
 from training.goals import advised, misses
 from training.imagenet import image_sets
 from training.loop import Job, TakenError, finished, run
-from training.methods import Method, Peer, updater
+from training.methods import METAS, Method, Peer, updater
 from training.peers import PACKAGES
 from training.replicas import side_by_side, starts_of_blocks
 from training.results import Result, read
@@ -33,6 +33,7 @@ from training.stories import stories
 from training.studies import GRIDS, SCHEDULED, STARTS, comparison, idbd, maps
 from training.tasks import TASKS, Task
 from training.tasks.linear import DriftingRegression
+from training.trials import Clipped, Offsets
 
 import metaopt as mo
 from tests.made_up_data import (
@@ -348,6 +349,40 @@ def test_cells_are_kept_and_added_to(tmp_path: Path) -> None:
     again = cells([replace(one, made_with=("a later commit",)) for one in results[:2]], kind)
     assert merged(before, again) == [*again, *before[1:]]
     assert merged(before, cells([replace(run_, start=0.5)], kind))[:-1] == before
+
+
+def test_clipped_meta_gradients_are_at_most_what_they_were() -> None:
+    rule, slots = Clipped(mo.SGD(), beta=0.5), {"mean_sq": torch.zeros(2)}
+    seen = []
+    for count, grad in enumerate(([1.0, -3.0], [0.5, -6.0], [-4.0, 1.0]), start=1):
+        direction, slots = rule.direction(torch.tensor(grad), slots, torch.tensor(float(count)))
+        seen.append(direction.tolist())
+    # means of squares, weighed by halves: 1 and 9; (1 + 2 * 0.25) / 3 = 0.5 and (9 + 72) / 3 = 27
+    assert seen[:2] == [[1.0, -3.0], [0.5, -3.0]]
+    assert seen[2] == pytest.approx([-(0.5**0.5), 1.0])
+
+
+def test_offsets_that_stand_still_leave_one_step_size(tmp_path: Path) -> None:
+    """And those that move differ from it, for each run by itself."""
+    starts = (1e-5, 1e-3)
+
+    def sizes(meta: Any, blocks: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        monkeypatch.setitem(METAS, "tried", meta)
+        method = Method(base="AdamW", meta="tried", meta_lr=1e-2, blocks=blocks)
+        job = Job(task="digits", method=method, starts=starts, seeds=SEEDS, steps=25)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        last = json.loads(run(job, folder).read_text().splitlines()[-2])
+        return list(last["step_sizes"].values())
+
+    with pytest.MonkeyPatch.context() as patch:
+        ((*one,),) = sizes(mo.AdamW(), "scalar", patch)
+        still = sizes(Offsets(mo.AdamW(), part=0.0), "tensor", patch)
+        moving = sizes(Offsets(mo.AdamW(), part=0.5), "tensor", patch)
+    assert len(still) == len(moving) == 6
+    for leaf in still:
+        assert leaf == pytest.approx(one, rel=1e-5)
+    assert all(leaf != pytest.approx(one, rel=1e-2) for leaf in moving)
 
 
 def test_goals_are_held_against_the_worst_start() -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ import metaopt as mo
 from training import peers
 from training.replicas import side_by_side, starts_of_blocks
 from training.tasks import Measures, Task
+from training.trials import Clipped, Offsets
 
 __all__ = ["BASES", "METAS", "Method", "Peer", "Updater", "updater"]
 
@@ -41,6 +42,10 @@ METAS: dict[str, Any] = {
     "SGD": mo.SGD(),
     "RMSprop": mo.RMSprop(),
     "Adam as released": mo.AdamW(eps=1e-5),
+    "clipped Adam": Clipped(mo.AdamW()),
+    "clipped Lion": Clipped(mo.Lion()),
+    "Adam and offsets": Offsets(mo.AdamW()),
+    "fast Adam and offsets": Offsets(mo.FastStart(mo.AdamW())),
 }
 
 
@@ -166,11 +171,14 @@ class _Ordinary:
         decay = method.weight_decay
         if decay is None:
             decay = 0.0 if method.base.startswith("SGD") else task.weight_decay
+        meta = METAS[method.meta or "SGD"]
+        if isinstance(meta, Offsets):
+            meta = replace(meta, runs=len(starts))
         self._task, self._method, self._steps = task, method, steps
         self._optimizer = MetaOptimizer(
             named,
             base=BASES[method.base](decay),
-            meta=METAS[method.meta or "SGD"],
+            meta=meta,
             step_size=step_size,
             meta_lr=method.meta_lr if method.meta else 0.0,
             discount=method.discount,

@@ -139,6 +139,29 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
             yield _job(task, streamed, initial, seeds)
     for discount in () if large else (1.0, 0.999):
         yield from learned(PAIRS[:3], 1e-2, discount, bounds=BOUNDS)
+    yield from trials(task, initial, seeds)
+
+
+def trials(task: str, initial: tuple[float, ...], seeds: tuple[int, ...]) -> Iterator[Job]:
+    """Yield the jobs of a task that show what did not help, and with what they are compared.
+
+    Parameters
+    ----------
+    task : str
+    initial : tuple of float
+        Initial step sizes.
+    seeds : tuple of int
+    """
+    if task in ("drift", "logistic", "digits"):
+        for base, meta in (("AdamW", "Adam"), ("AdamW", "Lion"), ("SGDm", "Adam")):
+            clipped = Method(base=base, meta=f"clipped {meta}", meta_lr=1e-2)
+            yield _job(task, clipped, initial, seeds)
+    if task in ("logistic", "digits"):
+        offsets = Method(base="AdamW", meta="Adam and offsets", meta_lr=1e-2, blocks="tensor")
+        yield _job(task, offsets, initial, seeds)
+    if task == "characters":
+        for meta in ("fast Adam", "fast Adam and offsets"):
+            yield _job(task, replace(SCHEDULED, meta=meta, blocks="tensor"), initial, seeds)
 
 
 def idbd(meta_lr: float) -> Method:
