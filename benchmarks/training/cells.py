@@ -62,27 +62,24 @@ class Cell:
     made_with: tuple[str, ...]
     results: tuple[Result, ...] = field(default=(), compare=False, repr=False)
 
+    @property
+    def merit(self) -> float:
+        """The mean, or minus it: more is better."""
+        return self.mean if self.kind.more_is_better else -self.mean
+
     def better_than(self, other: "Cell") -> bool:
         """Return whether its mean is the better one."""
-        return self.mean > other.mean if self.kind.more_is_better else self.mean < other.mean
+        return self.merit > other.merit
 
 
 def best_of(table: Sequence[Cell]) -> Cell:
     """Return the cell with the best mean, the first of equals."""
-    found = table[0]
-    for cell in table:
-        if cell.better_than(found):
-            found = cell
-    return found
+    return max(table, key=lambda cell: cell.merit)
 
 
 def worst_of(table: Sequence[Cell]) -> Cell:
     """Return the cell with the worst mean, the first of equals."""
-    found = table[0]
-    for cell in table:
-        if found.better_than(cell):
-            found = cell
-    return found
+    return min(table, key=lambda cell: cell.merit)
 
 
 def cells(results: Iterable[Result], kind: type[Task]) -> list[Cell]:

@@ -10,7 +10,7 @@ import numpy as np
 from metaopt.demo.report import number
 from training.cells import Cell
 from training.methods import Method, Peer
-from training.studies import DISCOUNTED, SCHEDULED, STREAMED
+from training.studies import ADVISED, DISCOUNTED, SCHEDULED, STREAMED
 from training.tasks import Task
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def drawn(tables: Iterable[Sequence[Cell]]) -> bool:
 
 
 def _shown(table: Sequence[Cell]) -> bool:
-    return any(cell.method in (DISCOUNTED, SCHEDULED, STREAMED) for cell in table)
+    return any(cell.method in ADVISED for cell in table)
 
 
 def starts(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
@@ -56,7 +56,7 @@ def starts(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
     Parameters
     ----------
     tables : mapping of title to sequence of Cell
-        Tasks without a run of the last three of `LINES` are left out.
+        Tasks without a run of what is advised are left out.
     path : Path
         Where to write the picture.
     """

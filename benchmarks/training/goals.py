@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from training.cells import Cell, best_of, shown, worst_of
 from training.methods import Method, Peer
-from training.studies import DISCOUNTED, LARGE, SCHEDULED, STARTS, STREAMED
+from training.studies import ADVISED, LARGE, STARTS
 
 __all__ = ["NAMES", "advised", "learned", "misses", "of_base"]
 
@@ -23,12 +23,6 @@ GOALS = (
     "of the base; never behind a peer. Shown is what is missing at the worst start: points of "
     "accuracy, or per cent of the loss; nothing where the goal is reached."
 )
-#: What is advised, and for what.
-ADVISED = {
-    SCHEDULED.label: "a known length",
-    DISCOUNTED.label: "a target that moves",
-    STREAMED.label: "a network, an example a step",
-}
 
 
 def learned(name: str, table: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -57,12 +51,12 @@ def advised(tables: Mapping[str, Sequence[Cell]]) -> Iterator[str]:
     lines = []
     for name, table in tables.items():
         found = learned(name, table)
-        for label in ADVISED:
-            if label in found:
-                worst, best = worst_of(found[label]), best_of(found[label])
+        for method, purpose in ADVISED.items():
+            some = found.get(method.label)
+            if some:
+                worst, best = worst_of(some), best_of(some)
                 reached = f"{shown(worst.mean, worst.kind)} to {shown(best.mean, best.kind)}"
-                goals = _goals(found[label], table)
-                lines.append(f"| {NAMES[name]} | {ADVISED[label]} | {reached} | {goals} |")
+                lines.append(f"| {NAMES[name]} | {purpose} | {reached} | {_goals(some, table)} |")
     if not lines:
         return
     yield ""

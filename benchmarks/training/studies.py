@@ -9,6 +9,7 @@ from training.methods import Method, Peer
 from training.peers import PEERS
 
 __all__ = [
+    "ADVISED",
     "CURED",
     "DISCOUNTED",
     "GRIDS",
@@ -70,11 +71,15 @@ CURED = (
     ("SGDm", "fast Adam"),
     ("AdamW", "fast Lion"),
 )
-#: What is recommended: for runs of a known length, towards a target that moves, and for a network
-#: that sees a single example a step.
 SCHEDULED = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, schedule="cosine", warm_up=0.0)
 DISCOUNTED = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, discount=0.99)
 STREAMED = replace(DISCOUNTED, discount=0.999, blocks="groups")
+#: What is advised, and for what.
+ADVISED = {
+    SCHEDULED: "a known length",
+    DISCOUNTED: "a target that moves",
+    STREAMED: "a network, an example a step",
+}
 
 
 def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
@@ -116,8 +121,8 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
     yield _job(task, SCHEDULED, initial, seeds)
     for meta_lr, discount in CURES[1:]:
         yield from learned(cured, meta_lr, discount)
-    for recommended in (DISCOUNTED, SCHEDULED):  # with starts that one meta-gradient ends
-        yield _job(task, replace(recommended, meta="fast Adam 1"), initial, seeds)
+    for advised in (DISCOUNTED, SCHEDULED):  # with starts that one meta-gradient ends
+        yield _job(task, replace(advised, meta="fast Adam 1"), initial, seeds)
     yield from learned(PAIRS[:1] if large else (*PAIRS[:1], *PAIRS[3:]), 1e-2, 0.99)
     for meta_lr, discount, blocks in VARIANTS:
         if blocks == "tensor" and large:
