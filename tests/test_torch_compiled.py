@@ -639,10 +639,43 @@ def test_what_does_not_compile_is_not_tried_again_for_other_sizes(monkeypatch: A
     assert len(tried) == len(set(tried)) == 2  # the parameters' pass, and that of the step sizes
 
 
+def test_what_is_compiled_stays_in_use_after_a_size_that_failed(monkeypatch: Any) -> None:
+    rule = RULES["SGDm"]
+    run = compiler.Compiled(passes.fused(KIND), compiler.Eager(passes.fused(KIND)))
+    compiled = run.prepared(rule, arrays(rule, 300))
+
+    def failing(*_: Any) -> Any:
+        msg = "no space left"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(compiler.Compiled, "_made", failing)
+    with pytest.warns(UserWarning, match="torch.compile failed .*no space left"):
+        eager = run.prepared(rule, arrays(rule, 1))  # for which another graph is needed
+    assert eager is not compiled
+    assert run.prepared(rule, arrays(rule, 400)) is compiled
+
+
+def test_a_warning_that_is_an_error_comes_again(monkeypatch: Any) -> None:
+    def failing(*_: Any) -> Any:
+        msg = "no such toolchain"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(compiler.Compiled, "_made", failing)
+    param = torch.ones(3, requires_grad=True)
+    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.Lion())
+    param.grad = torch.ones_like(param)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match=r"torch.compile failed"):
+                opt.step()
+    assert torch.all(param.detach() == 1.0)
+
+
 def test_without_a_compiler_steps_are_eager_with_one_warning(monkeypatch: Any) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     net = network()
-    with pytest.warns(UserWarning, match=r"finds no a C\+\+ compiler"):
+    with pytest.warns(UserWarning, match=r"lacks a C\+\+ compiler"):
         opt = MetaOptimizer(net.parameters(), base=mo.SGD(), meta=mo.Lion())
     trained(opt, net, 1)
     MetaOptimizer(net.parameters(), base=mo.SGD(), meta=mo.Lion(), compile=False)

@@ -70,7 +70,7 @@ class Kernel(NamedTuple):
 
 
 class Once:
-    """Warns, the first time alone: what passes that fail for the same reason share."""
+    """Warns, the first time alone, whatever comes later: what the passes of an optimizer share."""
 
     def __init__(self) -> None:
         self._said = False
@@ -78,8 +78,8 @@ class Once:
     def warn(self, message: str) -> None:
         """Warn, unless it has."""
         if not self._said:
-            self._said = True
             warnings.warn(message, stacklevel=2)
+            self._said = True  # not where the warning is made an error
 
 
 class Compiled:
@@ -126,8 +126,6 @@ class Compiled:
         key = (same, tuple(arrays), dtypes, torch.get_num_threads())  # which code is made for
         kernels = self._kernels.setdefault(key, [])
         kind = key, tuple(map(type, arrays.values()))
-        if self._otherwise is not None and kind in self._failed:
-            return self._otherwise.prepared(rule, arrays)
         try:
             for name, array in arrays.items():
                 if is_traceable_wrapper_subclass(array) or is_fake(array):
@@ -136,18 +134,20 @@ class Compiled:
             for kernel in kernels:
                 if kernel.takes(arrays):
                     return kernel.run
-            kernels.append(self._made(rule, arrays))
+            if kind not in self._failed:
+                kernels.append(self._made(rule, arrays))
+                return kernels[-1].run
         except Exception as error:  # whatever it is that a toolchain does not manage
             if self._otherwise is None:
                 raise
-            self._failed.add(kind)  # other sizes would fail as well, after as many seconds
             self._warning.warn(
                 f"torch.compile failed ({type(error).__name__}: {error}): steps are run eagerly, "
                 "several times slower. Pass `compile=False` for that without this warning, "
                 "`compile=True` for the error."
             )
-            return self._otherwise.prepared(rule, arrays)
-        return kernels[-1].run
+            self._failed.add(kind)  # other sizes would fail as well, after as many seconds
+        assert self._otherwise is not None
+        return self._otherwise.prepared(rule, arrays)
 
     def _made(self, rule: Rule, arrays: Arrays) -> Kernel:
         # imported here, for they take a second

@@ -179,7 +179,7 @@ meta_first, skip_nonfinite
         lacking = [text for device in devices if (text := missing(device)) is not None]
         if lacking:
             warnings.warn(
-                f"torch.compile finds no {lacking[0]}: steps are run eagerly, several times "
+                f"torch.compile lacks {lacking[0]}: steps are run eagerly, several times "
                 "slower. Pass `compile=False` for that without this warning.",
                 stacklevel=4,
             )
