@@ -73,8 +73,8 @@ FAULTS = {
     ),
     "start over when a larger step size is asked for": Fault(
         "rules/fast_start.py",
-        "before + positive(grad)",
-        "before + positive(-grad)",
+        "positive(grad) - 0.5 * positive(-grad)",
+        "positive(-grad) - 0.5 * positive(grad)",
     ),
     "start one step too long": Fault(
         "rules/fast_start.py",
@@ -83,13 +83,23 @@ FAULTS = {
     ),
     "start that one meta-gradient ends": Fault(
         "rules/fast_start.py",
-        "before + positive(grad)",
-        "before + self.patience * positive(grad)",
+        "asked = positive(grad)",
+        "asked = self.patience * positive(grad)",
     ),
     "start that counts on": Fault(
         "rules/fast_start.py",
-        "positive(grad) * positive(self.patience - before)",
-        "positive(grad)",
+        "asked * positive(self.patience - before)",
+        "asked",
+    ),
+    "start that takes nothing back": Fault(
+        "rules/fast_start.py",
+        " - 0.5 * positive(-grad)",
+        "",
+    ),
+    "start that saves up": Fault(
+        "rules/fast_start.py",
+        "against * positive(against)",
+        "1.0 * against",
     ),
     "slope of the root left out": Fault(
         "numerics.py",

@@ -357,20 +357,20 @@ def test_delayed_rmsprop_has_no_second_derivative_where_nothing_was_seen() -> No
 
 
 @pytest.mark.parametrize("rule", [mo.SGD(), mo.RMSprop(), mo.AdamW(), mo.Lion()], ids=repr)
-def test_a_fast_start_ends_where_z_is_positive_for_the_second_time(rule: Any) -> None:
+def test_a_fast_start_ends_where_z_has_been_positive_often_enough(rule: Any) -> None:
     fast = mo.FastStart(rule, factor=7.0, patience=2)
-    # by block: never positive, at once, after others, twice and not in a row
+    # by block: never positive, at once, after zeros, not in a row, with a step back, after others
     run = np.array(
         [
-            [0.0, 1.0, 0.0, 1.0],
-            [-1.0, 2.0, 1.0, 0.0],
-            [-3.0, 1.0, 2.0, 1.0],
-            [-1.0, -1.0, -4.0, -2.0],
-            [-1.0, -1.0, -4.0, 1.0],
+            [0.0, 1.0, 0.0, 1.0, 1.0, -1.0],
+            [-1.0, 2.0, 1.0, 0.0, -2.0, -1.0],
+            [-3.0, 1.0, 2.0, 1.0, 1.0, 1.0],
+            [-1.0, -1.0, -4.0, -2.0, 3.0, 2.0],
+            [-1.0, -1.0, -4.0, 1.0, -2.0, -1.0],
         ]
     )
-    speeds = np.where(np.array([[5, 1, 2, 2]]) <= np.arange(5)[:, None], 1.0, 7.0)
-    slots = {slot: np.zeros(4) for slot in fast.slots}
+    speeds = np.where(np.array([[5, 1, 2, 2, 3, 3]]) <= np.arange(5)[:, None], 1.0, 7.0)
+    slots = {slot: np.zeros(6) for slot in fast.slots}
     for t, (z, speed) in enumerate(zip(run, speeds, strict=True), start=1):
         own = {slot: slots[slot] for slot in rule.slots}
         plain, own = rule.direction(z, own, np.asarray(float(t)))
@@ -389,7 +389,7 @@ def test_step_sizes_that_start_too_small_arrive_sooner() -> None:
         params, state = opt.step(params, {"w": np.asarray(params["w"])}, state)
         moved.append(float(state.beta[0] - before[0]))
     turn = next(t for t, delta in enumerate(moved) if 0.0 < delta < 0.05)
-    assert 50 < turn < 110
+    assert 50 < turn < 120  # ln(1 / 1e-4) / 0.1 is 92
     assert np.allclose(moved[1:turn], 0.1)
     assert np.allclose(np.abs(moved[turn:]), 0.01)
     assert np.abs(params["w"]).max() < 1e-2

@@ -117,7 +117,7 @@ class State:
     """Everything carried from step to step.
 
     `w`, `m`, `v`, `count` have a value per weight; `beta`, `meta_m`, `meta_v`, `meta_count`, `z`,
-    `restarts` one per block, as has `against`, positive z so far; `step` and `skipped` are
+    `restarts` one per block, as has `against`, the count of a fast start; `step` and `skipped` are
     numbers. `H`, `M`, `V` are the rows of w, m and v of the trace X (n by m); `B`, `Bm`, `Bv` the
     rows of beta and the meta moments of Y (m by m). `Z[k, i, j]` is how entry (k, i) of H depends
     on block j (n by m by m).
@@ -410,8 +410,9 @@ def meta_update(config: Config, state: State, into: State, z: Vector, moves: Fla
 
 
 def counted_against(config: Config, against: Vector, z: Vector) -> Vector:
-    """Return how many z were positive, until they are enough (section 6)."""
-    return np.minimum(against + (z > 0.0), config.meta.patience)
+    """Return how many z were positive, less half of the negative ones, until enough (section 6)."""
+    counted = np.maximum(against + np.where(z > 0.0, 1.0, np.where(z < 0.0, -0.5, 0.0)), 0.0)
+    return np.where(against >= config.meta.patience, against, counted)
 
 
 def speed(config: Config, against: Vector) -> Vector:

@@ -32,7 +32,7 @@ class Update:
         Of RMSprop.
     delayed : bool
     factor : float
-        By which a meta update is faster until `patience` of a block's z were positive.
+        By which a meta update is faster until a block's count of positive z is `patience`.
     patience : int
     """
 

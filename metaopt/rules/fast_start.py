@@ -12,26 +12,29 @@ from metaopt.rules.rule import Rule, Slots, as_number, check_rule, settle
 
 __all__ = ["FastStart"]
 
-#: How many meta-gradients have been positive, until there were enough.
+#: How many meta-gradients have been positive, less half of those that were negative since.
 AGAINST = "against"
 
 
 @dataclass(frozen=True, slots=True)
 class FastStart:
-    r"""A meta update that is faster as long as nothing has spoken against a larger step size.
+    r"""A meta update that is faster as long as little has spoken against a larger step size.
 
-    docs/mathematics.md section 6. A positive meta-gradient asks for a smaller step size. Until
-    a block has had `patience` of them, its direction is that of `rule` times `factor`; from then on
-    it is that of `rule`:
+    docs/mathematics.md section 6. A positive meta-gradient asks for a smaller step size and counts
+    one; a negative one asks for a larger and takes half a count back, down to 0. Until a block has
+    a count of `patience`, its direction is that of `rule` times `factor`; from then on it is that
+    of `rule`, for good:
 
     .. math::
-        d_{t+1} &= \min(d_t + [z_t > 0],\, \text{patience}) \\
+        d_{t+1} &= \begin{cases}
+            \max(0,\, d_t + [z_t > 0] - \tfrac12 [z_t < 0]) & d_t < \text{patience} \\
+            d_t & \text{else} \end{cases} \\
         u_t &= (1 + (\text{factor} - 1) [d_{t+1} < \text{patience}])\, \bar u_t
 
     So step sizes that start far too small arrive up to `factor` times sooner, and `meta_lr` can be
-    what suits the rest of the run. Where meta-gradients are mostly noise, as with a single example
-    a step or a step size for each weight, the start is over after about twice `patience` steps, and
-    little is gained or lost.
+    what suits the rest of the run. Half a count back keeps the start going where two meta-gradients
+    of three ask for larger step sizes, and ends it soon where they are noise around zero, as with a
+    single example a step or a step size for each weight; there little is gained or lost.
 
     Parameters
     ----------
@@ -42,8 +45,8 @@ class FastStart:
         `meta_lr` times `factor`. AdamW and RMSprop as `base` recover where this is 0.1; SGD and
         Lion may not.
     patience : int, default 5
-        At least 1. How many meta-gradients have to ask for a smaller step size: a single one may be
-        noise. More of them let the step size grow further where it is too large.
+        At least 1, with which a single meta-gradient ends the start: it may be noise. More of it
+        lets the step size grow further where it is too large.
 
     Raises
     ------
@@ -96,8 +99,10 @@ class FastStart:
         """Return :math:`u_t` and the next slots, all of the shape and dtype of `grad`."""
         own = {slot: slots[slot] for slot in self.rule.slots}
         direction, new = self.rule.direction(grad, own, count)
-        before = slots[AGAINST]  # a whole number, as which no derivative passes
-        against = before + positive(grad) * positive(self.patience - before)
+        before = slots[AGAINST]  # a number of halves, as which no derivative passes
+        asked = positive(grad) - 0.5 * positive(-grad)
+        against = before + asked * positive(self.patience - before)
+        against = against * positive(against)
         faster = (self.factor - 1.0) * positive(self.patience - against)
         return direction * (1.0 + faster), {**new, AGAINST: against}
 
