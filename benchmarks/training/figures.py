@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metaopt.demo.report import number
-from training.cells import Cell
+from training.cells import Cell, best_of
 from training.methods import Method, Peer
 from training.studies import ADVISED, DISCOUNTED, SCHEDULED, STREAMED
 from training.tasks import Task
@@ -36,6 +36,7 @@ LINES: dict[str, Method] = {
     "learned from it, fast start, meta_lr 1e-2, a cosine on top": SCHEDULED,
     "learned from it, fast start, meta_lr 1e-2, discount 0.999, blocks": STREAMED,
 }
+BEST = "best peer"
 COLOURS = ("0.6", "0.8", "tab:orange", "tab:purple", "tab:blue", "tab:red")
 #: Pictures of tasks in a row.
 ABREAST = 3
@@ -91,10 +92,12 @@ def starts(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
                     at = axis.get_xaxis_transform()
                     axis.plot(cell.start, edge, "x", color=color, transform=at)
         axis.set_xscale("log")
-        prodigy = [cell for cell in table if cell.method == Peer(name="Prodigy")]
-        if prodigy and not prodigy[0].diverged:
-            level = axis.axhline(prodigy[0].mean, color="tab:green", ls=":", label="Prodigy")
-            handles["Prodigy"] = level
+        peers = [cell for cell in table if isinstance(cell.method, Peer)]
+        if peers and not (best := best_of(peers)).diverged:
+            handles[BEST] = axis.axhline(best.mean, color="tab:green", ls=":", label=BEST)
+            named = {"color": "tab:green", "fontsize": 6, "ha": "right", "va": "bottom"}
+            at = axis.get_yaxis_transform()
+            axis.text(0.99, best.mean, best.method.label, transform=at, **named)
         if means and not kind.more_is_better:
             axis.set_ylim(0.95 * min(means), min(1.05 * max(means), 2.0 * min(means)))
         axis.set_title(title, fontsize=9)
@@ -111,11 +114,13 @@ def _start(cell: Cell) -> float:
     return cell.start
 
 
-def maps(found: Sequence[Cell], kind: type[Task], path: Path) -> None:
+def maps(title: str, found: Sequence[Cell], kind: type[Task], path: Path) -> None:
     """Draw the maps of a task: a row for each pair of rules; nothing where there are no runs.
 
     Parameters
     ----------
+    title : str
+        What the task is called.
     found : sequence of Cell
         Of the task.
     kind : type of Task
@@ -147,7 +152,7 @@ def maps(found: Sequence[Cell], kind: type[Task], path: Path) -> None:
             image = drawn or image
     figure.colorbar(image, ax=axes.ravel().tolist(), label=kind.judged_by, aspect=40)
     figure.suptitle(
-        f"{kind.__name__} by initial step size, {steps:,} steps, mean of "
+        f"{title} by initial step size, {steps:,} steps, mean of "
         f"{table[0].seeds} seeds; x: a run diverged"
     )
     saved(figure, path)

@@ -21,7 +21,7 @@ GOALS = (
     "Goals, from any start in 1e-7 to 1e-3: no diverged run; at least the result of the best fixed "
     "step size of the same base; within 0.5 points, or 1% of the loss, of the best cosine schedule "
     "of the base; never behind a peer. Shown is what is missing at the worst start: points of "
-    "accuracy, or per cent of the loss; nothing where the goal is reached."
+    "accuracy, or per cent of the loss; nothing where the goal is reached, to 0.05 of these."
 )
 
 
@@ -107,6 +107,10 @@ def _goals(some: Sequence[Cell], table: Sequence[Cell]) -> str:
     )
 
 
+#: A twentieth of a point, or of a per cent, is no difference.
+SAME = 5e-4
+
+
 def _short(cell: Cell, others: Sequence[Cell], slack: float = 0.0) -> str:
     """Return by how much a cell falls short of the best of others; empty where it does not."""
     if not others:
@@ -116,6 +120,6 @@ def _short(cell: Cell, others: Sequence[Cell], slack: float = 0.0) -> str:
     goal = best_of(others)
     if cell.kind.more_is_better:
         gap = goal.mean - cell.mean
-        return f"{100 * gap:.1f}" if gap > max(slack, 5e-4) else ""
+        return f"{100 * gap:.1f}" if gap > max(slack, SAME) else ""
     gap = cell.mean / goal.mean - 1
-    return f"{100 * gap:.1f}%" if gap > max(slack, 5e-4) else ""
+    return f"{100 * gap:.1f}%" if gap > max(slack, SAME) else ""

@@ -92,7 +92,7 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
     """
     large = task in LARGE
     initial = STARTS[::2] if large else STARTS
-    bases = ("AdamW",) if large else tuple(GRIDS)
+    bases = ("AdamW", "Lion") if large else tuple(GRIDS)
 
     def tuned(schedule: str) -> Iterator[Job]:
         for base in bases:

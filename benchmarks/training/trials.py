@@ -49,7 +49,8 @@ class Clipped:
 
     def without_momentum(self) -> Never:
         """Raise: it is no base update."""
-        raise ValueError
+        msg = "`Clipped` is a meta update; it has no form without momentum."
+        raise ValueError(msg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Offsets:
 
     @property
     def weight_decay(self) -> float:
-        """None."""
+        """0: offsets have none."""
         return 0.0
 
     def direction(
@@ -99,4 +100,5 @@ class Offsets:
 
     def without_momentum(self) -> Never:
         """Raise: it is no base update."""
-        raise ValueError
+        msg = "`Offsets` is a meta update; it has no form without momentum."
+        raise ValueError(msg)
