@@ -295,7 +295,7 @@ def test_a_block_of_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_suite_passes_on_the_host() -> None:
     cases = [
         Case(base="AdamW", meta="Adam", blocks="node", lr="by name", missing=True, discount=0.9),
-        Case(base="Lion", meta="Lion", blocks="weight", lr="schedule", bounds="one"),
+        Case(base="Lion", meta="Lion", blocks="weight", lr="schedule", bounds="one", start="fast"),
         Case(base="RMSprop", meta="RMSprop", blocks="groups", sigma="softplus", mixed=True),
         Case(base="SGDm", meta="SGD", blocks="tensor", delayed=True, problem="network"),
     ]

@@ -87,7 +87,7 @@ class Case:
     eps, bias_correction, delayed
         Of the rules that have them, in either role.
     start : {"usual", "fast"}
-        Whether the meta update is three times faster until z has been positive twice.
+        Whether the meta update is three times faster until its count of positive z is 2.
     decays : {"fast", "usual"}
         Decay rates of moments: such that they change within a dozen steps, or the most used.
     step_size : {"one", "each"}

@@ -410,7 +410,7 @@ def meta_update(config: Config, state: State, into: State, z: Vector, moves: Fla
 
 
 def counted_against(config: Config, against: Vector, z: Vector) -> Vector:
-    """Return how many z were positive, less half of the negative ones, until enough (section 6)."""
+    """Return the count that ends a fast start: 1 up, a half down to 0, until enough (section 6)."""
     counted = np.maximum(against + np.where(z > 0.0, 1.0, np.where(z < 0.0, -0.5, 0.0)), 0.0)
     return np.where(against >= config.meta.patience, against, counted)
 

@@ -12,7 +12,7 @@ from metaopt.rules.rule import Rule, Slots, as_number, check_rule, settle
 
 __all__ = ["FastStart"]
 
-#: How many meta-gradients have been positive, less half of those that were negative since.
+#: Positive meta-gradients less half of the negative ones, never below 0, until it ends the start.
 AGAINST = "against"
 
 
@@ -32,9 +32,9 @@ class FastStart:
         u_t &= (1 + (\text{factor} - 1) [d_{t+1} < \text{patience}])\, \bar u_t
 
     So step sizes that start far too small arrive up to `factor` times sooner, and `meta_lr` can be
-    what suits the rest of the run. Half a count back keeps the start going where two meta-gradients
-    of three ask for larger step sizes, and ends it soon where they are noise around zero, as with a
-    single example a step or a step size for each weight; there little is gained or lost.
+    what suits the rest of the run. Half a count back makes the start the longer, the more
+    meta-gradients ask for larger step sizes, and ends it soon where they are noise around zero, as
+    with a single example a step or a step size for each weight; there little is gained or lost.
 
     Parameters
     ----------
