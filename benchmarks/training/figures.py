@@ -92,16 +92,15 @@ def starts(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
                     at = axis.get_xaxis_transform()
                     axis.plot(cell.start, edge, "x", color=color, transform=at)
         axis.set_xscale("log")
+        under = "step size"
         peers = [cell for cell in table if isinstance(cell.method, Peer)]
         if peers and not (best := best_of(peers)).diverged:
             handles[BEST] = axis.axhline(best.mean, color="tab:green", ls=":", label=BEST)
-            named = {"color": "tab:green", "fontsize": 6, "ha": "right", "va": "bottom"}
-            at = axis.get_yaxis_transform()
-            axis.text(0.99, best.mean, best.method.label, transform=at, **named)
+            under = f"step size ({BEST}: {best.method.label})"
         if means and not kind.more_is_better:
             axis.set_ylim(0.95 * min(means), min(1.05 * max(means), 2.0 * min(means)))
         axis.set_title(title, fontsize=9)
-        axis.set_xlabel("step size", fontsize=8)
+        axis.set_xlabel(under, fontsize=8)
         axis.set_ylabel("\n".join(wrap(kind.judged_by, 32)), fontsize=8)
         axis.tick_params(labelsize=7)
     figure.legend(
