@@ -423,7 +423,7 @@ def test_goals_are_held_against_the_worst_start() -> None:
     same = {"digits": table("digits", 0.9794, 0.9, 0.9, (0.98, 0.981, 0.979, 0.99, 0.99))}
     assert ends(misses(same)) == ["|  |  |  |"], "0.04 points are none"
     of_five = table("cifar10", 0.5, 0.5, 0.5, (0.5,) * 5)
-    large = {"cifar10": [of_five[at] for at in (0, 1, 2, 3, 4, 5, 7, 9)]}
+    large = {"cifar10": [*of_five[:5], *of_five[5::2]]}
     assert ends(misses(large)) == ["|  |  |  |"], "large tasks have three starts"
     fewer = {"digits": [*better["digits"][:8], better["digits"][9]]}
     assert not ends(misses(fewer)), "not run from all starts"

@@ -36,8 +36,9 @@ LINES: dict[str, Method] = {
     "learned from it, fast start, meta_lr 1e-2, a cosine on top": SCHEDULED,
     "learned from it, fast start, meta_lr 1e-2, discount 0.999, blocks": STREAMED,
 }
-BEST = "best peer"
 COLOURS = ("0.6", "0.8", "tab:orange", "tab:purple", "tab:blue", "tab:red")
+#: What the level of the best peer is called.
+BEST = "best peer"
 #: Pictures of tasks in a row.
 ABREAST = 3
 

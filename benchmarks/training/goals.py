@@ -23,6 +23,8 @@ GOALS = (
     "of the base; never behind a peer. Shown is what is missing at the worst start: points of "
     "accuracy, or per cent of the loss; nothing where the goal is reached, to 0.05 of these."
 )
+#: A twentieth of a point, or of a per cent, is no difference.
+SAME = 5e-4
 
 
 def learned(name: str, table: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -105,10 +107,6 @@ def _goals(some: Sequence[Cell], table: Sequence[Cell]) -> str:
         f"{diverged or ''} | {_short(worst, fixed)} | {_short(worst, cosine, slack)} | "
         f"{behind}{who}"
     )
-
-
-#: A twentieth of a point, or of a per cent, is no difference.
-SAME = 5e-4
 
 
 def _short(cell: Cell, others: Sequence[Cell], slack: float = 0.0) -> str:

@@ -125,7 +125,8 @@ class Method:
                     words.append(f"{option} {getattr(self, option)}")
             if self.schedule != "constant":
                 words.append(f"{self.schedule} on top")
-                words += [f"warm-up {self.warm_up:g}"] * (self.warm_up > 0.0)
+                if self.warm_up:
+                    words.append(f"warm-up {self.warm_up:g}")
         if self.weight_decay is not None:
             words.append(f"weight decay {self.weight_decay:g}")
         return ", ".join(words)
