@@ -1,9 +1,9 @@
 """Does it learn? MetaOptimize against fixed and scheduled step sizes and against its peers.
 
-    python benchmarks/learning.py compare --task digits --logs runs
-    python benchmarks/learning.py maps --task digits --logs runs
-    python benchmarks/learning.py time --task digits --logs runs
-    python benchmarks/learning.py report --logs runs --output benchmarks/results
+    python -m benchmarks.learning compare --task digits --logs runs
+    python -m benchmarks.learning maps --task digits --logs runs
+    python -m benchmarks.learning time --task digits --logs runs
+    python -m benchmarks.learning report --logs runs --output benchmarks/results
 
 A run that was killed goes on where it was; what is finished is not run again. Every run's log is a
 file of JSON lines. Tasks with data sets need `--data`, a folder; without it they are left out.
@@ -16,11 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from training.console import train
-from training.loop import Job
-from training.studies import SEEDS, comparison, maps
-from training.tasks import TASKS
-from training.timing import time_methods
+
+from benchmarks.training.console import train
+from benchmarks.training.loop import Job
+from benchmarks.training.studies import SEEDS, comparison, maps
+from benchmarks.training.tasks import TASKS
+from benchmarks.training.timing import time_methods
 
 
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="three steps of each: does it run?")
     options = parser.parse_args(arguments)
     if options.study == "report":
-        from training.report import report
+        from benchmarks.training.report import report
 
         report(options.logs, options.output)
         return 0

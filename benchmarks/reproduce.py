@@ -1,8 +1,8 @@
 """The experiments of the MetaOptimize paper, one command each.
 
-    python benchmarks/reproduce.py cifar10 --data FOLDER --logs runs
-    python benchmarks/reproduce.py continual-cifar100 --data FOLDER --logs runs --released
-    python benchmarks/reproduce.py report --logs runs --output benchmarks/results
+    python -m benchmarks.reproduce cifar10 --data FOLDER --logs runs
+    python -m benchmarks.reproduce continual-cifar100 --data FOLDER --logs runs --released
+    python -m benchmarks.reproduce report --logs runs --output benchmarks/results
 
 As printed in the paper, or with `--released` as the authors' released code acts. A run that was
 killed goes on where it was; what is finished is not run again. `--part 0/4` runs every fourth job
@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
-from paper.settings import EXPERIMENTS, PAPER_TASKS, runs
-from training.console import train
+
+from benchmarks.paper.settings import EXPERIMENTS, PAPER_TASKS, runs
+from benchmarks.training.console import train
 
 
 def part(text: str) -> tuple[int, int]:
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="two steps of each: does it run?")
     options = parser.parse_args(arguments)
     if options.experiment == "report":
-        from paper.report import report
+        from benchmarks.paper.report import report
 
         report(options.logs, options.output)
         return 0

@@ -1,6 +1,6 @@
 """What an optimizer's step costs, in turns in one process, as ratios.
 
-    python benchmarks/step_cost.py numpy [--problem flat] [--rounds 20] [--output FOLDER]
+    python -m benchmarks.step_cost numpy [--problem flat] [--rounds 20] [--output FOLDER]
 
 Every round makes, for each contender in turn, one step that is not timed and one that is. Reported
 are medians, the ratio of medians to the row marked 1 above, and the quartiles of the ratios taken
@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from contenders import Contender
-from contenders.shapes import LARGE, PROBLEMS
-
 import metaopt as mo
+from benchmarks.contenders import Contender
+from benchmarks.contenders.shapes import LARGE, PROBLEMS
 
 LIBRARIES = ("numpy", "torch", "jax", "cupy")
 #: Rounds that are not counted: compilation, page faults.
@@ -66,12 +65,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="steps timed of each (default 20)")
     parser.add_argument("--output", type=Path, help="folder for step_cost_LIBRARY.md")
     options = parser.parse_args()
-    module = importlib.import_module(f"contenders.{options.library}_steps")
+    module = importlib.import_module(f"benchmarks.contenders.{options.library}_steps")
     packages = ", ".join(f"{name} {version(name)}" for name in module.PACKAGES)
     lines = [
         f"# Cost of a step, {options.library}",
         "",
-        f"Made by `python benchmarks/step_cost.py {options.library}`: times of one step in "
+        f"Made by `python -m benchmarks.step_cost {options.library}`: times of one step in "
         f"{options.rounds} rounds in turns in one process, their median, and the ratio of medians "
         "(in brackets the quartiles of the ratios round by round) to the row marked 1 above: "
         f"{module.NOTE}. {platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python "

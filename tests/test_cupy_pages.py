@@ -99,7 +99,7 @@ def test_the_example_learns_on_cupy(tmp_path: Path) -> None:
 @pytest.mark.skipif(gpu(), reason="there is a GPU to measure")
 def test_the_benchmark_says_that_there_is_nothing_to_measure() -> None:
     done = subprocess.run(
-        [sys.executable, "benchmarks/step_cost.py", "cupy"],
+        [sys.executable, "-m", "benchmarks.step_cost", "cupy"],
         cwd=ROOT,
         env={"PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}", "PATH": "/usr/bin:/bin"},
         capture_output=True,
@@ -114,7 +114,7 @@ PLAIN = """
 import sys
 import numpy as np
 import metaopt as mo
-from contenders.plain import PlainSteps
+from benchmarks.contenders.plain import PlainSteps
 from metaopt_cupy.cpu import Cpu
 
 grads = {"a": np.linspace(-1.0, 2.0, 40000, dtype="float32"), "b": np.ones((3, 5), "float32")}
@@ -133,7 +133,7 @@ for rule in (mo.AdamW(weight_decay=0.1), mo.Lion(), mo.SGD(momentum=0.9)):
 
 @needs_numba
 def test_the_plain_kernel_of_the_benchmark_is_the_rule(tmp_path: Path) -> None:
-    printed = run(f"import sys; sys.path.append('{ROOT / 'benchmarks'}')\n{PLAIN}", tmp_path)
+    printed = run(PLAIN, tmp_path)
     errors = [float(error) for error in printed.split()]
     assert len(errors) == 6
     assert max(errors) <= tolerances.rounding("float32", operations=30, steps=3)

@@ -13,18 +13,17 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
-import learning
-import reproduce
 import torch
-from paper.images import Cifar10, ImageNet
-from paper.language import TinyStories
-from paper.resnet import GROUPS, ResNet18
-from paper.settings import EXPERIMENTS, PAPER_TASKS, runs
-from training.loop import Job, run
-from training.methods import Method
-from training.tasks import TASKS, Measures, Task
 
 import metaopt as mo
+from benchmarks import learning, reproduce
+from benchmarks.paper.images import Cifar10, ImageNet
+from benchmarks.paper.language import TinyStories
+from benchmarks.paper.resnet import GROUPS, ResNet18
+from benchmarks.paper.settings import EXPERIMENTS, PAPER_TASKS, runs
+from benchmarks.training.loop import Job, run
+from benchmarks.training.methods import Method
+from benchmarks.training.tasks import TASKS, Measures, Task
 from tests.made_up_data import write_cifar, write_imagenet, write_stories
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")

@@ -20,22 +20,22 @@ pytest.importorskip("PIL")
 import torch
 from filelock import FileLock
 from metaopt_conformance.tolerances import rounding
-from training.cells import Cell, best_of, cells, keep, kept, merged, worst_of
-from training.data import DataMissingError, cifar, jpegs
-from training.goals import advised, misses
-from training.imagenet import image_sets
-from training.loop import Job, TakenError, finished, run
-from training.methods import METAS, Method, Peer, updater
-from training.peers import PACKAGES
-from training.replicas import side_by_side, starts_of_blocks
-from training.results import Result, read
-from training.stories import stories
-from training.studies import GRIDS, SCHEDULED, STARTS, comparison, idbd, maps
-from training.tasks import TASKS, Task
-from training.tasks.linear import DriftingRegression
-from training.trials import Clipped, Offsets
 
 import metaopt as mo
+from benchmarks.training.cells import Cell, best_of, cells, keep, kept, merged, worst_of
+from benchmarks.training.data import DataMissingError, cifar, jpegs
+from benchmarks.training.goals import advised, misses
+from benchmarks.training.imagenet import image_sets
+from benchmarks.training.loop import Job, TakenError, finished, run
+from benchmarks.training.methods import METAS, Method, Peer, updater
+from benchmarks.training.peers import PACKAGES
+from benchmarks.training.replicas import side_by_side, starts_of_blocks
+from benchmarks.training.results import Result, read
+from benchmarks.training.stories import stories
+from benchmarks.training.studies import GRIDS, SCHEDULED, STARTS, comparison, idbd, maps
+from benchmarks.training.tasks import TASKS, Task
+from benchmarks.training.tasks.linear import DriftingRegression
+from benchmarks.training.trials import Clipped, Offsets
 from tests.made_up_data import (
     FOLDERS,
     cifar_batches,
@@ -333,7 +333,7 @@ def test_a_run_that_is_in_two_logs_counts_once() -> None:
 
 def test_cells_are_kept_and_added_to(tmp_path: Path) -> None:
     """What a folder of results holds stays, also where the logs that it was made of are gone."""
-    kind, path = TASKS["digits"], tmp_path / "learning.jsonl"
+    kind, path = TASKS["digits"], tmp_path / "learning.jsonl.xz"
     run_ = replace(of_digits((0.1, 0.96), (2.3, 0.2)), sizes={"all": (1e-3, 2e-3)})
     method = Method(base="AdamW", meta="fast Adam", bounds=(1e-6, 1.0), weight_decay=0.0)
     results = [run_, replace(run_, seed=1), replace(run_, method=method, made_with=("a commit",))]

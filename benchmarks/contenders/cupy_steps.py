@@ -6,10 +6,10 @@ from typing import Any
 from metaopt_cupy import MetaOptimizer
 from metaopt_cupy.gpu import Gpu
 
-from contenders import Contender, Shapes
-from contenders.numpy_steps import PAIRS
-from contenders.plain import PlainSteps
-from contenders.shapes import LARGE
+from benchmarks.contenders import Contender, Shapes
+from benchmarks.contenders.numpy_steps import PAIRS
+from benchmarks.contenders.plain import PlainSteps
+from benchmarks.contenders.shapes import LARGE
 
 try:
     import cupy

@@ -9,7 +9,7 @@ import optax
 from metaopt_jax import metaoptimize
 
 import metaopt as mo
-from contenders import Contender, Shapes
+from benchmarks.contenders import Contender, Shapes
 
 NOTE = "optax's own optimizer, jitted with donated buffers as all rows are"
 PACKAGES = ("jax", "optax")

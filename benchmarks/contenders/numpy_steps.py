@@ -13,8 +13,8 @@ import numpy as np
 from metaopt_cupy import MetaOptimizer
 
 import metaopt as mo
-from contenders import Contender, Shapes
-from contenders.plain import PlainSteps
+from benchmarks.contenders import Contender, Shapes
+from benchmarks.contenders.plain import PlainSteps
 from metaopt.rules.move import move
 
 NOTE = (

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from metaopt_torch import MetaOptimizer
-from peers import OPTIMIZERS
 
 import metaopt as mo
-from contenders import Contender, Shapes
+from benchmarks.contenders import Contender, Shapes
+from benchmarks.peers import OPTIMIZERS
 
 NOTE = "torch.optim.AdamW(fused=True)"
 PACKAGES = ("torch",)

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from training.data import cifar
-from training.imagenet import ImageSet, image_sets
-from training.tasks import Measures, Task
 
-from paper.resnet import GROUPS, ResNet18
+from benchmarks.paper.resnet import GROUPS, ResNet18
+from benchmarks.training.data import cifar
+from benchmarks.training.imagenet import ImageSet, image_sets
+from benchmarks.training.tasks import Measures, Task
 
 __all__ = ["Cifar10", "ImageNet"]
 
@@ -68,7 +68,7 @@ class Cifar10(_Classifier):
     seeds : sequence of int
         One.
     data : Path
-        Folder with CIFAR-10, see `training.data.cifar`.
+        Folder with CIFAR-10, see `benchmarks.training.data.cifar`.
     smoke : bool
         A narrow network, small batches and few test images.
     """
@@ -116,7 +116,7 @@ class ImageNet(_Classifier):
     seeds : sequence of int
         One.
     data : Path
-        Folder with ImageNet, see `training.imagenet.image_sets`.
+        Folder with ImageNet, see `benchmarks.training.imagenet.image_sets`.
     smoke : bool
         A narrow network, small batches and few test images.
     """

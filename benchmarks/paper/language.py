@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from training.stories import stories
-from training.tasks import Measures, Task
 
-from paper.llama import Llama
+from benchmarks.paper.llama import Llama
+from benchmarks.training.stories import stories
+from benchmarks.training.tasks import Measures, Task
 
 __all__ = ["TinyStories"]
 
@@ -23,7 +23,7 @@ class TinyStories(Task):
     seeds : sequence of int
         One.
     data : Path
-        Folder with TinyStories, see `training.stories.stories`.
+        Folder with TinyStories, see `benchmarks.training.stories.stories`.
     smoke : bool
         A narrow network, few and short texts.
     """

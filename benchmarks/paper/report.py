@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from training.cells import Cell, cells, shown
-from training.figures import saved
-from training.loop import finished
-from training.methods import Method
-from training.report import made_with
-from training.results import read
-from training.tasks import Task
 
+from benchmarks.paper.settings import EXPERIMENTS, PAPER_TASKS, runs
+from benchmarks.training.cells import Cell, cells, shown
+from benchmarks.training.figures import saved
+from benchmarks.training.loop import finished
+from benchmarks.training.methods import Method
+from benchmarks.training.report import made_with
+from benchmarks.training.results import read
+from benchmarks.training.tasks import Task
 from metaopt.demo.report import number
-from paper.settings import EXPERIMENTS, PAPER_TASKS, runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ def report(logs: Path, output: Path | None) -> None:
     lines = [
         "# The paper's experiments",
         "",
-        "Made by `python benchmarks/reproduce.py report`. Settings of the MetaOptimize paper as "
+        "Made by `python -m benchmarks.reproduce report`. Settings of the MetaOptimize paper as "
         "printed, and as its authors' released code acts (`benchmarks/paper/settings.py`).",
         "",
         "| experiment | as printed | as the released code acts |",
@@ -95,7 +95,7 @@ def _page(name: str, released: bool, found: Sequence[Cell]) -> Iterator[str]:
     yield f"# {name}, {'as the released code acts' if released else 'as printed'}"
     yield ""
     yield (
-        "Made by `python benchmarks/reproduce.py report`; see [paper.md](paper.md). Mean and "
+        "Made by `python -m benchmarks.reproduce report`; see [paper.md](paper.md). Mean and "
         "standard deviation over seeds. *Not run* is what it says. " + made_with(found)
     )
     yield ""

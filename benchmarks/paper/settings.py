@@ -8,12 +8,11 @@ its SGD with momentum lags a step, and its epsilon is 1e-10 inside of the root.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from training.loop import Job
-from training.methods import Method, Peer
-from training.tasks import TASKS, Task
-
-from paper.images import Cifar10, ImageNet
-from paper.language import TinyStories
+from benchmarks.paper.images import Cifar10, ImageNet
+from benchmarks.paper.language import TinyStories
+from benchmarks.training.loop import Job
+from benchmarks.training.methods import Method, Peer
+from benchmarks.training.tasks import TASKS, Task
 
 __all__ = ["EXPERIMENTS", "PAPER_TASKS", "Experiment", "runs"]
 

@@ -1,6 +1,7 @@
 """What several seeds have in common: a cell for each method and start, in memory and on disk."""
 
 import json
+import lzma
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.loop import replace_file
-from training.methods import Method, Peer
-from training.results import Result, method_of
-from training.tasks import Task
+from benchmarks.training.loop import replace_file
+from benchmarks.training.methods import Method, Peer
+from benchmarks.training.results import Result, method_of
+from benchmarks.training.tasks import Task
 
 __all__ = ["Cell", "best_of", "cells", "keep", "kept", "merged", "shown", "worst_of"]
 
@@ -146,7 +147,7 @@ def shown(value: float, kind: type[Task]) -> str:
 
 
 def keep(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
-    """Write the cells of all tasks, a line of JSON each.
+    """Write the cells of all tasks, a line of JSON each, compressed.
 
     Parameters
     ----------
@@ -154,7 +155,7 @@ def keep(tables: Mapping[str, Sequence[Cell]], path: Path) -> None:
     path : Path
     """
     lines = [json.dumps({"task": task} | _line(cell)) for task in tables for cell in tables[task]]
-    replace_file(path, "".join(f"{line}\n" for line in lines).encode())
+    replace_file(path, lzma.compress("".join(f"{line}\n" for line in lines).encode()))
 
 
 def _line(cell: Cell) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def kept(path: Path, tasks: Mapping[str, type[Task]]) -> Iterator[Cell]:
     """
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lzma.decompress(path.read_bytes()).decode().splitlines():
         given = json.loads(line)
         kind = tasks[given.pop("task")]
         for name in ("arrivals", "made_with", "final_sizes"):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from training.data import DataMissingError
-from training.loop import Job, TakenError, run
-from training.tasks import Task
+from benchmarks.training.data import DataMissingError
+from benchmarks.training.loop import Job, TakenError, run
+from benchmarks.training.tasks import Task
 
 __all__ = ["train"]
 

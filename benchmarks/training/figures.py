@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.training.cells import Cell, best_of
+from benchmarks.training.methods import Method, Peer
+from benchmarks.training.studies import ADVISED, DISCOUNTED, SCHEDULED, STREAMED
+from benchmarks.training.tasks import Task
 from metaopt.demo.report import number
-from training.cells import Cell, best_of
-from training.methods import Method, Peer
-from training.studies import ADVISED, DISCOUNTED, SCHEDULED, STREAMED
-from training.tasks import Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from training.cells import Cell, best_of, shown, worst_of
-from training.methods import Method, Peer
-from training.studies import ADVISED, LARGE, STARTS
+from benchmarks.training.cells import Cell, best_of, shown, worst_of
+from benchmarks.training.methods import Method, Peer
+from benchmarks.training.studies import ADVISED, LARGE, STARTS
 
 __all__ = ["NAMES", "advised", "learned", "misses", "of_base"]
 

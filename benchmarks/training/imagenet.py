@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.data import DataMissingError, folder_of, jpegs
+from benchmarks.training.data import DataMissingError, folder_of, jpegs
 
 __all__ = ["ImageSet", "image_sets"]
 

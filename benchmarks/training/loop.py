@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 import metaopt as mo
-from training.methods import Method, Peer, Updater, updater
-from training.tasks import TASKS, Measures, Task
+from benchmarks.training.methods import Method, Peer, Updater, updater
+from benchmarks.training.tasks import TASKS, Measures, Task
 
 __all__ = ["Job", "TakenError", "replace_file", "run"]
 

@@ -11,10 +11,10 @@ from metaopt_torch import MetaOptimizer
 from torch import Tensor
 
 import metaopt as mo
-from training import peers
-from training.replicas import side_by_side, starts_of_blocks
-from training.tasks import Measures, Task
-from training.trials import Clipped, Offsets
+from benchmarks.training import peers
+from benchmarks.training.replicas import side_by_side, starts_of_blocks
+from benchmarks.training.tasks import Measures, Task
+from benchmarks.training.trials import Clipped, Offsets
 
 __all__ = ["BASES", "METAS", "Method", "Peer", "Updater", "updater"]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from metaopt_torch import MetaOptimizer
-from peers import OPTIMIZERS
 from torch import Tensor
 
 import metaopt as mo
-from training.tasks import Measures, Task
+from benchmarks.peers import OPTIMIZERS
+from benchmarks.training.tasks import Measures, Task
 
 __all__ = ["PACKAGES", "PEERS", "Torch", "updater"]
 

@@ -4,16 +4,16 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.training import figures
+from benchmarks.training.cells import Cell, best_of, cells, keep, kept, merged, shown, worst_of
+from benchmarks.training.goals import NAMES, advised, learned, misses, of_base
+from benchmarks.training.loop import Job
+from benchmarks.training.methods import Method, Peer
+from benchmarks.training.results import read
+from benchmarks.training.studies import comparison, maps
+from benchmarks.training.tasks import TASKS
+from benchmarks.training.timing import milliseconds, read_times, write_times
 from metaopt.demo.report import number
-from training import figures
-from training.cells import Cell, best_of, cells, keep, kept, merged, shown, worst_of
-from training.goals import NAMES, advised, learned, misses, of_base
-from training.loop import Job
-from training.methods import Method, Peer
-from training.results import read
-from training.studies import comparison, maps
-from training.tasks import TASKS
-from training.timing import milliseconds, read_times, write_times
 
 __all__ = ["made_with", "report"]
 
@@ -22,13 +22,13 @@ SECONDS = (
     "and the optimizer, in turns in one process. "
 )
 #: What a report adds to.
-KEPT = "learning.jsonl"
+KEPT = "learning.jsonl.xz"
 
 
 def report(logs: Path, output: Path | None) -> None:
     """Write learning.md, a table for each task and the maps; print the summary.
 
-    Results are added to those that learning.jsonl in `output` keeps.
+    Results are added to those that learning.jsonl.xz in `output` keeps.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ def _everything(name: str, table: Sequence[Cell], times: dict[str, float]) -> It
     yield f"# {NAMES[name]}: all runs"
     yield ""
     yield (
-        f"Made by `python benchmarks/learning.py report`; see [learning.md](learning.md). "
+        f"Made by `python -m benchmarks.learning report`; see [learning.md](learning.md). "
         f"{kind.steps:,} steps; judged by {kind.judged_by}; target {shown(kind.target, kind)}. "
         "Mean and standard deviation over seeds; *lost*: runs that reached the target and ended "
         "clearly short of it. A row with diverged runs has no mean."
@@ -164,7 +164,7 @@ def _summary(
     yield "# Does it learn?"
     yield ""
     yield (
-        "Made by `python benchmarks/learning.py compare`, `maps` and `report`; what is compared is "
+        "Made by `python -m benchmarks.learning compare`, `maps` and `report`; what is compared is "
         "in `benchmarks/training`. Seeds of weights and data are the same for all methods; means "
         "over seeds. Fixed step sizes and peaks of schedules are the best of a grid of nine, of "
         "eleven for AdamW and RMSprop on the linear tasks, of the six from 3e-5 to 1e-2 among the "

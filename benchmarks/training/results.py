@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.loop import finished
-from training.methods import Method, Peer
-from training.tasks import Task
+from benchmarks.training.loop import finished
+from benchmarks.training.methods import Method, Peer
+from benchmarks.training.tasks import Task
 
 __all__ = ["Result", "method_of", "read"]
 

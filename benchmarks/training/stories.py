@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from training.data import DataMissingError, folder_of, text
+from benchmarks.training.data import DataMissingError, folder_of, text
 
 __all__ = ["stories"]
 

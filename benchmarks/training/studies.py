@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from training.loop import Job
-from training.methods import Method, Peer
-from training.peers import PEERS
+from benchmarks.training.loop import Job
+from benchmarks.training.methods import Method, Peer
+from benchmarks.training.peers import PEERS
 
 __all__ = [
     "ADVISED",

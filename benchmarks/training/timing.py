@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from training.methods import Method, Peer, updater
-from training.peers import PEERS, Torch
-from training.studies import CURED, PAIRS
-from training.tasks import TASKS
+from benchmarks.training.methods import Method, Peer, updater
+from benchmarks.training.peers import PEERS, Torch
+from benchmarks.training.studies import CURED, PAIRS
+from benchmarks.training.tasks import TASKS
 
 __all__ = ["milliseconds", "read_times", "time_methods", "write_times"]
 

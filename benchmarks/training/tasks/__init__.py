@@ -1,10 +1,14 @@
 """The tasks of the comparison, by name."""
 
-from training.tasks.digits import DigitsNetwork
-from training.tasks.images import ContinualAsReleased, ContinualCifar100, ConvolutionalCifar10
-from training.tasks.linear import DriftingRegression, LogisticRegression
-from training.tasks.task import Measures, Task
-from training.tasks.text import CharacterModel
+from benchmarks.training.tasks.digits import DigitsNetwork
+from benchmarks.training.tasks.images import (
+    ContinualAsReleased,
+    ContinualCifar100,
+    ConvolutionalCifar10,
+)
+from benchmarks.training.tasks.linear import DriftingRegression, LogisticRegression
+from benchmarks.training.tasks.task import Measures, Task
+from benchmarks.training.tasks.text import CharacterModel
 
 __all__ = ["TASKS", "Measures", "Task"]
 

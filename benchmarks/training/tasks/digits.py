@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks.training.layers import Linear, rows
+from benchmarks.training.tasks.task import Measures, Task
 from metaopt.demo.data import load_digits
-from training.layers import Linear, rows
-from training.tasks.task import Measures, Task
 
 __all__ = ["DigitsNetwork"]
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.data import cifar
-from training.layers import Linear, convolved, rows
-from training.tasks.task import Measures, Task
+from benchmarks.training.data import cifar
+from benchmarks.training.layers import Linear, convolved, rows
+from benchmarks.training.tasks.task import Measures, Task
 
 __all__ = ["ContinualAsReleased", "ContinualCifar100", "ConvolutionalCifar10"]
 
@@ -25,7 +25,7 @@ class ConvolutionalCifar10(Task):
     ----------
     seeds : sequence of int
     data : Path
-        Folder with CIFAR-10, see `training.data.cifar`.
+        Folder with CIFAR-10, see `benchmarks.training.data.cifar`.
     """
 
     steps: ClassVar[int] = 1000
@@ -90,7 +90,7 @@ class ContinualCifar100(Task):
     seeds : sequence of int
         Of the weights, of the order of the classes and of the images.
     data : Path
-        Folder with CIFAR-100, see `training.data.cifar`.
+        Folder with CIFAR-100, see `benchmarks.training.data.cifar`.
     """
 
     steps: ClassVar[int] = 50_000

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.layers import drawn
-from training.tasks.task import CHUNK, Measures, Task
+from benchmarks.training.layers import drawn
+from benchmarks.training.tasks.task import CHUNK, Measures, Task
 
 __all__ = ["DriftingRegression", "LogisticRegression"]
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from training.data import shakespeare
-from training.layers import Linear, drawn
-from training.tasks.task import Measures, Task
+from benchmarks.training.data import shakespeare
+from benchmarks.training.layers import Linear, drawn
+from benchmarks.training.tasks.task import Measures, Task
 
 __all__ = ["CharacterModel"]
 

@@ -1,0 +1,1 @@
+"""What metaopt costs and whether it learns: commands to run from a checkout."""
