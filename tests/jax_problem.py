@@ -86,7 +86,8 @@ def by_name(tree: Any) -> dict[str, Any]:
 
 def close(got: Any, want: Any, steps: int) -> None:
     """Assert that two pytrees are equal to the rounding of so many float32 steps."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
+    structures: list[Any] = [jax.tree.structure(got), jax.tree.structure(want)]
+    assert structures[0] == structures[1]
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert one.dtype == other.dtype
         assert relative_error(one, other) < rounding("float32", operations=60, steps=steps)

@@ -754,7 +754,7 @@ def test_gradients_are_shared_without_a_copy(library: str) -> None:
     if library == "torch":
         import torch
 
-        arrays = [torch.arange(6.0).reshape(2, 3), torch.ones(3, 2).T, torch.ones(2, 3)]
+        arrays: list[Any] = [torch.arange(6.0).reshape(2, 3), torch.ones(3, 2).T, torch.ones(2, 3)]
         arrays[2].requires_grad_()
         where = [tensor.data_ptr() for tensor in arrays]
     else:

@@ -675,7 +675,7 @@ def test_without_a_compiler_steps_are_eager_with_one_warning(monkeypatch: Any) -
 # --- what a device would not have to wait for
 
 
-class WithoutCuda(TorchFunctionMode):  # type: ignore[misc]
+class WithoutCuda(TorchFunctionMode):
     """Does on fake CUDA tensors what a torch that is built for the CPU alone refuses to."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -789,7 +789,7 @@ def test_temporaries_of_an_eager_step_are_of_the_size_of_a_chunk() -> None:
     """Counted by the largest tensor that a step makes, over many weights in many tensors."""
     largest = [0]
 
-    class Watch(TorchDispatchMode):  # type: ignore[misc]
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
@@ -810,13 +810,13 @@ def test_temporaries_of_an_eager_step_are_of_the_size_of_a_chunk() -> None:
     for param in params:
         param.grad = torch.ones_like(param)
     opt.step()
-    with Watch():
+    with Watch():  # type: ignore[no-untyped-call]
         opt.step()
     assert 0 < largest[0] <= compiler.CHUNK
 
 
 def test_launches_do_not_grow_with_the_number_of_small_tensors() -> None:
-    class Count(TorchDispatchMode):  # type: ignore[misc]
+    class Count(TorchDispatchMode):
         calls = 0
 
         def __torch_dispatch__(
@@ -835,7 +835,7 @@ def test_launches_do_not_grow_with_the_number_of_small_tensors() -> None:
         for param in params:
             param.grad = torch.ones_like(param)
         opt.step()
-        with Count() as counted:
+        with Count() as counted:  # type: ignore[no-untyped-call]
             opt.step()
         counts.append(counted.calls)
     assert counts[1] == counts[0]

@@ -39,7 +39,7 @@ import metaopt as mo
 STEPS = 6
 
 
-class Model(torch.nn.Module):  # type: ignore[misc]
+class Model(torch.nn.Module):
     """Leaves of sizes that no number of processes divides, one of them smaller than that."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Model(torch.nn.Module):  # type: ignore[misc]
         return self.scale * self.down(torch.tanh(self.norm(self.up(x))))
 
 
-class Even(torch.nn.Module):  # type: ignore[misc]
+class Even(torch.nn.Module):
     """A block for tensor parallelism."""
 
     def __init__(self) -> None:
@@ -222,7 +222,12 @@ def tensor_parallel(**options: Any) -> None:
     # the norm's input and output are replicated here, as its parameters are
     for name, param in list(net.norm.named_parameters()):
         setattr(net.norm, name, torch.nn.Parameter(param.data))
-    placements = {type(p) for param in net.parameters() for p in param.placements}
+    placements = {
+        type(p)
+        for param in net.parameters()
+        if isinstance(param, DTensor)
+        for p in param.placements
+    }
     assert Replicate in placements
     assert Shard in placements
     _parallel_steps(net, twin, mesh, options)
@@ -255,6 +260,7 @@ def two_meshes(**options: Any) -> None:
     for t in range(STEPS):
         train(twin, twin_opt, t, lambda x: x, 5)
         for param, same in zip(net.parameters(), twin.parameters(), strict=True):
+            assert same.grad is not None
             grad = same.grad.clone()
             if isinstance(param, DTensor):
                 grad = distribute_tensor(grad, param.device_mesh, param.placements)

@@ -19,7 +19,7 @@ __all__ = ["compiled", "run"]
 WORTH_A_THREAD = 16384
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def pointer(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
     """Return an integer as a pointer."""
 
@@ -79,7 +79,7 @@ def run(block: Any, weights: int, *arguments: Any) -> None:
     One thread is this one: numba starts its own only where they are needed, since a process that
     has them can no longer be forked into such that use them.
     """
-    worth = 1 if _forked else min(numba.config.NUMBA_NUM_THREADS, weights // WORTH_A_THREAD)
+    worth = 1 if _forked else min(numba.config.NUMBA_NUM_THREADS, weights // WORTH_A_THREAD)  # type: ignore[attr-defined]
     if worth <= 1:
         _loop(parallel=False)(block, *arguments)
         return

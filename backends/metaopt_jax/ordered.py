@@ -39,15 +39,17 @@ def in_order(update: Update, grads: Any, state: MetaOptimizeState, params: Any) 
 
     An update with effects, such as a rule that prints, keeps the order that it has.
     """
+    tree: Any  # JAX has no static type for it
     inputs, tree = jax.tree.flatten((grads, state, params))
     closed, shape = jax.make_jaxpr(lambda *flat: update(*tree.unflatten(flat)), return_shape=True)(
         *inputs
     )
+    outcome: Any = jax.tree.structure(shape)
     if closed.jaxpr.effects:
-        return jax.tree.structure(shape).unflatten(jaxpr_as_fun(closed)(*inputs))
+        return outcome.unflatten(jaxpr_as_fun(closed)(*inputs))
     jaxpr = _each_once(closed.jaxpr)
     _, before, _ = tree.unflatten(jaxpr.invars)
-    outputs = jax.tree.structure(shape).unflatten(jaxpr.outvars)
+    outputs = outcome.unflatten(jaxpr.outvars)
     steps, after = outputs
     traces, moments = _variables(after.trace), _replaceable(jaxpr, before, after, steps)
     late = {*traces, *_variables(after.slots)} - moments

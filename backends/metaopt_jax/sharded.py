@@ -74,6 +74,7 @@ def by_compiler(step: Callable[..., Any], grads: Any, state: Any, params: Any, o
     Where they are part of the types, JAX refuses to join or multiply arrays of different ones. What
     comes out is sharded like the parameters and the state that went in.
     """
+    tree: Any  # JAX has no static type for it
     leaves, tree = jax.tree.flatten(options)
     arrays = [leaf if isinstance(leaf, jax.Array) else None for leaf in leaves]
 

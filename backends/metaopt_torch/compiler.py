@@ -57,7 +57,7 @@ class Kernel(NamedTuple):
     """A compiled graph, and what says for which sizes it holds."""
 
     run: Callable[..., Any]
-    inputs: list[Tensor]
+    inputs: list[Any]
 
     def takes(self, arrays: Arrays) -> bool:
         """Say whether it holds for arrays of these sizes and strides.

@@ -280,7 +280,7 @@ meta_first, skip_nonfinite
                 self._twice.append((weakref.ref(param.grad), param.grad._version))
 
     # as torch's own optimizers do it: the public way imports Dynamo, which takes a second
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo
     def step(
         self,
         closure: Callable[[], Any] | None = None,

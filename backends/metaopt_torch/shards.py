@@ -36,8 +36,9 @@ def gathered(tensor: Tensor) -> Tensor:
 
 def placed(grad: Tensor, param: Tensor) -> Tensor:
     """Return a gradient distributed as its parameter is."""
-    if isinstance(grad, DTensor) and grad.placements != param.placements:
-        return grad.redistribute(placements=param.placements)
+    if isinstance(grad, DTensor) and isinstance(param, DTensor):
+        if grad.placements != param.placements:
+            return grad.redistribute(placements=param.placements)
     return grad
 
 

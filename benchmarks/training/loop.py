@@ -190,7 +190,7 @@ def _prepare(precision: str, device: str) -> None:
     if device != "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it takes time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # it takes time
 
 
 def finished(path: Path) -> bool:

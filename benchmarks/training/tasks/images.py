@@ -55,7 +55,8 @@ class ConvolutionalCifar10(Task):
         self.add_module("3", Linear(seeds, 32 * 4 * 4, 10, 3))
 
     def _values(self, x: Tensor) -> Tensor:
-        *convolutions, last = self.children()
+        layers: list[Any] = list(self.children())
+        *convolutions, last = layers
         for layer in convolutions:
             x = convolved(layer, x, 3, stride=2).relu()
         return last(x.flatten(2))
@@ -129,7 +130,8 @@ class ContinualCifar100(Task):
     def forward(self, step: int) -> Measures:
         """Return cross entropy and accuracy on a step's image."""
         x = (self.image(step).to(torch.float32) / 255)[self._of_runs][:, None]
-        first, second, *dense, last = self.children()
+        layers: list[Any] = list(self.children())
+        first, second, *dense, last = layers
         for layer in (first, second):
             x = convolved(layer, x, 3).relu()
             x = nn.functional.max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
