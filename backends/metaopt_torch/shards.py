@@ -36,10 +36,10 @@ def gathered(tensor: Tensor) -> Tensor:
 
 def placed(grad: Tensor, param: Tensor) -> Tensor:
     """Return a gradient distributed as its parameter is."""
-    if isinstance(grad, DTensor) and isinstance(param, DTensor):
-        if grad.placements != param.placements:
-            return grad.redistribute(placements=param.placements)
-    return grad
+    if not isinstance(grad, DTensor) or not isinstance(param, DTensor):
+        return grad
+    same = grad.placements == param.placements
+    return grad if same else grad.redistribute(placements=param.placements)
 
 
 @dataclass(frozen=True)
