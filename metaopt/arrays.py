@@ -20,6 +20,7 @@ __all__ = [
     "Shape",
     "at_hand",
     "cast",
+    "compute_dtype",
     "device",
     "filled",
     "home",
@@ -27,6 +28,7 @@ __all__ = [
     "is_real_floating",
     "is_sparse",
     "kind_of",
+    "lacking",
     "map_leaves",
     "namespace",
     "per_leaf",
@@ -82,9 +84,18 @@ def namespace(array: Any) -> Namespace:
     """Return the namespace of `array`, looked up once per array type.
 
     A plain dict rather than `functools.cache`: torch.compile traces through it.
+
+    Raises
+    ------
+    TypeError
+        If it has none, or operators of another meaning than the standard's: matrices and masked
+        arrays.
     """
     kind = type(array)
     if kind not in _namespaces:
+        if issubclass(kind, np.matrix | np.ma.MaskedArray):
+            msg = f"the operators of a {kind.__name__} are not those of the array API standard"
+            raise TypeError(msg)
         _namespaces[kind] = array_namespace(array)
     return _namespaces[kind]
 
@@ -93,7 +104,23 @@ def cast(array: Any, dtype: Any) -> Any:
     """Return `array` in `dtype`, itself where it has that dtype already."""
     if array.dtype == dtype:
         return array
-    return namespace(array).asarray(array, dtype=dtype)
+    return namespace(array).astype(solid(array), dtype)
+
+
+def compute_dtype(dtype: Any, xp: Namespace) -> Any:
+    """Return float64 for a floating `dtype` as wide, in whatever byte order; else float32."""
+    wide = is_real_floating(dtype, xp) and xp.finfo(dtype).bits > 32
+    return xp.float64 if wide else xp.float32
+
+
+def lacking(xp: Namespace) -> str:
+    """Return what fails of the calls that libraries close to the standard lack; "" for nothing."""
+    try:
+        flat = xp.reshape(xp.full((1,), 0.0, dtype=xp.float32, device=None), (-1,))
+        xp.sum(flat, dtype=xp.float32)
+    except Exception as error:  # of whatever kind a library raises
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return ""
 
 
 def device(array: Any) -> Any:

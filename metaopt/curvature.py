@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from metaopt.arrays import Array, Leaves, cast, is_real_floating, namespace
+from metaopt.arrays import Array, Leaves, cast, compute_dtype, is_real_floating, namespace
 
 __all__ = ["Curvature", "Diagonal", "central_difference", "hutchinson"]
 
@@ -144,7 +144,7 @@ def _norm(xp: Any, arrays: Any, reduce: Any) -> Any:
     """Return the norm of all arrays together, in float32 or wider."""
     total = None
     for array in arrays:
-        wide = array if array.dtype == xp.float64 else cast(array, xp.float32)
+        wide = cast(array, compute_dtype(array.dtype, xp))
         square = xp.sum(wide * wide)
         total = square if total is None else total + square
     return xp.sqrt(total if reduce is None else reduce([total])[0])

@@ -13,6 +13,7 @@ from metaopt.arrays import (
     is_number,
     is_real_floating,
     is_sparse,
+    lacking,
     namespace,
     per_leaf,
     to_numpy,
@@ -23,7 +24,7 @@ from metaopt.rules.fast_start import FastStart
 from metaopt.rules.rule import check_rule
 from metaopt.state import State
 
-__all__ = ["check_grads", "multiplier", "multipliers"]
+__all__ = ["check_grads", "multiplier", "multipliers", "namespace_of"]
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -80,16 +81,23 @@ def check_params(params: Any) -> Namespace:
             msg = f"`params` must have strings as names; got {name!r}."
             raise TypeError(msg)
         check_array(f"params[{name!r}]", param)
-    return library(params)
+    xp = library(params)
+    lack = lacking(xp)
+    if lack:
+        msg = (
+            "`params` must be arrays of a library that follows the array API standard; "
+            f"{xp.__name__} does not: {lack}"
+        )
+        raise TypeError(msg)
+    return xp
 
 
 def library(params: Mapping[str, Any]) -> Namespace:
     """Return the namespace of all `params`, or raise where they have more than one."""
     spaces = {}
     for name, param in params.items():
-        if not hasattr(param, "shape") or not hasattr(param, "dtype"):
-            check_array(f"params[{name!r}]", param)
-        spaces[namespace(param).__name__] = namespace(param)
+        xp = namespace_of(f"params[{name!r}]", param)
+        spaces[xp.__name__] = xp
     if len(spaces) > 1:
         msg = f"`params` must all be arrays of one library; got {', '.join(sorted(spaces))}."
         raise TypeError(msg)
@@ -101,14 +109,7 @@ def check_array(name: str, array: Any) -> None:
     if is_sparse(array):
         msg = f"`{name}` must be a dense array; got a sparse {type(array).__name__}."
         raise TypeError(msg)
-    try:
-        xp = namespace(array)
-    except TypeError:
-        msg = (
-            f"`{name}` must be an array of a library that follows the array API standard; "
-            f"got {type(array).__name__}."
-        )
-        raise TypeError(msg) from None
+    xp = namespace_of(name, array)
     if not is_real_floating(array.dtype, xp):
         msg = f"`{name}` must be real and floating; got dtype {array.dtype}."
         if "float" in str(array.dtype):
@@ -116,8 +117,27 @@ def check_array(name: str, array: Any) -> None:
         raise TypeError(msg)
 
 
+def namespace_of(name: str, array: Any) -> Namespace:
+    """Return the namespace of an array, which messages call `name`.
+
+    Raises
+    ------
+    TypeError
+        If it is no array as the array API standard has it: a matrix, say, or a masked array.
+    """
+    try:
+        return namespace(array)
+    except TypeError:
+        msg = (
+            f"`{name}` must be an array of a library that follows the array API standard; "
+            f"got {type(array).__name__}."
+        )
+        raise TypeError(msg) from None
+
+
 def check_real(name: str, array: Any) -> None:
-    """Raise unless the numbers of an array are real."""
+    """Raise unless `array` is an array of real numbers."""
+    namespace_of(name, array)
     if any(kind in str(array.dtype) for kind in ("complex", "bool", "<U", "object")):
         msg = f"`{name}` must be of real numbers; got dtype {array.dtype}."
         raise TypeError(msg)
@@ -166,7 +186,7 @@ def check_leaf(name: str, array: Any, like: Any, shape: tuple[int, ...]) -> None
         raise ValueError(msg)
     if array.dtype != like.dtype or is_sparse(array):
         check_array(name, array)
-    if namespace(array) is not namespace(like):
+    if namespace_of(name, array) is not namespace(like):
         msg = (
             f"`{name}` must be an array of {namespace(like).__name__}, like its parameter; "
             f"got {type(array).__module__}.{type(array).__name__}."
@@ -240,6 +260,8 @@ def multiplier(name: str, lr: Any) -> Any:
         msg = f"`{name}` must be a number or an array of shape (); got {lr!r}."
         raise ValueError(msg)
     check_real(name, lr)
+    if isinstance(lr, np.ndarray):  # other libraries read no other byte order
+        lr = lr.astype(lr.dtype.newbyteorder("="), copy=False)
     return lr
 
 

@@ -493,7 +493,7 @@ class MetaOptimize:
         """Return deltas, state, and whether all that came in was finite (None: not asked)."""
         xp = namespace(state.step)
         lrs = per_leaf(
-            (name, lr if isinstance(lr, float) else xp.asarray(lr, dtype=plan.dtypes[name]))
+            (name, lr if isinstance(lr, float) else cast(xp.asarray(lr), plan.dtypes[name]))
             for name, lr in inputs.multipliers(lr, plan.shapes).items()
         )
         awake = parts.awake_leaves(grads, lrs)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from metaopt.arrays import Leaves, Namespace, Shape, per_leaf
+from metaopt.arrays import Leaves, Namespace, Shape, compute_dtype, per_leaf
 from metaopt.blocks import Blocks, Partition, first_match
 from metaopt.curvature import Curvature
 from metaopt.rules.rule import Rule, feeding_slots, follows_gradient
@@ -105,9 +105,7 @@ def make_plan(
         If the partition does not fit the leaves, or dense traces are too large.
     """
     blocks = partition.bind(shapes)
-    compute = per_leaf(
-        (name, xp.float64 if dtype == xp.float64 else xp.float32) for name, dtype in dtypes.items()
-    )
+    compute = per_leaf((name, compute_dtype(dtype, xp)) for name, dtype in dtypes.items())
     feeds = {
         key: feeding_slots(rule)
         for key, rule in _distinct(rules).items()

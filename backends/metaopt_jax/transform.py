@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import metaopt as mo
-from metaopt.arrays import Leaves, cast, map_leaves, per_leaf
-from metaopt.inputs import multipliers
+from metaopt.arrays import Leaves, cast, per_leaf
+from metaopt.inputs import multipliers, namespace_of
 from metaopt_jax.curvature import derivatives
 from metaopt_jax.leaves import Structure, unboxed
 from metaopt_jax.ordered import helps, in_order
@@ -293,11 +294,23 @@ def _arrays(structure: Structure, tree: Any, what: str) -> Leaves[Any]:
     """Return the leaves of a pytree by name as JAX arrays; None stays None.
 
     One of shape and dtype alone is as good as an array for `init`, which looks at no more.
+
+    Raises
+    ------
+    TypeError
+        If a leaf is an array of NumPy that JAX does not take.
     """
 
-    def array(leaf: Any) -> Any:
+    def array(name: str, leaf: Any) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        if isinstance(leaf, np.ndarray):
+            namespace_of(f"{what}[{name!r}]", leaf)
+            if not leaf.dtype.isnative:
+                msg = f"`{what}[{name!r}]` must be in native byte order; got dtype {leaf.dtype}."
+                raise TypeError(msg)
         return leaf if leaf is None else jnp.asarray(leaf)
 
-    return map_leaves(array, structure.leaves(tree, what))
+    return per_leaf(
+        (name, array(name, leaf)) for name, leaf in structure.leaves(tree, what).items()
+    )
