@@ -622,6 +622,62 @@ def test_where_compilation_fails_steps_are_eager_with_a_warning(monkeypatch: Any
     assert all(torch.equal(a, b) for a, b in zip(before, nets[0].parameters(), strict=True))
 
 
+@pytest.mark.parametrize("sizes", [(70_000,), (3, 4)], ids=["alone", "packed"])
+def test_where_a_kernel_fails_at_its_first_launch_steps_are_eager_with_a_warning(
+    sizes: tuple[int, ...], monkeypatch: Any
+) -> None:
+    """Whatever the kernel has written until then is no array of the optimizer's."""
+
+    def broken(*_: Any) -> Any:
+        def run(*values: Any) -> Any:
+            for value in values:
+                value.fill_(7)
+            msg = "name 's26' is not defined"
+            raise NameError(msg)
+
+        return run
+
+    monkeypatch.setattr(compiler, "_directly", broken)
+
+    def made_of(flag: bool | None) -> tuple[list[Any], Any]:
+        params = [torch.ones(size, requires_grad=True) for size in sizes]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        return params, MetaOptimizer(params, compile=flag, **options_of("tensor"))
+
+    params, opt = made_of(None)
+    with pytest.warns(UserWarning, match=r"torch.compile failed \(NameError.*eagerly") as got:
+        opt.step()
+    assert len(got) == 1
+    opt.step()
+    twins, other = made_of(False)
+    for _ in range(2):
+        other.step()
+    for param, twin in zip(params, twins, strict=True):
+        assert torch.equal(param, twin)
+        for key, value in other.state[twin].items():
+            assert torch.equal(opt.state[param][key], value), key
+    params, opt = made_of(True)
+    with pytest.raises(NameError, match="s26"):
+        opt.step()
+    assert all(torch.all(param == 1.0) for param in params)
+    for param in params:
+        assert not any(torch.any(value) for value in opt.state[param].values())
+
+
+def test_a_first_launch_draws_no_random_numbers() -> None:
+    """The same seed gives the same run, whether or not its kernels are new."""
+    param = torch.ones(70_000, dtype=torch.bfloat16, requires_grad=True)
+    param.grad = torch.ones_like(param)
+    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.Lion(), rounding="stochastic", compile=True)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        opt.step()
+        found.append(torch.rand(()))
+    assert found[0] == found[1]
+
+
 def test_what_does_not_compile_is_not_tried_again_for_other_sizes(monkeypatch: Any) -> None:
     tried = []
 

@@ -94,7 +94,8 @@ class Compiled:
     ----------
     function : Pass
     otherwise : Eager, optional
-        What runs where compilation fails, with a warning; without it the error is raised.
+        What runs where compilation, or a first launch, fails, with a warning; without it the error
+        is raised. Either way nothing has been written to yet.
     warning : Once, optional
         What warns, by default once for this pass.
     """
@@ -135,7 +136,7 @@ class Compiled:
                 if kernel.takes(arrays):
                     return kernel.run
             if kind not in self._failed:
-                kernels.append(self._made(rule, arrays))
+                kernels.append(_tried(self._made(rule, arrays), arrays))
                 return kernels[-1].run
         except Exception as error:  # whatever it is that a toolchain does not manage
             if self._otherwise is None:
@@ -181,7 +182,7 @@ class Compiled:
             return kernel
 
         with functorch.patch(enable_autograd_cache=False):  # its hits go past `inner`
-            options = {"size_asserts": False}  # `prepared` looks at sizes and strides
+            options = {"size_asserts": True}  # torch 2.14 defines some sizes for these alone
             whole = inductor.compile_fx(graph, inputs, inner, options)
         (kernel, nodes), *_ = made
         arguments = [node for node in nodes if node.op == "placeholder"]
@@ -210,6 +211,23 @@ class Eager:
             return function(rule, dict(zip(names, values, strict=True)))
 
         return run
+
+
+def _tried(kernel: Kernel, arrays: Arrays) -> Kernel:
+    """Return a kernel that has been launched once, on small arrays of its own.
+
+    Code that compiles may still fail to run; it is to fail before it writes to any of `arrays`.
+    """
+    device = next(iter(arrays.values())).device
+    trial = {
+        name: torch.zeros([min(n, 2) for n in array.shape], dtype=array.dtype, device=device)
+        for name, array in arrays.items()
+    }
+    if not kernel.takes(trial):  # made for the very sizes of `arrays`, or for other strides
+        trial = {name: _laid_out(array, 0, device).zero_() for name, array in arrays.items()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        kernel.run(*trial.values())
+    return kernel
 
 
 def placement(arrays: Arrays) -> tuple[bool, ...]:
