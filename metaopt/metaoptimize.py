@@ -503,6 +503,8 @@ class MetaOptimize:
         lost = lost_products = None
         if self.skip_nonfinite:
             lost = parts.not_finite(plan, grads)
+            if lost is None and reduce is not None:  # those of other devices count
+                lost = filled(state.step, (), 0, plan.beta_dtype)
         z, lost = parts.reduced(reduce, plan, z, lost)
         finite = map_leaves(usable, z)
 

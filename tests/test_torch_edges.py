@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from metaopt_torch import MetaOptimizer, runs  # noqa: E402
+from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
 
 import metaopt as mo  # noqa: E402
 
@@ -295,7 +296,16 @@ REFUSED: dict[str, Any] = {
     "must hold a parameter; got 2 empty groups": lambda _: [{"params": []}] * 2,
     "`maximize` must be True or False": lambda p: [{"params": [p], "maximize": "no"}],
     "`lr` must not be negative": lambda p: [{"params": [p], "lr": torch.tensor(-1.0)}],
+    r"`params\['0'\]` is a TwoTensor, which keeps": lambda p: [TwoTensor(p.data, p.data)],
+    r"`params\['0'\]` is partitioned by DeepSpeed's ZeRO": lambda p: [marked(p, "ds_id")],
+    "FullyShardedDataParallel .* Pass `process_group=`": lambda p: [marked(p, "_fsdp_flattened")],
 }
+
+
+def marked(param: Any, attribute: str) -> Any:
+    """Return a parameter with the mark of someone who cuts parameters into parts."""
+    setattr(param, attribute, 1)
+    return param
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")

@@ -9,7 +9,10 @@ bit.
 """
 
 import copy
+import dataclasses
+import io
 import json
+import pickle
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,9 +25,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from metaopt_torch import MetaOptimizer
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -37,6 +45,7 @@ from torch.distributed.tensor.parallel import (
 import metaopt as mo
 
 STEPS = 6
+STATE = [field.name for field in dataclasses.fields(mo.State)]
 
 
 class Model(torch.nn.Module):
@@ -66,6 +75,18 @@ class Even(torch.nn.Module):
 
     def forward(self, x: Any) -> Any:
         return self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Branches(torch.nn.Module):  # type: ignore[misc]
+    """Layers of which one is used, and which the data says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(5, 5) for _ in range(3))
+
+    def forward(self, x: Any, which: int) -> Any:
+        return self.layers[which](x)
 
 
 def optimizer(params: Any, **options: Any) -> MetaOptimizer:
@@ -99,9 +120,17 @@ def full(tensor: Any) -> Any:
 
 def check_equal(opt: Any, net: Any, twin_opt: Any, twin: Any, *, allowed: float = 1e-12) -> None:
     """Compare with the model that is not distributed, and with the other processes."""
+    check_params(net, twin, allowed)
+    check_blocks(opt, twin_opt, allowed)
+
+
+def check_params(net: Any, twin: Any, allowed: float) -> None:
     for (name, got), want in zip(net.named_parameters(), twin.parameters(), strict=True):
         error = float((full(got.detach()) - want.detach()).abs().max())
         assert error <= allowed, f"{name} differs by {error}"
+
+
+def check_blocks(opt: Any, twin_opt: Any, allowed: float) -> None:
     sizes, wanted = opt.step_sizes(), twin_opt.step_sizes()
     assert sizes.keys() == wanted.keys()
     for key, size in sizes.items():
@@ -115,6 +144,8 @@ def check_equal(opt: Any, net: Any, twin_opt: Any, twin: Any, *, allowed: float 
     for key, norm in theirs["trace_norm"].items():
         error = float((full(ours["trace_norm"][key]) - norm).abs().max())
         assert error <= 1e-9, f"trace norm of {key} differs by {error}"
+    for key, count in theirs["restarts"].items():
+        assert torch.equal(ours["restarts"][key], count), key
 
 
 def counted(step: Callable[[], Any]) -> dict[str, int]:
@@ -209,6 +240,149 @@ def hsdp(**options: Any) -> None:
     """HSDP: sharded within rows of the mesh, replicated between them."""
     net, twin = sharded(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     compared(net, twin, mine, 1, 5, options)
+
+
+def wrapped(twin: Any, **options: Any) -> Any:
+    """Return a copy of a model under FSDP1, one layer by itself."""
+    net = copy.deepcopy(twin)
+    net.up = FullyShardedDataParallel(net.up, device_id=torch.device("cpu"), **options)
+    return FullyShardedDataParallel(net, device_id=torch.device("cpu"), **options)
+
+
+def clean(net: Any) -> list[tuple[str, Any]]:
+    """Return parameters by the names that they have in the model alone."""
+    return [(n.replace("_fsdp_wrapped_module.", ""), p) for n, p in net.named_parameters()]
+
+
+def fsdp1(
+    strategy: str = "FULL_SHARD", orig: Any = True, given: bool = False, **options: Any
+) -> None:
+    """FSDP1: parameters are plain tensors that hold a part, or nothing at all."""
+    twin = Model().double()
+    whole = {"use_orig_params": orig is True, "sharding_strategy": ShardingStrategy[strategy]}
+    if strategy == "HYBRID_SHARD":
+        whole["device_mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "part"))
+    net = wrapped(twin, **whole)
+    if given:
+        options["process_group"] = net.process_group
+    opt = optimizer(clean(net) if orig is True else net.parameters(), **options)
+    options.pop("process_group", None)
+    twin_opt = optimizer(twin.named_parameters(), **options)
+    if orig is True and strategy != "NO_SHARD":
+        assert any(param.numel() == 0 for param in net.parameters()) or dist.get_rank() == 0
+    for t in range(STEPS):
+        for n, o, share in ((net, opt, mine), (twin, twin_opt, lambda x: x)):
+            o.zero_grad()
+            loss_of(n, share(batch(t, 5))).backward()
+            if options.get("skip_nonfinite") and t == 3:
+                n.up.weight.grad.view(-1)[-1:] = float("nan")  # which one process alone holds
+        comms = counted(opt.step)
+        assert sum(comms.values()) == (strategy != "NO_SHARD"), comms
+        twin_opt.step()
+    with FullyShardedDataParallel.summon_full_params(net, writeback=False):
+        check_params(net, twin, 1e-12)
+    if options.get("blocks") == "weight":
+        wanted = twin_opt.step_sizes()
+        for name, size in opt.step_sizes().items():
+            pieces: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(pieces, size)
+            error = float((torch.cat(pieces) / wanted[name].reshape(-1) - 1.0).abs().max())
+            assert error <= 1e-12, f"step sizes of {name} differ by {error}"
+        return
+    check_blocks(opt, twin_opt, 1e-12)
+    if options.get("skip_nonfinite"):
+        assert int(opt.diagnostics()["skipped"]) == 1
+
+
+def fsdp1_branches(**options: Any) -> None:
+    """FSDP1 where a layer has a gradient on one process alone, and where none has one."""
+    twin = Branches().double()
+    net = FullyShardedDataParallel(
+        copy.deepcopy(twin), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    opt, twin_opt = optimizer(clean(net), **options), optimizer(twin.named_parameters(), **options)
+    for t in range(STEPS):
+        opt.zero_grad()
+        net(batch(t, 5), min(dist.get_rank(), t % 2)).square().mean().backward()
+        opt.step()
+    sizes = torch.stack([*opt.step_sizes().values()])
+    others = [torch.empty_like(sizes) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, sizes)
+    assert all(torch.equal(other, sizes) for other in others), others
+    start = twin_opt.step_sizes()
+    for name, size in opt.step_sizes().items():
+        assert (float(size) == float(start[name])) == name.startswith("layers.2."), name
+
+
+def fsdp1_saved(**options: Any) -> None:
+    """The state under FSDP1 goes through torch's own functions to another run and goes on."""
+    twin = Model().double()
+    nets = [wrapped(twin, use_orig_params=True) for _ in range(2)]
+    opts = [optimizer(clean(net), **options) for net in nets]
+    twin_opt = optimizer(twin.named_parameters(), **options)
+    for t in range(STEPS):
+        train(nets[0], opts[0], t, mine, 5)
+        opts[0].step()
+        train(twin, twin_opt, t, lambda x: x, 5)
+        twin_opt.step()
+    model, state = get_state_dict(nets[0], opts[0])
+    set_state_dict(nets[1], opts[1], model_state_dict=model, optim_state_dict=state)
+    for t in range(STEPS, 2 * STEPS):
+        train(nets[1], opts[1], t, mine, 5)
+        opts[1].step()
+        train(twin, twin_opt, t, lambda x: x, 5)
+        twin_opt.step()
+    with FullyShardedDataParallel.summon_full_params(nets[1], writeback=False):
+        check_params(nets[1], twin, 1e-11)
+    check_blocks(opts[1], twin_opt, 1e-11)
+
+
+def by_hand(**options: Any) -> None:
+    """Plain tensors that someone cut, and says over which processes."""
+    twin = Model().double()
+    net = copy.deepcopy(twin)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    for name, param in [*net.named_parameters()]:
+        owner, _, own = name.rpartition(".")
+        part = torch.nn.Parameter(param.detach().reshape(-1).tensor_split(world)[rank].clone())
+        setattr(net.get_submodule(owner), own, part)
+    opt = optimizer(net.named_parameters(), process_group=dist.group.WORLD, **options)
+    twin_opt = optimizer(twin.named_parameters(), **options)
+    for t in range(STEPS):
+        train(twin, twin_opt, t, lambda x: x, 5)
+        if t == 3:  # a copy goes on over the same processes
+            opt = copy.deepcopy(opt)
+        for param, whole in zip(opt.param_groups[0]["params"], twin.parameters(), strict=True):
+            param.grad = whole.grad.reshape(-1).tensor_split(world)[rank].clone()
+        opt.step()
+        twin_opt.step()
+    check_blocks(opt, twin_opt, 1e-12)
+
+
+def refused() -> None:
+    """What is cut in a way that cannot be followed is refused, by name and with a way out."""
+    net = wrapped(Model().double(), use_orig_params=True)
+    for more in ({"blocks": "node"}, {"blocks": mo.blocks.node(1)}):
+        with pytest.raises(ValueError, match="`blocks` gives 'scale' a step size for every unit"):
+            optimizer(clean(net), **more)
+    opt = optimizer(clean(net))
+    for ask in (opt.core_state, lambda: opt.load_core_state(mo.State(**dict.fromkeys(STATE)))):
+        with pytest.raises(ValueError, match="needs whole parameters; of 'scale'"):
+            ask()
+    with pytest.raises(ValueError, match='`curvature` other than "none" needs all parameters'):
+        optimizer(clean(net), curvature="exact", hvp="central")
+    own = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    with pytest.raises(ValueError, match="`process_group` must be one that this process"):
+        optimizer(clean(net), process_group=own[dist.get_rank() - 1])
+    megatron = torch.nn.Parameter(torch.ones(3))
+    megatron.tensor_model_parallel = False
+    with pytest.raises(ValueError, match=r"'w'.* is Megatron's .* Pass `process_group=`"):
+        optimizer([("w", megatron)])
+    assert optimizer([("w", megatron)], process_group=dist.group.WORLD).step_sizes()
+    lost = torch.nn.Parameter(torch.ones(3))
+    lost._fsdp_flattened = True
+    with pytest.raises(ValueError, match=r"'w'.* FullyShardedDataParallel .* not to be found"):
+        optimizer([("w", lost)])
 
 
 def tensor_parallel(**options: Any) -> None:
@@ -322,6 +496,58 @@ def load(folder: Path, **options: Any) -> None:
     check_equal(opt, net, twin_opt, twin, allowed=1e-11)
 
 
+def copies(folder: Path, **options: Any) -> None:
+    """After packing, the state can be saved, pickled, copied; each copy goes on as the run does."""
+    net, opt, twin, twin_opt = _optimized(options)
+    for t in range(STEPS):
+        train(net, opt, t, mine, 5)
+        opt.step()
+        train(twin, twin_opt, t, lambda x: x, 5)
+        twin_opt.step()
+    state, held = opt.state_dict(), opt.state[net.up.weight]["exp_avg"]
+    torch.save(state, file := io.BytesIO())
+    whole = sum(t.to_local().nbytes for s in opt.state.values() for t in s.values() if t.dim())
+    assert len(file.getvalue()) < 1.5 * whole + 200_000  # each leaf's own part of a buffer alone
+    file.seek(0)
+    dcp.async_save({"opt": get_optimizer_state_dict(net, opt)}, checkpoint_id=folder).result()
+    loaded = [
+        torch.load(file, weights_only=False),
+        pickle.loads(pickle.dumps(state)),
+        copy.deepcopy(state),
+    ]
+    for p in net.parameters():
+        p.grad = None  # torch cannot copy those of FSDP2
+    copied = copy.deepcopy(opt)
+    start = [param.detach().clone() for param in net.parameters()]
+    train(net, opt, STEPS, mine, 5)
+    train(twin, twin_opt, STEPS, lambda x: x, 5)
+    before = held.to_local().clone()
+    for p, same in zip(copied.param_groups[0]["params"], net.parameters(), strict=True):
+        p.grad = same.grad
+    opt.step()
+    copied.step()
+    twin_opt.step()
+    assert opt.state[net.up.weight]["exp_avg"] is held
+    assert not torch.equal(held.to_local(), before)  # which the step went on with
+    check_equal(opt, net, twin_opt, twin)
+    for p, same in zip(copied.param_groups[0]["params"], net.parameters(), strict=True):
+        assert torch.equal(full(p.detach()), full(same.detach()))
+    other, other_opt, _, _ = _optimized(options)
+    fresh = get_optimizer_state_dict(other, other_opt)
+    dcp.load({"opt": fresh}, checkpoint_id=folder)
+    for again in (None, *loaded):
+        with torch.no_grad():
+            for p, begin in zip(other.parameters(), start, strict=True):
+                p.copy_(begin)
+        if again is None:
+            set_optimizer_state_dict(other, other_opt, fresh)
+        else:
+            other_opt.load_state_dict(again)
+        train(other, other_opt, STEPS, mine, 5)
+        other_opt.step()
+        check_equal(other_opt, other, twin_opt, twin)
+
+
 def _optimized(options: Any) -> tuple[Any, Any, Any, Any]:
     net, twin = sharded(init_device_mesh("cpu", (dist.get_world_size(),)))
     opts = [optimizer(n.named_parameters(), **options) for n in (net, twin)]
@@ -336,11 +562,17 @@ SCENARIOS: dict[str, Callable[..., None]] = {
         own_meshes,
         empty_part,
         hsdp,
+        fsdp1,
+        fsdp1_branches,
+        fsdp1_saved,
+        by_hand,
+        refused,
         tensor_parallel,
         two_meshes,
         curvature,
         save,
         load,
+        copies,
     )
 }
 
@@ -359,8 +591,8 @@ def main(rank: str, world: str, folder: str, *scenarios: str) -> None:
         for word in words:
             key, _, value = word.partition("=")
             options[key] = True if value == "True" else value
-        if name in ("save", "load"):
-            options["folder"] = Path(folder) / options["blocks"]
+        if name in ("save", "load", "copies"):
+            options["folder"] = Path(folder) / name.replace("load", "save") / options["blocks"]
         try:
             SCENARIOS[name](**options)
         except Exception:

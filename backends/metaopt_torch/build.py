@@ -12,6 +12,7 @@ from torch import Tensor
 import metaopt as mo
 from metaopt.arrays import per_leaf
 from metaopt.plan import Plan, Spec, rules_by_leaf
+from metaopt_torch.containers import Containers
 from metaopt_torch.groups import MADE_WITH, configured, named
 from metaopt_torch.places import paths, place
 from metaopt_torch.runs import Leaf, order_of
@@ -105,6 +106,7 @@ def build(
     *,
     kahan: bool,
     known: Mapping[str, Leaf],
+    containers: Containers,
 ) -> Built:
     """Return what a step needs, and complete the state of parameters that require a gradient.
 
@@ -121,6 +123,8 @@ def build(
         Whether narrow parameters keep what rounding loses.
     known : mapping of name to Leaf
         Those whose number of steps is known.
+    containers : Containers
+        Who may have sharded parameters.
     """
     config, members = configured(given, groups), named(groups)
     params = {name: param for name, param, _ in members}
@@ -149,7 +153,7 @@ def build(
     leaves = {}
     for name, param, group in members:
         view = () if vectors.per_leaf else plan.blocks.views[name]
-        part = part_of(param)
+        part = part_of(param, containers.group_of(name, param))
         leaf = Leaf(
             name=name,
             param=param,
@@ -168,6 +172,7 @@ def build(
             begin = {key: window(values[name], part) for key, values in start.items()}
             _complete(leaf, specs[name], begin, kahan=kahan and param.dtype != leaf.dtype)
         leaves[name] = leaf
+    _check_units(plan, leaves)
     kinds: list[set[str]] = [set() for _ in groups]
     for name, rule in rules.items():
         kinds[owners[name]].add(type(rule).__name__)
@@ -180,6 +185,20 @@ def build(
     counts = Counts([leaf for leaf in leaves.values() if leaf.state])
     decays = {id(group): group["weight_decay"] for group in groups}
     return Built(config, plan, leaves, vectors, counts, decays)
+
+
+def _check_units(plan: Plan, leaves: Mapping[str, Leaf]) -> None:
+    """Raise where units of a group's parts would have step sizes: which ones, no shape says."""
+    partition = plan.blocks.partition
+    for name, leaf in leaves.items():
+        if leaf.part.group is None or partition.per_leaf:
+            continue
+        if partition.assign(name, (2, 2))[1] != ():
+            msg = (
+                f"`blocks` gives {name!r} a step size for every unit, but of it this process has a "
+                'part that keeps no shape; use "tensor" or names, or `fully_shard`.'
+            )
+            raise ValueError(msg)
 
 
 def _moves(param: Tensor) -> bool:

@@ -60,7 +60,7 @@ def whole(built: Built, *, restarts: bool) -> mo.State:
         leaf = built.leaves[name]
         if key not in leaf.state:
             return torch.zeros(spec.shape, dtype=spec.dtype, device=leaf.param.device)
-        value = gathered(leaf.state[key])
+        value = gathered(leaf.state[key], None if key == "step" else leaf.part.group)
         if key == "trace" and keep is not None:
             columns = built.plan.layout.columns(keep, name, len(spec.shape))
             value = hat(value, 1.0, columns.to(value.device))

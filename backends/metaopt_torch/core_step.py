@@ -3,12 +3,12 @@
 That is curvature, and a step size for every weight.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import Shard
 
 from metaopt.step import Reduce
 from metaopt_torch.build import Built
@@ -16,7 +16,7 @@ from metaopt_torch.core_state import assemble, write
 from metaopt_torch.groups import multiplier_of
 from metaopt_torch.rounding import lost, rounded
 from metaopt_torch.runs import Leaf
-from metaopt_torch.shards import local, summed_along
+from metaopt_torch.shards import devices, local, summed_along
 
 __all__ = ["check_parts", "core_step", "reduction"]
 
@@ -48,6 +48,7 @@ def core_step(
         state,
         lr={name: multiplier_of(leaf.group) for name, leaf in leaves.items()},
         reduce=reduction(leaves),
+        copies=_copies(leaves),
         **options,
     )
     for name in grads:
@@ -85,18 +86,39 @@ def _derivative(built: Built, function: Callable[..., Any]) -> Callable[..., Any
     return signed
 
 
+def _ways(leaves: Mapping[str, Leaf]) -> dict[Any, set[int]]:
+    """Return what sums are taken over: meshes and along which dimensions, and groups."""
+    ways: dict[Any, set[int]] = {}
+    for leaf in leaves.values():
+        if leaf.part.over is not None:
+            ways.setdefault(leaf.part.over, set()).update(leaf.part.axes)
+    return ways
+
+
+def _copies(leaves: Mapping[str, Leaf]) -> dict[str, int]:
+    """Return how often a sum over all devices counts the same part of each leaf."""
+    ways = _ways(leaves)
+    return {
+        name: math.prod(
+            devices(over, axes - set(leaf.part.axes))
+            for over, axes in ways.items()
+            if over is not leaf.part.group
+        )
+        for name, leaf in leaves.items()
+    }
+
+
 def reduction(leaves: Mapping[str, Leaf]) -> Reduce | None:
     """Return what adds sums over the devices that hold parts of the leaves; None for one device."""
-    part = next(iter(leaves.values())).part
-    mesh = part.mesh
-    if mesh is None:
+    ways = _ways(leaves)
+    if not ways:
         return None
-    axes = [axis for axis, placed in enumerate(part.placements) if isinstance(placed, Shard)]
 
     def reduce(arrays: list[Any]) -> list[Any]:
         sizes = [array.numel() for array in arrays]
         total = torch.cat([array.reshape(-1) for array in arrays])
-        total = summed_along(total, mesh, axes)
+        for over, axes in ways.items():
+            total = summed_along(total, over, sorted(axes))
         return [
             piece.reshape(array.shape)
             for piece, array in zip(total.split(sizes), arrays, strict=True)
@@ -107,14 +129,21 @@ def reduction(leaves: Mapping[str, Leaf]) -> Reduce | None:
 
 def check_parts(built: Built) -> None:
     """Raise ValueError where leaves are distributed in a way that this kind of step cannot take."""
-    parts = [leaf.part for leaf in built.leaves.values()]
-    if all(part.mesh is None for part in parts):
+    if built.plan.curvature == "none":  # a step size for every weight needs no other device
         return
-    ways = {(part.mesh, tuple(isinstance(p, Shard) for p in part.placements)) for part in parts}
-    if len(ways) > 1:
+    parts = [leaf.part for leaf in built.leaves.values()]
+    if all(part.over is None for part in parts):
+        return
+    if any(part.group is not None for part in parts) or len({p.mesh for p in parts}) > 1:
         msg = (
-            '`curvature` other than "none", and a step size for every weight, need all parameters '
-            "to be sharded along the same dimensions of one mesh; these are not."
+            '`curvature` other than "none" needs all parameters to be whole or DTensors of one '
+            "mesh; these are not."
+        )
+        raise ValueError(msg)
+    if len({part.axes for part in parts}) > 1:
+        msg = (
+            '`curvature` other than "none" needs all parameters to be sharded along the same '
+            "dimensions of a mesh; these are not."
         )
         raise ValueError(msg)
     for name, view in built.plan.blocks.views.items():

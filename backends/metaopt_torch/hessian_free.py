@@ -1,4 +1,4 @@
-"""The Hessian-free step: runs of leaves, one pass over memory, one sum for each mesh of devices."""
+"""The Hessian-free step: runs of leaves, one pass over memory, one sum for each mesh or group."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,6 +84,9 @@ class HessianFree:
         self._signature: Any = None
         self._groups = {id(leaf.group): leaf.group for leaf in built.leaves.values()}
         self._lr: dict[int, Any] = {}
+        groups = (leaf.part.group for leaf in built.leaves.values())
+        #: Of processes, that hold parts of leaves behind plain tensors.
+        self._over_groups = {group for group in groups if group is not None}
         self._runs: dict[Any, Run] = {}
         self._indices: dict[Any, Tensor] = {}
         #: Whether the meta-gradient has to be known before a parameter is written.
@@ -179,8 +182,8 @@ class HessianFree:
             total = self._kernel(fused, run, arrays)(*arrays.values())
             sums.append((run, total, of_group.awake))
             run.written(param)
-        z, _ = self._total(grads, sums, None)
-        self._move_beta(z, self._awake(grads), None)
+        z, _, awake = self._total(grads, sums, None)
+        self._move_beta(z, awake, None)
 
     def _in_two_passes(self, grads: Mapping[str, Tensor]) -> Tensor | None:
         # of a copy, for with sigma="identity" step sizes are beta itself
@@ -191,10 +194,10 @@ class HessianFree:
             total, flag = self._kernel(products, run, arrays)(*arrays.values())
             sums.append((run, total, self._moves(run.leaves[0].group)))
             lost.append((run, flag))
-        z, count = self._total(grads, sums, lost if self._config.skip_nonfinite else None)
+        z, count, awake = self._total(grads, sums, lost if self._config.skip_nonfinite else None)
         accepted = None if count is None else count == 0.0
         keep = usable(z)
-        self._move_beta(z, self._awake(grads), accepted)
+        self._move_beta(z, awake, accepted)
         if self._config.meta_first:
             sizes = self._config.slopes(self._vectors["beta"])
         rates: dict[Any, Rates] = {}
@@ -281,26 +284,36 @@ class HessianFree:
         grads: Mapping[str, Tensor],
         sums: Sequence[tuple[Run, Tensor, Any]],
         lost: Sequence[tuple[Run, Tensor]] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return z, and in how many runs a gradient is not finite, summed over all devices.
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """Return z, in how many runs a gradient is not finite, and which families move.
 
-        Devices have to agree on which meshes there are and in which order, so these come from the
-        leaves: a device may hold nothing of some.
+        All are sums over all devices. These have to agree on which meshes and groups there are and
+        in which order, so these come from the leaves: a device may hold nothing of some, and no
+        gradient of a part of a group's.
         """
         parts: dict[Any, tuple[list[Any], list[Any]]] = {
-            self._leaves[name].part.mesh: ([], []) for name in grads
+            leaf.part.over: ([], [])
+            for name, leaf in self._leaves.items()
+            if name in grads or leaf.part.group is not None
         }
         for entry in sums:
-            parts[entry[0].mesh][0].append(entry)
+            parts[entry[0].over][0].append(entry)
         for run, flag in lost or ():
-            parts[run.mesh][1].append(flag)
+            parts[run.over][1].append(flag)
         beta = self._vectors["beta"]
-        total = torch.zeros(len(beta) + (lost is not None), dtype=beta.dtype, device=beta.device)
-        for index, (mesh, (of_mesh, flags)) in enumerate(parts.items()):
-            vector = self._vector(of_mesh, None if lost is None else flags)
-            vector = vector if mesh is None else summed(vector, mesh)
+        size = len(beta) + (lost is not None)
+        total, awake = torch.zeros(size, dtype=beta.dtype, device=beta.device), self._awake(grads)
+        for index, (over, (of_these, flags)) in enumerate(parts.items()):
+            vector = self._vector(of_these, None if lost is None else flags)
+            if over in self._over_groups:
+                moving = self._awake(grads, over)
+                vector = summed(torch.cat([vector, moving.to(beta.dtype)]), over)
+                vector, moving = vector[:size], vector[size:]
+                awake = awake | (moving > 0.0)
+            elif over is not None:
+                vector = summed(vector, over)
             total = vector if index == 0 else total + vector
-        return (total, None) if lost is None else (total[:-1], total[-1])
+        return (total, None, awake) if lost is None else (total[:-1], total[-1], awake)
 
     def _vector(self, sums: Sequence[Any], flags: Sequence[Tensor] | None) -> Tensor:
         """Return this device's part of z, over runs of one mesh; the last entry is of `flags`."""
@@ -338,12 +351,20 @@ class HessianFree:
             self._indices[key] = torch.tensor(blocks, device=self._vectors["beta"].device)
         return self._indices[key]
 
-    def _awake(self, grads: Mapping[str, Tensor]) -> Any:
-        """Return which families move, None for all."""
+    def _awake(self, grads: Mapping[str, Tensor], over: Any = None) -> Any:
+        """Return which families move here, None for all; of leaves over one group, or over none.
+
+        Where there are groups that is a tensor: what moves elsewhere is not known here.
+        """
         flags: Any = per_leaf((name, False) for name in self._leaves)
         for name in grads:
-            flags[name] = self._moves(self._leaves[name].group)
-        return awake_families(self._plan, flags, self._vectors["step"])
+            leaf = self._leaves[name]
+            if leaf.part.group is over:
+                flags[name] = self._moves(leaf.group)
+        found = awake_families(self._plan, flags, self._vectors["step"])
+        if found is None and self._over_groups:
+            return torch.ones_like(self._vectors["meta_count"], dtype=torch.bool)
+        return found
 
     def _moves(self, group: Mapping[str, Any]) -> Any:
         """Say whether the leaves of a group move."""

@@ -15,6 +15,7 @@ from metaopt_torch import curvature as curvatures
 from metaopt_torch import rounding as roundings
 from metaopt_torch.build import Built, build
 from metaopt_torch.compiler import missing
+from metaopt_torch.containers import Containers, check_group, group_called
 from metaopt_torch.core_state import take, whole
 from metaopt_torch.core_step import check_parts, core_step, reduction
 from metaopt_torch.curvature import (
@@ -73,6 +74,9 @@ meta_first, skip_nonfinite
         parameter's dtype.
     compile : bool, optional
         Whether to compile the step with `torch.compile`. By default where a compiler is found.
+    process_group : ProcessGroup, optional
+        Of processes that each hold a part of the parameters in plain tensors, whatever cut them:
+        meta-gradients are summed over it. DTensors and FullyShardedDataParallel need none.
 
     Raises
     ------
@@ -114,6 +118,7 @@ meta_first, skip_nonfinite
         hvp: str = "autograd",
         rounding: str = "nearest",
         compile: bool | None = None,
+        process_group: Any = None,
     ) -> None:
         for name, value, choices in (
             ("hvp", hvp, curvatures.CHOICES),
@@ -138,6 +143,8 @@ meta_first, skip_nonfinite
             skip_nonfinite=skip_nonfinite,
         )
         self._hvp, self._rounding, self._compile = hvp, rounding, compile
+        check_group(process_group)
+        self._process_group = process_group
         self._built: Built | None = None
         self._engine: HessianFree | None = None
         #: What `backward` made since the last step, and its version; whether a graph was seen.
@@ -164,6 +171,7 @@ meta_first, skip_nonfinite
                 self.state,
                 kahan=self._rounding == "kahan",
                 known=known,
+                containers=Containers(self._process_group, self),
             )
         self._in_core = built.plan.curvature != "none" or built.vectors.per_leaf
         if self._in_core:
@@ -406,14 +414,34 @@ meta_first, skip_nonfinite
             "beta", "meta_grad" and "trace_norm", each a mapping like `step_sizes`; "restarts";
             "skipped". See `metaopt.MetaOptimize.diagnostics`.
         """
-        return self._ready.config.diagnostics(self.core_state())
+        self._refresh()
+        return self._ready.config.diagnostics(self._whole())
 
     def core_state(self) -> mo.State:
         """Return the state in the core's form, copied, for `metaopt.save` and other libraries.
 
         With sharded parameters this is a collective call: every device gets the whole state.
+
+        Raises
+        ------
+        ValueError
+            If plain tensors hold parts of parameters, whose shapes are not known.
         """
         self._refresh()
+        self._check_shapes()
+        return self._whole()
+
+    def _check_shapes(self) -> None:
+        """Raise where parameters are parts that keep no shape."""
+        for name, leaf in self._ready.leaves.items():
+            if leaf.part.group is not None:
+                msg = (
+                    f"The core's state needs whole parameters; of {name!r} this process holds a "
+                    "part without its shape. Use `state_dict` and torch.distributed.checkpoint."
+                )
+                raise ValueError(msg)
+
+    def _whole(self) -> mo.State:
         return whole(self._ready, restarts=not self._in_core and not self._hessian_free.two_passes)
 
     def load_core_state(self, state: mo.State) -> None:
@@ -427,10 +455,11 @@ meta_first, skip_nonfinite
         Raises
         ------
         ValueError
-            If it is the state of another configuration or of other parameters. Nothing is changed
-            then.
+            If it is the state of another configuration or of other parameters, or if plain tensors
+            hold parts of these. Nothing is changed then.
         """
         self._refresh()
+        self._check_shapes()
         self._ready.config.step_sizes(state)  # which checks it
         take(self._ready, state)
         for leaf in self._ready.leaves.values():
@@ -510,11 +539,17 @@ meta_first, skip_nonfinite
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle consists of."""
         own = ("_given", "_hvp", "_rounding", "_compile")
-        return super().__getstate__() | {name: self.__dict__[name] for name in own}
+        kept = {name: self.__dict__[name] for name in own}
+        groups = {leaf.part.group for leaf in self._ready.leaves.values()} - {None}
+        # a copied parameter does not say any more that it is a part
+        name = next(iter(groups)).group_name if len(groups) == 1 else None
+        return super().__getstate__() | kept | {"_process_group": name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` or `load_state_dict` hands over."""
         super().__setstate__(state)
+        if isinstance(state.get("_process_group"), str):
+            self._process_group = group_called(state["_process_group"])
         for group in self.param_groups:
             for name in OPTIONS:
                 group.setdefault(name, self.defaults[name])

@@ -198,9 +198,9 @@ class Run:
         self.kernels: dict[Any, Any] = {}
 
     @property
-    def mesh(self) -> Any:
-        """The mesh of devices that the leaves are distributed over; None for plain tensors."""
-        return self.leaves[0].part.mesh
+    def over(self) -> Any:
+        """What the leaves are distributed over; None where each is whole."""
+        return self.leaves[0].part.over
 
     @property
     def counts(self) -> bool:
@@ -309,7 +309,7 @@ def grouped(leaves: Iterable[Leaf], known: Mapping[Any, Run]) -> dict[Any, Run]:
         key: Any = (id(leaf),)
         if numbers < small:
             key = (
-                *(id(leaf.rule), id(leaf.group), leaf.history, leaf.part.mesh, leaf.part.counts),
+                *(id(leaf.rule), id(leaf.group), leaf.history, leaf.part.over, leaf.part.counts),
                 *(leaf.dtype, leaf.param.dtype, leaf.grad_dtype, local(leaf.param).device),
                 0 if leaf.order.rows == 1 else leaf.order.length,
             )

@@ -1,10 +1,12 @@
 """What one device holds of a parameter, and sums over all devices.
 
-A plain tensor is its own only part. A DTensor is distributed over a mesh of devices: sharded along
-some dimensions of the mesh, replicated along the others.
+A plain tensor is its own only part, or one of as many as a group has processes. A DTensor is
+distributed over a mesh of devices: sharded along some dimensions of the mesh, replicated along the
+others.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-__all__ = ["Part", "gathered", "local", "part_of", "placed", "summed", "summed_along", "window"]
+__all__ = [
+    "Part",
+    "devices",
+    "gathered",
+    "local",
+    "part_of",
+    "placed",
+    "summed",
+    "summed_along",
+    "window",
+]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -29,9 +41,19 @@ def _arrived(tensor: Tensor) -> Tensor:
     return tensor.wait() if isinstance(tensor, collectives.AsyncCollectiveTensor) else tensor
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """Return a copy of the whole of a tensor, wherever its parts are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+def gathered(tensor: Tensor, group: Any = None) -> Tensor:
+    """Return a copy of the whole of a tensor, wherever its parts are; flat, of a group's parts."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if group is None:
+        return tensor.clone()
+    lengths = [0] * dist.get_world_size(group)
+    dist.all_gather_object(lengths, tensor.numel(), group=group)
+    padded = tensor.new_zeros(max(lengths))
+    padded[: tensor.numel()].copy_(tensor.reshape(-1))
+    pieces = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(pieces, padded, group=group)
+    return torch.cat([piece[:length] for piece, length in zip(pieces, lengths, strict=True)])
 
 
 def placed(grad: Tensor, param: Tensor) -> Tensor:
@@ -55,12 +77,25 @@ class Part:
     mesh : DeviceMesh or None
         None for a plain tensor.
     placements : tuple of Placement
+    group : ProcessGroup or None
+        Those that hold the other parts of a plain tensor; None where it is the whole.
     """
 
     shape: tuple[int, ...]
     offset: tuple[int, ...]
     mesh: DeviceMesh | None = None
     placements: tuple[Placement, ...] = ()
+    group: Any = None
+
+    @property
+    def over(self) -> Any:
+        """What sums of parts are taken over: a mesh, a process group; None for a whole."""
+        return self.group if self.mesh is None else self.mesh
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The dimensions of the mesh along which devices hold different parts."""
+        return tuple(i for i, placed in enumerate(self.placements) if isinstance(placed, Shard))
 
     @property
     def counts(self) -> bool:
@@ -79,7 +114,7 @@ class Part:
             return tensor
         lead = len(shape) - len(self.shape)
         return DTensor.from_local(
-            tensor,
+            _alone(tensor),
             self.mesh,
             [Shard(p.dim + lead) if isinstance(p, Shard) else p for p in self.placements],
             run_check=False,
@@ -88,10 +123,33 @@ class Part:
         )
 
 
-def part_of(tensor: Tensor) -> Part:
-    """Return where this device's part of a tensor lies."""
+def _alone(view: Tensor) -> Tensor:
+    """Return the very memory of a tensor as one whose storage holds nothing else.
+
+    A DTensor around a tensor with a storage offset can be neither pickled nor copied.
+    """
+    size = 0
+    if view.numel() > 0:
+        size = 1 + sum((n - 1) * step for n, step in zip(view.shape, view.stride(), strict=True))
+    width, storage = view.element_size(), view.untyped_storage()
+    if storage.nbytes() == size * width:
+        return view
+    begin = view.storage_offset() * width
+    part = storage[begin : begin + size * width]
+    return view.new_empty(0).set_(part, 0, view.shape, view.stride())
+
+
+def part_of(tensor: Tensor, group: Any = None) -> Part:
+    """Return where this device's part of a tensor lies; of a plain one, in a group or as a whole.
+
+    Parameters
+    ----------
+    tensor : tensor
+    group : ProcessGroup, optional
+        Those that hold the other parts of a plain tensor.
+    """
     if not isinstance(tensor, DTensor):
-        return Part(tuple(tensor.shape), (0,) * tensor.dim())
+        return Part(tuple(tensor.shape), (0,) * tensor.dim(), group=group)
     shape, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
@@ -114,13 +172,15 @@ def window(values: Any, part: Part) -> Any:
     return values[(..., *cut)]
 
 
-def summed(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return the sum of a tensor over all devices of a mesh, by one collective."""
-    return _arrived(collectives.all_reduce(tensor, "sum", _group(mesh)))
+def summed(tensor: Tensor, over: Any) -> Tensor:
+    """Return the sum of a tensor over all devices of a mesh or group, by one collective."""
+    return _arrived(collectives.all_reduce(tensor, "sum", _group(over)))
 
 
-def _group(mesh: DeviceMesh) -> Any:
+def _group(mesh: Any) -> Any:
     """Return the process group of all devices of a mesh, made at its first use."""
+    if not isinstance(mesh, DeviceMesh):
+        return mesh
     if mesh.ndim == 1:
         return mesh.get_group()
     if mesh.size() == dist.get_world_size():
@@ -134,8 +194,17 @@ def _group(mesh: DeviceMesh) -> Any:
 _groups: dict[DeviceMesh, Any] = {}
 
 
-def summed_along(tensor: Tensor, mesh: DeviceMesh, axes: Sequence[int]) -> Tensor:
-    """Return the sum of a tensor over the devices along some dimensions of a mesh."""
+def devices(mesh: Any, axes: Collection[int]) -> int:
+    """Return how many devices a sum along these dimensions of a mesh, or over a group, is of."""
+    if not isinstance(mesh, DeviceMesh):
+        return dist.get_world_size(mesh)
+    return math.prod(mesh.size(axis) for axis in axes)
+
+
+def summed_along(tensor: Tensor, mesh: Any, axes: Sequence[int]) -> Tensor:
+    """Return the sum of a tensor over a group, or the devices along some dimensions of a mesh."""
+    if not isinstance(mesh, DeviceMesh) or len(axes) == mesh.ndim:
+        return summed(tensor, mesh)
     for axis in axes:
         tensor = _arrived(collectives.all_reduce(tensor, "sum", (mesh, axis)))
     return tensor

@@ -1,0 +1,118 @@
+"""Who has sharded a parameter behind a plain tensor, and over which processes.
+
+A DTensor says where it lies. Others hold their part in a plain tensor: what marks it, or who holds
+it, is looked for here, so that none is taken for the whole.
+"""
+
+import gc
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = ["Containers", "check_group", "group_called"]
+
+#: Attributes that mark a parameter as a part of one, by what sets them.
+FSDP1, DEEPSPEED, MEGATRON = "_fsdp_flattened", "ds_id", "tensor_model_parallel"
+
+
+class Containers:
+    """Knows over which processes plain tensors are distributed.
+
+    Parameters
+    ----------
+    given : ProcessGroup or None
+        That of all plain tensors which do not say it themselves.
+    optimizer : Optimizer
+        Which others may have wrapped.
+    """
+
+    def __init__(self, given: Any, optimizer: Any) -> None:
+        self._given, self._optimizer = given, optimizer
+        self._handles: list[Any] | None = None
+        self._zero: Any = None
+
+    def group_of(self, name: str, param: Tensor) -> Any:
+        """Return the processes that hold the other parts of a parameter; None if it is whole here.
+
+        Raises
+        ------
+        ValueError
+            If it is a part, and the others cannot be found.
+        TypeError
+            If its memory cannot be read.
+        """
+        if isinstance(param, DTensor):
+            return None
+        if is_traceable_wrapper_subclass(param):
+            msg = (
+                f"`params[{name!r}]` is a {type(param).__name__}, which keeps its numbers in other "
+                "tensors; pass plain tensors or DTensors."
+            )
+            raise TypeError(msg)
+        if hasattr(param, DEEPSPEED):
+            msg = (
+                f"`params[{name!r}]` is partitioned by DeepSpeed's ZeRO, which is not supported: "
+                "every process would learn step sizes of its own. Use `fully_shard`."
+            )
+            raise ValueError(msg)
+        if getattr(param, FSDP1, False):
+            return self._of_fsdp1(name, param)
+        if self._given is None and hasattr(param, MEGATRON) and _several():
+            msg = (
+                f"`params[{name!r}]` is Megatron's and may be a part of one. Pass "
+                "`process_group=`, the processes that each hold a part of the parameters."
+            )
+            raise ValueError(msg)
+        return self._given
+
+    def _of_fsdp1(self, name: str, param: Tensor) -> Any:
+        if self._handles is None:
+            wrapped = _living("torch.distributed.fsdp", "FullyShardedDataParallel")
+            self._handles = [m._handle for m in wrapped if getattr(m, "_handle", None) is not None]
+        for handle in self._handles:
+            flat = handle.flat_param
+            if any(param is other for other in (flat, *(flat._params or ()))):
+                return handle.process_group if handle.uses_sharded_strategy else None
+        if self._given is None:
+            msg = (
+                f"`params[{name!r}]` is a part that FullyShardedDataParallel holds, but its module "
+                "is not to be found. Pass `process_group=`, the group that it is sharded over."
+            )
+            raise ValueError(msg)
+        return self._given
+
+
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _living(module: str, name: str) -> Iterator[Any]:
+    """Yield the objects of a class, of a module that may never have been imported."""
+    kind = getattr(sys.modules.get(module), name, None)
+    if kind is not None:
+        yield from (found for found in gc.get_objects() if issubclass(type(found), kind))
+
+
+def check_group(group: Any) -> None:
+    """Raise unless this is a group of processes that this one belongs to, or None."""
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        msg = "`process_group` must be one that this process belongs to; got another's."
+        raise ValueError(msg)
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        msg = f"`process_group` must be a ProcessGroup; got {group!r}."
+        raise TypeError(msg)
+
+
+def group_called(name: str) -> Any:
+    """Return the process group of this name, which is the same in all of its processes."""
+    try:
+        return distributed_c10d._resolve_process_group(name)
+    except (LookupError, RuntimeError, ValueError) as error:
+        msg = f"This optimizer's parameters are parts over process group {name!r}, unknown here."
+        raise ValueError(msg) from error
