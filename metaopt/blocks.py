@@ -17,7 +17,18 @@ from typing import Any, ClassVar
 
 from metaopt.arrays import Array, Leaves, Namespace, Shape, cast, filled, namespace
 
-__all__ = ["Blocks", "Partition", "named", "node", "partition", "scalar", "tensor", "weight"]
+__all__ = [
+    "Blocks",
+    "Named",
+    "Partition",
+    "first_match",
+    "named",
+    "node",
+    "partition",
+    "scalar",
+    "tensor",
+    "weight",
+]
 
 
 class Partition(ABC):
@@ -354,11 +365,16 @@ class Weight(Partition):
 
 @dataclass(frozen=True, slots=True)
 class Named(Partition):
-    """One step size per group of leaves, under the group's name; the first match wins."""
+    """One step size per group of leaves, under the group's name; the first match wins.
+
+    Parameters
+    ----------
+    groups : tuple of (group name, tuple of patterns)
+    """
 
     groups: tuple[tuple[str, tuple[str, ...]], ...]
 
-    def assign(self, name: str, shape: Shape) -> tuple[str, Shape]:  # noqa: ARG002
+    def assign(self, name: str, shape: Shape) -> tuple[str, Shape]:  # noqa: ARG002, D102
         for group, patterns in self.groups:
             if any(fnmatchcase(name, pattern) for pattern in patterns):
                 return group, ()
@@ -368,7 +384,7 @@ class Named(Partition):
         )
         raise ValueError(msg)
 
-    def bind(self, shapes: Mapping[str, Shape]) -> Blocks:
+    def bind(self, shapes: Mapping[str, Shape]) -> Blocks:  # noqa: D102
         flat = [(group, pattern) for group, patterns in self.groups for pattern in patterns]
         won = {first_match(name, [pattern for _, pattern in flat]) for name in shapes}
         for index, (group, pattern) in enumerate(flat):
@@ -382,7 +398,13 @@ class Named(Partition):
 
 
 def first_match(name: str, patterns: list[str]) -> int | None:
-    """Return the index of the first glob that matches `name`, or None."""
+    """Return the index of the first glob that matches a name, or None.
+
+    Parameters
+    ----------
+    name : str
+    patterns : list of str
+    """
     for index, pattern in enumerate(patterns):
         if fnmatchcase(name, pattern):
             return index

@@ -1,7 +1,7 @@
 """From parameter groups and what state there is to all that a step needs."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,12 @@ from torch import Tensor
 
 import metaopt as mo
 from metaopt.arrays import per_leaf
+from metaopt.blocks import Blocks
 from metaopt.plan import Plan, Spec, rules_by_leaf
+from metaopt.rules import Rule
+from metaopt_torch.changes import Index, index_of, moved, predecessors
 from metaopt_torch.containers import Containers
-from metaopt_torch.groups import MADE_WITH, configured, named
+from metaopt_torch.groups import MADE_WITH, configured, named, narrowed, same, started, starts
 from metaopt_torch.places import paths, place
 from metaopt_torch.runs import Leaf, order_of
 from metaopt_torch.shards import Part, local, part_of, window
@@ -36,16 +39,34 @@ class Counts:
     def __init__(self, leaves: Sequence[Leaf]) -> None:
         self._vectors: list[tuple[Tensor, list[str]]] = []
         self._masks: dict[Any, list[Tensor]] = {}
+        self._entries: dict[str, Tensor] = {}
+        self._versions: list[int] = []
         by_device: dict[torch.device, list[Leaf]] = defaultdict(list)
         for leaf in leaves:
             by_device[local(leaf.param).device].append(leaf)
         for device, members in by_device.items():
             vector = torch.stack(
-                [leaf.state["step"].to(device, torch.int32).reshape(()) for leaf in members]
+                [
+                    torch.as_tensor(leaf.state["step"]).to(device, torch.int32).reshape(())
+                    for leaf in members
+                ]
             )
             for leaf, entry in zip(members, vector.unbind(), strict=True):
-                leaf.state["step"] = entry
+                leaf.state["step"] = self._entries[leaf.name] = entry
             self._vectors.append((vector, [leaf.name for leaf in members]))
+        self.settle()
+
+    def settle(self) -> None:
+        """Take what the counts are now for what they should be."""
+        self._versions = [vector._version for vector, _ in self._vectors]
+
+    def edited(self) -> bool:
+        """Say whether someone else has written to a count since."""
+        return self._versions != [vector._version for vector, _ in self._vectors]
+
+    def holds(self, leaf: Leaf, step: Any) -> bool:
+        """Say whether the number of steps of a leaf is still the entry that it was given."""
+        return step is not None and self._entries.get(leaf.name) is step
 
     def advance(self, names: Sequence[str], accepted: Tensor | None) -> None:
         """Count a step of these leaves, if it is accepted."""
@@ -66,6 +87,7 @@ class Counts:
             vector.add_(
                 mask if accepted is None else torch.where(accepted.to(mask.device), mask, 0)
             )
+        self.settle()
 
 
 @dataclass(frozen=True)
@@ -82,6 +104,10 @@ class Built:
     counts : Counts
     decays : mapping of group id to float or None
         Weight decay of the groups in `config`.
+    starts : mapping of block name to float or array
+        Step sizes with which blocks start, as the groups say.
+    owners : sequence of (group, str or None)
+        The groups, and their `block`.
     """
 
     config: mo.MetaOptimize
@@ -90,6 +116,8 @@ class Built:
     vectors: Vectors
     counts: Counts
     decays: dict[int, float | None]
+    starts: dict[str, Any]
+    owners: list[tuple[Group, str | None]]
 
     def outdated(self) -> bool:
         """Say whether groups have another weight decay than in `config`."""
@@ -102,16 +130,15 @@ class Built:
 def build(
     given: mo.MetaOptimize,
     groups: Sequence[Group],
-    states: Any,
+    states: MutableMapping[Tensor, dict[str, Any]],
     *,
     kahan: bool,
-    known: Mapping[str, Leaf],
     containers: Containers,
+    before: Built | None = None,
 ) -> Built:
     """Return what a step needs, and complete the state of parameters that require a gradient.
 
-    What state there is is kept, in the dtype it should have. Columns of dense traces, for blocks
-    that are new, are added to it.
+    What state there is is kept, in the dtype it should have. Nothing is changed where it raises.
 
     Parameters
     ----------
@@ -121,58 +148,121 @@ def build(
         The optimizer's `state`.
     kahan : bool
         Whether narrow parameters keep what rounding loses.
-    known : mapping of name to Leaf
-        Those whose number of steps is known.
     containers : Containers
         Who may have sharded parameters.
+    before : Built, optional
+        What steps were made with until now. Blocks keep what they have learned, whichever group
+        has it now, and the numbers of steps are known.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If groups say what cannot be, or what cannot change any more, or if an array of the state
+        does not fit its parameter.
     """
     config, members = configured(given, groups), named(groups)
+    if started(groups):
+        given = narrowed(given, members)
     params = {name: param for name, param, _ in members}
     plan = config.plan(params)
-    beta = config.initial_beta(params)
+    # without the weight decay of groups, which passes take as an argument
+    rules = rules_by_leaf(given.base, per_leaf((name, param) for name, param, _ in members))
+    leaves = {
+        name: _leaf(name, param, group, plan, rules[name], states, containers)
+        for name, param, group in members
+    }
     number = {id(group): index for index, group in enumerate(groups)}
     owners = {name: number[id(group)] for name, _, group in members}
+    _check_units(plan, leaves)
+    begin_at = starts(given, members, plan.blocks.family_of)
+    continued: dict[str, Leaf] = {}
+    by_block: Index = []
+    by_family: Index = []
+    if before is not None:
+        continued = predecessors(list(leaves), groups, before.leaves)
+        by_block, by_family = index_of(plan.blocks, before.plan.blocks, continued)
+        _check_blocks(before, groups)
+        _check_starts(before, plan.blocks, by_family, begin_at, owners)
+    beta = config.initial_beta(params)
     vectors = Vectors(config, plan, owners, len(groups), members[0][1].device)
+    start = {"beta": beta} | ({"beta_trace": plan.layout.start(beta)} if plan.beta_feeding else {})
     if not vectors.per_leaf:
-        vectors.fill("beta", beta)
-        if plan.beta_feeding:
-            vectors.fill("beta_trace", plan.layout.start(beta))
-    start = {"beta": beta} if vectors.per_leaf else {}
-    if vectors.per_leaf and plan.beta_feeding:
-        start["beta_trace"] = plan.layout.start(beta)
-    vectors.read(groups)
-    vectors.share(groups)
+        for key, values in start.items():
+            vectors.fill(key, values)
+        start = {}
+    if before is not None:
+        vectors.carry(before.vectors, by_block, by_family)
+    vectors.read(groups, None if before is None else before.vectors)
 
     specs: dict[str, list[tuple[str, Spec]]] = defaultdict(list)
     for path, spec in paths(plan.state):
         name, key = place(path, per_leaf=vectors.per_leaf)
         if name is not None:
             specs[name].append((key, spec))
-    # without the weight decay of groups, which passes take as an argument
-    rules = rules_by_leaf(given.base, per_leaf((name, param) for name, param, _ in members))
-    leaves = {}
-    for name, param, group in members:
-        view = () if vectors.per_leaf else plan.blocks.views[name]
-        part = part_of(param, containers.group_of(name, param))
-        leaf = Leaf(
-            name=name,
-            param=param,
-            group=group,
-            rule=rules[name],
-            dtype=plan.dtypes[name],
-            part=part,
-            order=order_of(local(param), view),
-            blocks=_blocks(plan, name, view, part),
-            state=states[param] if param in states or _moves(param) else {},
-            history=known[name].history if name in known else 0,
-        )
-        if "step" in leaf.state and name not in known:
-            leaf.history = int(leaf.state["step"])  # a state that was loaded
-        if leaf.state or _moves(param):
-            begin = {key: window(values[name], part) for key, values in start.items()}
-            _complete(leaf, specs[name], begin, kahan=kahan and param.dtype != leaf.dtype)
-        leaves[name] = leaf
-    _check_units(plan, leaves)
+    for leaf in leaves.values():
+        _check_state(leaf)
+
+    for leaf in leaves.values():
+        if leaf.state or _moves(leaf.param):
+            leaf.state = states.setdefault(leaf.param, leaf.state)
+            begin = {key: window(values[leaf.name], leaf.part) for key, values in start.items()}
+            narrow = kahan and leaf.param.dtype != leaf.dtype
+            _complete(leaf, specs[leaf.name], begin, kahan=narrow, columns=by_block)
+    if before is not None:
+        _forget(before, leaves, states)
+        _bound(config, plan, vectors, leaves)
+    vectors.share(groups)
+    _mark(given, groups, rules, owners)
+    known = {} if before is None or before.counts.edited() else continued
+    for name, leaf in leaves.items():
+        step = leaf.state.get("step")
+        if name in known and before is not None and before.counts.holds(known[name], step):
+            leaf.history = known[name].history
+        elif step is not None:
+            leaf.history = int(step)
+    return Built(
+        config=config,
+        plan=plan,
+        leaves=leaves,
+        vectors=vectors,
+        counts=Counts([leaf for leaf in leaves.values() if leaf.state]),
+        decays={id(group): group["weight_decay"] for group in groups},
+        starts=begin_at,
+        owners=[(group, group["block"]) for group in groups],
+    )
+
+
+def _leaf(
+    name: str,
+    param: Tensor,
+    group: Group,
+    plan: Plan,
+    rule: Rule,
+    states: Mapping[Tensor, Any],
+    containers: Containers,
+) -> Leaf:
+    view = () if plan.blocks.partition.per_leaf else plan.blocks.views[name]
+    part = part_of(param, containers.group_of(name, param))
+    return Leaf(
+        name=name,
+        param=param,
+        group=group,
+        rule=rule,
+        dtype=plan.dtypes[name],
+        part=part,
+        order=order_of(local(param), view),
+        blocks=_blocks(plan, name, view, part),
+        state=states.get(param, {}),
+    )
+
+
+def _mark(
+    given: mo.MetaOptimize,
+    groups: Sequence[Group],
+    rules: Mapping[str, Rule],
+    owners: Mapping[str, int],
+) -> None:
+    """Write into every group which rules and map its state belongs to."""
     kinds: list[set[str]] = [set() for _ in groups]
     for name, rule in rules.items():
         kinds[owners[name]].add(type(rule).__name__)
@@ -182,9 +272,86 @@ def build(
     sigma = given.sigma if isinstance(given.sigma, str) else repr(given.sigma)
     for group, bases in zip(groups, kinds, strict=True):
         group[MADE_WITH] = f"{' and '.join(sorted(bases))}, {meta}, {sigma}"
-    counts = Counts([leaf for leaf in leaves.values() if leaf.state])
-    decays = {id(group): group["weight_decay"] for group in groups}
-    return Built(config, plan, leaves, vectors, counts, decays)
+        if isinstance(group["bounds"], list):
+            group["bounds"] = tuple(group["bounds"])  # cannot be edited unnoticed
+
+
+def _check_blocks(before: Built, groups: Sequence[Group]) -> None:
+    """Raise where a group has come by another block."""
+    blocks = {id(group): block for group, block in before.owners}
+    for index, group in enumerate(groups):
+        block = blocks.get(id(group), group["block"])
+        if block != group["block"]:
+            msg = (
+                f"`block` of group {index} was {block!r} and cannot become {group['block']!r} in "
+                "mid-run. Put it back, or put another group in the place of this one, whose block "
+                "starts afresh."
+            )
+            raise ValueError(msg)
+
+
+def _check_starts(
+    before: Built,
+    blocks: Blocks,
+    by_family: Index,
+    begin_at: Mapping[str, Any],
+    owners: Mapping[str, int],
+) -> None:
+    """Raise where groups say of blocks that have long started where they start."""
+    former = list(before.plan.blocks.families)
+    for key, was in zip(blocks.families, by_family, strict=True):
+        if was is None or same(begin_at[key], before.starts[former[was]]):
+            continue
+        index = next(owners[name] for name, family in blocks.family_of.items() if family == key)
+        msg = (
+            f"`step_size` of group {index}, where the step size of block {key!r} starts, was "
+            f"{before.starts[former[was]]!r} and cannot become {begin_at[key]!r} in mid-run. Put "
+            "it back; what sets the step size that is learned is writing to `beta` of the group, "
+            'which is its logarithm with the map "exp".'
+        )
+        raise ValueError(msg)
+
+
+def _check_state(leaf: Leaf) -> None:
+    """Raise where the moments in a leaf's state do not fit the parameter."""
+    for key in leaf.rule.slots:
+        value = leaf.state.get(key)
+        if value is None:
+            continue
+        shape = tuple(local(value).shape) if isinstance(value, Tensor) else repr(value)
+        if shape != leaf.part.shape:
+            msg = (
+                f"`state[...][{key!r}]` of parameter {leaf.name!r} must be a tensor of its shape, "
+                f"{leaf.part.shape} on this device; got {shape}. Change it as the parameter was "
+                "changed, or delete it, to start afresh."
+            )
+            raise ValueError(msg)
+
+
+def _forget(
+    before: Built, leaves: Mapping[str, Leaf], states: MutableMapping[Tensor, dict[str, Any]]
+) -> None:
+    """Drop the state of parameters that have left without a step; others may come back."""
+    here = {id(leaf.param) for leaf in leaves.values()}
+    for leaf in before.leaves.values():
+        if id(leaf.param) not in here and int(leaf.state.get("step", 0)) == 0:
+            states.pop(leaf.param, None)
+
+
+def _bound(
+    config: mo.MetaOptimize, plan: Plan, vectors: Vectors, leaves: Mapping[str, Leaf]
+) -> None:
+    """Hold step sizes to bounds, which may be new."""
+    betas = (
+        {"": vectors["beta"]}
+        if not vectors.per_leaf
+        else {name: local(leaf.state["beta"]) for name, leaf in leaves.items() if leaf.state}
+    )
+    if config.bounds is None or not betas:
+        return
+    limits = config.limits(plan.blocks, next(iter(betas.values())))
+    for name, beta in betas.items():
+        beta.clamp_(*(end[name] if isinstance(end, Mapping) else end for end in limits))
 
 
 def _check_units(plan: Plan, leaves: Mapping[str, Leaf]) -> None:
@@ -216,11 +383,21 @@ def _blocks(plan: Plan, name: str, view: tuple[int, ...], part: Part) -> Any:
 
 
 def _complete(
-    leaf: Leaf, specs: Sequence[tuple[str, Spec]], begin: Mapping[str, Tensor], *, kahan: bool
+    leaf: Leaf,
+    specs: Sequence[tuple[str, Spec]],
+    begin: Mapping[str, Tensor],
+    *,
+    kahan: bool,
+    columns: Index,
 ) -> None:
-    """Add to a leaf's state what it lacks; new numbers are zero where nothing else is said."""
+    """Add to a leaf's state what it lacks; new numbers are zero where nothing else is said.
+
+    What has not the shape of the parameter starts afresh: those who replace parameters do not know
+    of all that there is. Dense traces have their columns in the order of the blocks.
+    """
     memory = local(leaf.param)
-    if kahan and "compensation" not in leaf.state:
+    old = leaf.state.get("compensation")
+    if kahan and not _fits(old, memory.dtype, leaf.part.shape, memory.device):
         zeros = torch.zeros_like(memory, memory_format=torch.preserve_format)
         leaf.state["compensation"] = leaf.part.wrap(zeros, leaf.param.shape, leaf.param.stride())
     for key, spec in specs:
@@ -230,15 +407,27 @@ def _complete(
         lead = spec.shape[: len(spec.shape) - leaf.param.dim()]
         shape = (*lead, *leaf.part.shape)
         old = leaf.state.get(key)
-        if old is not None and old.dtype == spec.dtype and tuple(local(old).shape) == shape:
+        turned = bool(lead) and columns != list(range(len(columns)))
+        if _fits(old, spec.dtype, shape, memory.device) and not turned:
             continue
         new = torch.zeros_like(memory, dtype=spec.dtype, memory_format=torch.preserve_format)
         if lead:
             new = torch.zeros(shape, dtype=spec.dtype, device=memory.device)
         if key in begin:
             new.copy_(begin[key])
-        if old is not None:
-            new[tuple(slice(None, length) for length in local(old).shape)].copy_(local(old))
+        if isinstance(old, Tensor) and local(old).shape[len(lead) :] == leaf.part.shape:
+            if lead:
+                moved(local(old), new, columns, range(len(lead)))
+            else:
+                new.copy_(local(old))
         whole = torch.empty(spec.shape, device="meta")
         stride = whole.stride() if lead else leaf.param.stride()
         leaf.state[key] = leaf.part.wrap(new, spec.shape, stride)
+
+
+def _fits(value: Any, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Say whether this is a tensor as a step needs it."""
+    if not isinstance(value, Tensor):
+        return False
+    part = local(value)
+    return part.dtype == dtype and tuple(part.shape) == shape and part.device == device

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import metaopt as mo
 from metaopt.arrays import per_leaf
-from metaopt.blocks import Blocks, Partition
+from metaopt.blocks import Blocks, Named, Partition, first_match
 from metaopt.inputs import multiplier
 from metaopt.plan import rules_by_leaf
 from metaopt.rules import Rule
@@ -26,6 +26,10 @@ __all__ = [
     "configured",
     "multiplier_of",
     "named",
+    "narrowed",
+    "same",
+    "started",
+    "starts",
 ]
 
 Group = dict[str, Any]
@@ -157,6 +161,38 @@ def decayed(rule: Rule, weight_decay: float | None, made: dict[Any, Rule]) -> Ru
     return made[key]
 
 
+def started(groups: Sequence[Group]) -> bool:
+    """Say whether groups come from a run, in which names may have been left by their parameters."""
+    return any(MADE_WITH in group for group in groups)
+
+
+def narrowed(
+    config: mo.MetaOptimize, leaves: Sequence[tuple[str, Tensor, Group]]
+) -> mo.MetaOptimize:
+    """Return the configuration without the patterns whose parameters have left."""
+    base: Any = config.base
+    if isinstance(base, Mapping):
+        won = _used({pattern: (pattern,) for pattern in base}, [name for name, _, _ in leaves])
+        base = {pattern: base[pattern] for pattern in won} or base
+    blocks: Any = config.blocks
+    partition = mo.blocks.partition(blocks)
+    if isinstance(partition, Named):
+        free = [name for name, _, group in leaves if group["block"] is None]
+        blocks = _used(dict(partition.groups), free) or blocks
+    return replace(config, base=base, blocks=blocks)
+
+
+def _used(patterns: Mapping[str, tuple[str, ...]], names: Sequence[str]) -> dict[str, Any]:
+    """Return of some patterns under each key those that are the first match of a name."""
+    flat = [(key, pattern) for key, some in patterns.items() for pattern in some]
+    won = {first_match(name, [pattern for _, pattern in flat]) for name in names}
+    found: dict[str, Any] = {}
+    for index, (key, pattern) in enumerate(flat):
+        if index in won:
+            found[key] = (*found.get(key, ()), pattern)
+    return found
+
+
 def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> mo.MetaOptimize:
     """Return what the groups make of the configuration given to the optimizer.
 
@@ -173,6 +209,8 @@ def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> mo.MetaOptim
             "`add_param_group`."
         )
         raise ValueError(msg)
+    if started(groups):
+        config = narrowed(config, leaves)
     made: dict[Any, Rule] = {}
     of_base = rules_by_leaf(config.base, per_leaf((name, param) for name, param, _ in leaves))
     of_leaf = {
@@ -193,21 +231,31 @@ def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> mo.MetaOptim
         blocks = ByGroup(by_group, mo.blocks.partition(config.blocks))
     plain = replace(config, base=base, blocks=blocks, bounds=None)
     family_of = plain.plan({name: param for name, param, _ in leaves}).blocks.family_of
-    return replace(
-        plain,
-        step_size=_by_block("step_size", config.step_size, leaves, family_of),
-        bounds=_by_block("bounds", config.bounds, leaves, family_of),
-    )
+    sizes, pairs = starts(config, leaves, family_of), _by_block("bounds", config, leaves, family_of)
+    if started(groups):  # bounds may be newer, and hold for blocks that are still to come too
+        sizes = {key: _within(size, pairs[key]) for key, size in sizes.items()}
+    return replace(plain, step_size=_shared(sizes), bounds=_shared(pairs))
+
+
+def starts(
+    config: mo.MetaOptimize,
+    leaves: Sequence[tuple[str, Tensor, Group]],
+    family_of: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return the step sizes that blocks start with, by block."""
+    return _by_block("step_size", config, leaves, family_of)
 
 
 def _by_block(
     option: str,
-    default: Any,
+    config: mo.MetaOptimize,
     leaves: Sequence[tuple[str, Tensor, Group]],
     family_of: Mapping[str, str],
-) -> Any:
-    """Return an option of groups, None being the default, as one value or by block."""
-    for key in default if isinstance(default, Mapping) else ():
+) -> dict[str, Any]:
+    """Return an option of groups by block; where they say None, that of the configuration."""
+    default = getattr(config, option)
+    groups = [group for _, _, group in leaves]
+    for key in default if isinstance(default, Mapping) and not started(groups) else ():
         if key not in family_of.values():
             known = ", ".join(dict.fromkeys(family_of.values()))
             msg = f"`{option}` has unknown block {key!r}; expected any of: {known}."
@@ -217,18 +265,31 @@ def _by_block(
         key, value = family_of[name], group[option]
         if value is None:
             value = default.get(key) if isinstance(default, Mapping) else default
-        if key in found and not _same(found[key], value):
+        if key in found and not same(found[key], value):
             msg = (
                 f"`{option}` of block {key!r} is {found[key]!r} in one group and {value!r} in "
                 "another; groups that share a block must agree."
             )
             raise ValueError(msg)
         found[key] = value
+    return found
+
+
+def _shared(found: Mapping[str, Any]) -> Any:
+    """Return the one value of all blocks, or the values by block."""
     values = list(found.values())
-    return values[0] if all(_same(value, values[0]) for value in values) else found
+    return values[0] if all(same(value, values[0]) for value in values) else found
 
 
-def _same(one: Any, other: Any) -> bool:
+def _within(size: Any, pair: Any) -> Any:
+    """Return a step size, or the nearest within bounds."""
+    if pair is None or not all(isinstance(end, Real) for end in pair):
+        return size
+    return min(max(size, pair[0]), pair[1]) if isinstance(size, Real) else np.clip(size, *pair)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Say whether two values of an option are equal; they may be arrays."""
     if one is other:
         return True
     return np.shape(one) == np.shape(other) and bool(np.all(np.asarray(one == other)))

@@ -96,16 +96,22 @@ class HessianFree:
         if before is not None and _same_meta(before._built, built):
             self._move = before._move
 
-    def step(self, grads: Mapping[str, Tensor]) -> None:
+    def step(self, grads: Mapping[str, Tensor]) -> bool:
         """Make a step of the leaves that have a gradient.
 
         Parameters
         ----------
         grads : mapping of leaf name to tensor
+
+        Returns
+        -------
+        bool
+            Whether leaves have been packed anew, so that their state lies elsewhere.
         """
         self._lr = {key: multiplier_of(group) for key, group in self._groups.items()}
         signature = self._signature_of(grads)
-        if signature != self._signature:
+        packed = signature != self._signature
+        if packed:
             self._signature = None  # until all of it is ready
             for name, grad in grads.items():
                 self._leaves[name].grad_dtype = grad.dtype
@@ -133,6 +139,7 @@ class HessianFree:
         )
         self._vectors["step"].add_(one)
         self._vectors["skipped"].add_(1 - one)
+        return packed
 
     def _signature_of(self, grads: Mapping[str, Tensor]) -> Any:
         """Return all that runs, and the kernels that step them, depend on."""

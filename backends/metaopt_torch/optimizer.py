@@ -2,6 +2,7 @@
 
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from metaopt.rules import Rule
 from metaopt_torch import curvature as curvatures
 from metaopt_torch import rounding as roundings
 from metaopt_torch.build import Built, build
+from metaopt_torch.changes import renamed
 from metaopt_torch.compiler import missing
 from metaopt_torch.containers import Containers, check_group, group_called
 from metaopt_torch.core_state import take, whole
@@ -35,6 +37,7 @@ from metaopt_torch.groups import (
 from metaopt_torch.hessian_free import HessianFree
 from metaopt_torch.runs import Leaf
 from metaopt_torch.shards import placed
+from metaopt_torch.watch import Watch
 
 __all__ = ["MetaOptimizer"]
 
@@ -147,6 +150,7 @@ meta_first, skip_nonfinite
         self._process_group = process_group
         self._built: Built | None = None
         self._engine: HessianFree | None = None
+        self._watch = Watch(())
         #: What `backward` made since the last step, and its version; whether a graph was seen.
         self._twice: list[tuple[weakref.ref[Tensor], int]] = []
         self._checked = False
@@ -154,30 +158,52 @@ meta_first, skip_nonfinite
         super().__init__(params, dict.fromkeys(OPTIONS) | given)
         self._build()
 
-    def _build(self, *, loaded: bool = False) -> None:
+    def _build(self, before: Built | None = None) -> None:
         """Make what a step needs from groups and state.
 
         Parameters
         ----------
-        loaded : bool
-            Whether the state is another one than before.
+        before : Built, optional
+            What was made when they were others, of the same run.
         """
-        check_rounding(self._rounding, self.param_groups)
-        known = {} if self._built is None or loaded else self._built.leaves
-        with torch.no_grad():
-            built = build(
-                self._given,
-                self.param_groups,
-                self.state,
-                kahan=self._rounding == "kahan",
-                known=known,
-                containers=Containers(self._process_group, self),
-            )
+        names = [group.get("param_names") for group in self.param_groups]
+        try:
+            if before is not None:
+                self._complete_groups(before)
+            check_rounding(self._rounding, self.param_groups)
+            with torch.no_grad():
+                built = build(
+                    self._given,
+                    self.param_groups,
+                    self.state,
+                    kahan=self._rounding == "kahan",
+                    before=before,
+                    containers=Containers(self._process_group, self),
+                )
+        except Exception:
+            for group, kept in zip(self.param_groups, names, strict=True):
+                if kept is not None:
+                    group["param_names"] = kept
+            raise
         self._in_core = built.plan.curvature != "none" or built.vectors.per_leaf
         if self._in_core:
             check_parts(built)
         self._engine = HessianFree(built, self._rounding, self._compiler(), self._engine)
         self._built = built
+        options = ("param_names", "step_size", "bounds", "block")
+        self._watch = Watch((*options, *built.vectors.names()))
+        self._watch.see(self.param_groups, self.state)
+
+    def _complete_groups(self, before: Built) -> None:
+        """Have groups that were edited say all that groups say, and check them."""
+        for group, names in zip(
+            self.param_groups, renamed(self.param_groups, before.leaves), strict=True
+        ):
+            for name in OPTIONS:
+                group.setdefault(name, self.defaults[name])
+            if names is not None:
+                group["param_names"] = names
+        check_groups(self.param_groups)
 
     def _compiler(self) -> bool | None:
         """Say whether to compile, None where that was left open; warn if it cannot be."""
@@ -219,7 +245,7 @@ meta_first, skip_nonfinite
         try:
             check_groups(self.param_groups)
             if self._built is not None:
-                self._build()
+                self._build(self._built)
         except Exception:
             self.param_groups[:] = before
             raise
@@ -260,6 +286,7 @@ meta_first, skip_nonfinite
         if not isinstance(loss, Tensor):
             msg = f"`loss` must be a tensor; got {type(loss).__name__}."
             raise TypeError(msg)
+        self._refresh()
         leaves = [leaf.param for leaf in self._ready.leaves.values() if leaf.param.requires_grad]
         if loss.numel() != 1:
             msg = f"`loss` must be one number; got shape {tuple(loss.shape)}."
@@ -322,6 +349,7 @@ meta_first, skip_nonfinite
             raise ValueError(msg)
         random = None
         if exact and self._hvp == "central":
+            self._refresh()
             random = RandomState({leaf.param.device for leaf in self._ready.leaves.values()})
         loss = None
         if closure is not None:
@@ -330,12 +358,14 @@ meta_first, skip_nonfinite
         with torch.no_grad():
             grads = self._grads()
             if not self._in_core:
-                self._hessian_free.step(grads)
+                if self._hessian_free.step(grads):
+                    self._watch.see(self.param_groups, self.state)
                 return loss
             derivatives = {"hvp": hvp, "third": third, "hessian_diagonal": hessian_diagonal}
             if exact:
                 derivatives |= self._derivatives(grads, closure, random, third)
             core_step(self._ready, grads, self._rounding, derivatives)
+            self._ready.counts.settle()
             self._twice = []
             for leaf in self._ready.leaves.values():
                 if leaf.param.grad is not None and leaf.param.grad.requires_grad:
@@ -372,6 +402,7 @@ meta_first, skip_nonfinite
 
     def _grads(self) -> dict[str, Tensor]:
         """Return the gradients by name, after a look at what may have changed since last time."""
+        self._refresh(decay=False)
         for group in self.param_groups:
             check_numbers(group)
         if self._in_core:
@@ -387,7 +418,9 @@ meta_first, skip_nonfinite
             grads[name] = placed(grad, leaf.param)
             rebuild |= leaf.changed()
         if rebuild:
-            self._build()  # a parameter that was frozen has a gradient now, or is of another dtype
+            self._build(
+                self._built
+            )  # a parameter that was frozen has a gradient now, or is of another dtype
         return grads
 
     def step_sizes(self) -> dict[str, Tensor]:
@@ -400,6 +433,7 @@ meta_first, skip_nonfinite
         dict of block name to tensor
             As `metaopt.MetaOptimize.step_sizes`; on the device, float32 or wider.
         """
+        self._refresh(decay=False)
         beta = map_leaves(torch.clone, self._per_block("beta"))  # which some maps return as it is
         return dict(self._by_name(self._ready.config.slopes(beta)[0]))
 
@@ -462,9 +496,25 @@ meta_first, skip_nonfinite
         self._check_shapes()
         self._ready.config.step_sizes(state)  # which checks it
         take(self._ready, state)
-        for leaf in self._ready.leaves.values():
-            leaf.history = int(state.count[leaf.name])
-        self._build()
+        self._build(self._built)
+
+    # as torch's own, for it is called while others compile
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    def state_dict(self) -> dict[str, Any]:
+        """Return the groups and the state of their parameters, by number, as torch does.
+
+        The state of parameters that have left the groups is not in it.
+        """
+        self._refresh(decay=False)
+        whole, here = self.state, {id(leaf.param) for leaf in self._ready.leaves.values()}
+        if all(id(param) in here for param in whole):
+            return super().state_dict()
+        kept = ((param, entry) for param, entry in whole.items() if id(param) in here)
+        self.state = defaultdict(dict, kept)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; in its own dtypes, whatever those of the parameters.
@@ -479,6 +529,7 @@ meta_first, skip_nonfinite
             If it belongs to other parameters, to another configuration or another optimizer.
             Nothing is changed then.
         """
+        self._refresh()
         before = {"param_groups": self.param_groups, "state": self.state}
         leaves, found = list(self._ready.leaves.values()), []
 
@@ -498,7 +549,7 @@ meta_first, skip_nonfinite
                     for key, value in found[0]["state"].get(number, {}).items()
                     if key in leaf.state or not leaf.state
                 }
-            self._build(loaded=True)
+            self._build()
         except Exception:
             self.__dict__.update(before)
             raise
@@ -576,7 +627,8 @@ meta_first, skip_nonfinite
     def _by_name(self, values: Any) -> Mapping[str, Tensor]:
         return values if isinstance(values, Mapping) else self._ready.plan.blocks.by_name(values)
 
-    def _refresh(self) -> None:
-        """See what groups say of weight decay now."""
-        if self._ready.outdated():
-            self._build()
+    def _refresh(self, *, decay: bool = True) -> None:
+        """See what was done to groups and state, and, with `decay`, to the groups' weight decay."""
+        edited = self._watch.differs(self.param_groups, self.state)
+        if edited or self._ready.counts.edited() or (decay and self._ready.outdated()):
+            self._build(self._built)

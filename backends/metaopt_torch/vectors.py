@@ -13,6 +13,7 @@ from torch import Tensor
 
 import metaopt as mo
 from metaopt.plan import Plan
+from metaopt_torch.changes import Index, moved
 
 __all__ = ["Vectors", "name_of_trace"]
 
@@ -71,6 +72,8 @@ class Vectors:
             name: torch.zeros(spec.shape, dtype=spec.dtype, device=device)
             for name, spec in shapes.items()
         }
+        #: What groups were given, for what they hold in its place was put there by someone else.
+        self._shared: list[Tensor] = []
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a vector, the memory of which the groups have views."""
@@ -111,17 +114,45 @@ class Vectors:
                     )
         return None
 
-    def read(self, groups: Sequence[Group]) -> None:
-        """Take the values that groups hold, where they hold any."""
+    def carry(self, before: "Vectors", by_block: Index, by_family: Index) -> None:
+        """Take from earlier vectors what blocks and families continue there."""
+        for name in self._held.keys() & before._held.keys():
+            old, new, kind = before[name], self[name], self._kinds[name]
+            if kind == "one":
+                new.copy_(old)
+            else:
+                index = by_block if kind == "block" else by_family
+                moved(old, new, index, range(new.dim()))
+
+    def read(self, groups: Sequence[Group], before: "Vectors | None" = None) -> None:
+        """Take the values that groups hold, where they hold any, unless `before` gave them these.
+
+        Raises
+        ------
+        ValueError
+            If one has another shape than its blocks.
+        """
+        given = set() if before is None else {id(part) for part in before._shared}
         for index, group in enumerate(groups):
             for name, part in self._parts(index):
-                if group.get(name) is not None:
-                    part.copy_(group[name])
+                value = group.get(name)
+                if value is None or id(value) in given:
+                    continue
+                if not isinstance(value, Tensor) or value.shape != part.shape:
+                    got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+                    msg = (
+                        f"`{name}` of group {index} must be a tensor of shape {tuple(part.shape)}, "
+                        f"one entry for each block that is the group's; got {got}."
+                    )
+                    raise ValueError(msg)
+                part.copy_(value)
 
     def share(self, groups: Sequence[Group]) -> None:
         """Make what groups hold views of these vectors."""
         for index, group in enumerate(groups):
-            group.update(self._parts(index))
+            parts = self._parts(index)
+            group.update(parts)
+            self._shared += [part for _, part in parts]
 
     def _parts(self, index: int) -> list[tuple[str, Tensor]]:
         """Return a group's part of every vector."""

@@ -1,0 +1,48 @@
+"""Notices what was done to `param_groups` and `state` between two steps."""
+
+from collections.abc import Mapping, Sequence
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Watch"]
+
+Group = dict[str, Any]
+
+
+class Watch:
+    """Remembers which objects groups and state hold, as what is built for a step relies on them.
+
+    By identity: numbers that are edited in place are read where they lie. It is asked in every
+    step, so it is one flat comparison. The objects are kept, lest another one get the address.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Keys of a group whose values are looked at.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        self._seen: list[Any] = []
+
+    def see(self, groups: Sequence[Group], states: Mapping[Tensor, Any]) -> None:
+        """Take what there is for what should be."""
+        self._seen = self._held(groups, states)
+
+    def differs(self, groups: Sequence[Group], states: Mapping[Tensor, Any]) -> bool:
+        """Say whether anything was added, taken away or replaced since it was seen."""
+        held = self._held(groups, states)
+        return len(held) != len(self._seen) or not all(map(is_, held, self._seen))
+
+    def _held(self, groups: Sequence[Group], states: Mapping[Tensor, Any]) -> list[Any]:
+        # without keys of `states`, each of which would be hashed in Python
+        entries = states.values()
+        held: list[Any] = [*groups, *entries]
+        for group in groups:
+            held += group["params"]
+            held += map(group.get, self._names)
+        for entry in entries:
+            held += entry.values()
+        return held
