@@ -1,7 +1,7 @@
 """What is done to `param_groups`, `state` and parameters between steps is seen at the next one."""
 
 import copy
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -74,12 +74,9 @@ class Twin:
             for name, change in kept.items():
                 part = getattr(old, field)[was[name]]
                 if isinstance(part, Mapping):
-                    part = type(part)((slot, change(array)) for slot, array in part.items())
-                mapping[name] = (
-                    part
-                    if field == "count"
-                    else (part if isinstance(part, Mapping) else change(part))
-                )
+                    mapping[name] = OrderedDict((slot, change(a)) for slot, a in part.items())
+                else:
+                    mapping[name] = part if field == "count" else change(part)
             fields[field] = type(getattr(new, field))(mapping)
         if plan.blocks.partition.per_leaf:
             for field in ("beta", "meta_grad"):
@@ -458,11 +455,12 @@ def test_a_state_that_is_edited_in_place_is_the_one_that_is_used(key: str, block
     twin = Twin(params, blocks=blocks)
     stepped(opt, twin, range(4))
     opt.state[params[0]][key].zero_()
-    held = twin.state.count if key == "step" else twin.state.trace
-    (twin.state.slots["0"][key] if key.startswith("exp") else held["0"]).zero_()
     opt.state[params[1]][key].mul_(2)
-    held = held if not key.startswith("exp") else {"1": twin.state.slots["1"][key]}
-    held["1"].mul_(2)
+    state = twin.state
+    held: dict[str, Any] = {"step": dict(state.count), "trace": dict(state.trace)}
+    held |= {slot: {n: state.slots[n][slot] for n in "01"} for slot in ("exp_avg", "exp_avg_sq")}
+    held[key]["0"].zero_()
+    held[key]["1"].mul_(2)
     stepped(opt, twin, range(4, 8))
     agree(opt, twin)
 

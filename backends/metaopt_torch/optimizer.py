@@ -499,7 +499,7 @@ meta_first, skip_nonfinite
         self._build(self._built)
 
     # as torch's own, for it is called while others compile
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """Return the groups and the state of their parameters, by number, as torch does.
 
