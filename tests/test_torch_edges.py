@@ -1,6 +1,7 @@
 """Layouts that change, packs that part, states that do not fit: the core's step, or an error."""
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -50,6 +51,46 @@ def normal(*shape: int, seed: int = 0) -> Any:
 @pytest.fixture(params=[0, 2**16], ids=["direct", "packed"])
 def small(request: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(runs.SMALL, "cpu", request.param)
+
+
+#: Layers of two tensors each, and which of them rest in a step.
+PATTERNS: dict[str, Any] = {
+    "every other step": lambda layer, t: layer % 2 == t % 2 == 1,
+    "in turns": lambda layer, t: layer % 3 != t % 3,
+    "at random": lambda layer, t: random.Random(f"{layer} {t}").random() < 0.5,
+}
+
+
+@pytest.mark.parametrize("blocks", ["scalar", "tensor"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_leaves_that_rest_and_come_back_are_packed_once(
+    pattern: str, blocks: str, monkeypatch: Any
+) -> None:
+    """Not anew in every step in which others have a gradient, to the core's numbers."""
+    layers, steps, made = 6, 30, []
+    plain = runs.Run.__init__
+
+    def counting(self: Any, leaves: Any) -> None:
+        made.append(len(leaves))
+        plain(self, leaves)
+
+    monkeypatch.setattr(runs.Run, "__init__", counting)
+    numbers = []
+    rests = PATTERNS[pattern]
+    grads = [
+        [
+            None if rests(index // 2, t) else normal(3, 5, seed=100 * t + index)
+            for index in range(2 * layers)
+        ]
+        for t in range(steps)
+    ]
+    params = [normal(3, 5, seed=index).requires_grad_() for index in range(2 * layers)]
+    run_beside_the_core(
+        params, grads, lambda *_: numbers.append(len(made)), blocks=blocks, meta_lr=1e-4
+    )
+    assert numbers[-1] == numbers[steps // 2]
+    assert numbers[-1] < 2 * layers  # a pack is split at most once for every layer
+    assert min(made) >= 2  # and no layer is
 
 
 @pytest.mark.usefixtures("small")

@@ -72,17 +72,15 @@ class Counts:
         """Count a step of these leaves, if it is accepted."""
         key = tuple(names)
         if key not in self._masks:
+            if len(self._masks) > 100:  # leaves that rest at random make new ones without end
+                self._masks.clear()
             moving = set(names)
-            self._masks = {
-                key: [
-                    torch.tensor(
-                        [name in moving for name in members],
-                        dtype=torch.int32,
-                        device=vector.device,
-                    )
-                    for vector, members in self._vectors
-                ]
-            }
+            self._masks[key] = [
+                torch.tensor(
+                    [name in moving for name in members], dtype=torch.int32, device=vector.device
+                )
+                for vector, members in self._vectors
+            ]
         for (vector, _), mask in zip(self._vectors, self._masks[key], strict=True):
             vector.add_(
                 mask if accepted is None else torch.where(accepted.to(mask.device), mask, 0)

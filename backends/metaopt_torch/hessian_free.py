@@ -18,7 +18,7 @@ from metaopt_torch.build import Built
 from metaopt_torch.compiler import Compiled, Eager, Once, in_chunks, placement
 from metaopt_torch.groups import multiplier_of
 from metaopt_torch.passes import Arrays, Kind, Pass, fused, moved, products
-from metaopt_torch.runs import Run, grouped
+from metaopt_torch.runs import Run, Runs
 from metaopt_torch.shards import summed
 
 __all__ = ["HessianFree"]
@@ -87,7 +87,9 @@ class HessianFree:
         groups = (leaf.part.group for leaf in built.leaves.values())
         #: Of processes, that hold parts of leaves behind plain tensors.
         self._over_groups = {group for group in groups if group is not None}
-        self._runs: dict[Any, Run] = {}
+        self._all_runs = Runs()
+        #: Those of the leaves that have gradients.
+        self._runs: list[Run] = []
         self._indices: dict[Any, Tensor] = {}
         #: Whether the meta-gradient has to be known before a parameter is written.
         self.two_passes = built.config.meta_first or built.config.skip_nonfinite
@@ -113,15 +115,11 @@ class HessianFree:
         packed = signature != self._signature
         if packed:
             self._signature = None  # until all of it is ready
+            self._indices = {}
             for name, grad in grads.items():
                 self._leaves[name].grad_dtype = grad.dtype
-            # none of these if it fails halfway: the leaves are views of new buffers then
-            known, self._runs = self._runs, {}
-            self._runs = grouped((self._leaves[name] for name in grads), known)
-            self._indices = {}
-            for run in self._runs.values():
-                run.kernels.clear()
-            self._prepare(grads)
+            self._runs = self._all_runs.of([self._leaves[name] for name in grads])
+            self._prepare(grads, signature[:-1])
             self._signature = signature
         accepted = None
         if self.two_passes:
@@ -157,26 +155,33 @@ class HessianFree:
         ]
         return torch.get_num_threads(), tuple(options), tuple(leaves)
 
-    def _prepare(self, grads: Mapping[str, Tensor]) -> None:
-        """Compile what a step of these leaves needs, before any of it writes."""
-        if self._compile is False:
-            return
+    def _prepare(self, grads: Mapping[str, Tensor], options: Any) -> None:
+        """Compile what a step of these leaves needs, before any of it writes.
+
+        Runs that are ready for such gradients, under the same options, are passed over.
+        """
         beta = self._vectors["beta"]
         sizes, keep = self._config.slopes(beta), usable(beta)
         accepted = torch.ones((), dtype=torch.bool, device=beta.device)
         refused = accepted if self._config.skip_nonfinite else None
-        if self.two_passes:
-            for run, _, grad in self._buffers(grads):
-                self._kernel(products, run, {"grad": grad, "trace": run.state["trace"]})
         make, rates = moved if self.two_passes else fused, dict[Any, Rates]()
-        for run, param, grad in self._buffers(grads):
+        for run in self._runs:
+            own = [grads[leaf.name] for leaf in run.leaves]
+            ready = options, [(grad.dtype, type(grad), grad.device) for grad in own]
+            if run.ready == ready:
+                continue
+            run.ready, run.kernels = None, {}
+            param, grad = run.buffers(own)
+            if self.two_passes:
+                self._kernel(products, run, {"grad": grad, "trace": run.state["trace"]})
             arrays = self._arrays(run, param, grad, self._rates(run, sizes, keep, rates), refused)
             self._kernel(make, run, arrays)
+            run.ready = ready
         arrays = self._of_blocks(torch.zeros_like(beta), self._awake(grads), refused)
         self._move.prepared(self._config.meta, arrays)
 
     def _buffers(self, grads: Mapping[str, Tensor]) -> Iterator[tuple[Run, Tensor, Tensor]]:
-        for run in self._runs.values():
+        for run in self._runs:
             yield run, *run.buffers([grads[leaf.name] for leaf in run.leaves])
 
     def _in_one_pass(self, grads: Mapping[str, Tensor]) -> None:
@@ -354,8 +359,8 @@ class HessianFree:
         """Return the block of each of the runs' sums."""
         key = tuple(id(run) for run in runs)
         if key not in self._indices:
-            blocks = [block for run in runs for block in run.blocks]
-            self._indices[key] = torch.tensor(blocks, device=self._vectors["beta"].device)
+            device = self._vectors["beta"].device
+            self._indices[key] = torch.cat([run.blocks.to(device) for run in runs])
         return self._indices[key]
 
     def _awake(self, grads: Mapping[str, Tensor], over: Any = None) -> Any:

@@ -4,6 +4,9 @@ A leaf that is large enough is a run by itself: a pass works on its own memory. 
 equal rule, dtypes, device, options and count are packed: their state lies in common buffers, the
 parameters and gradients are copied in, the parameters back. Where a run has one block its buffers
 are flat, elsewhere they are matrices with a block for every row.
+
+Leaves of one run make the same steps. A run is split once some of its leaves rest while others
+move, and stays so: runs are the coarsest that serve all steps there have been.
 """
 
 import math
@@ -19,7 +22,7 @@ from torch import Tensor
 from metaopt.rules import Rule
 from metaopt_torch.shards import Part, local
 
-__all__ = ["Leaf", "Order", "Run", "Scratch", "grouped", "order_of"]
+__all__ = ["Leaf", "Order", "Run", "Runs", "order_of"]
 
 #: Leaves of fewer numbers are packed, into runs of so many: on a CPU, and elsewhere.
 SMALL, PACK = {"cpu": 2**16}, {"cpu": 2**18}
@@ -162,10 +165,12 @@ class Run:
     ----------
     index : int, or integer tensor (rows,)
         The one block, where buffers are flat; the block of each row.
+    blocks : integer tensor (rows,)
+        The same, one row where buffers are flat.
     state : mapping of key to tensor
         The leaves' state as buffers, of which `Leaf.state` has views.
-    kernels : dict
-        What runs the passes, for whoever makes them to find it again.
+    kernels, ready : dict, object
+        What runs the passes, and what these are made for; for whoever makes them to find it again.
     """
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
@@ -186,16 +191,17 @@ class Run:
             self.shape = (sum(rows), ROW)
         else:
             self.shape = (len(blocks), first.order.length)
-        #: Block of each row, or of all that there is.
-        self.blocks: list[int] = [self.index] if self.flat else blocks.tolist()
+        self.blocks = torch.tensor(blocks[:1] if self.flat else blocks, device=self.device)
         if not self.flat:
-            self.index = torch.tensor(self.blocks, device=self.device)
+            self.index = self.blocks
         self._lengths = lengths
         self._packed = len(leaves) > 1 or self.padded
         self._copied = self._packed
         self._scratch: list[tuple[Tensor, list[Tensor]]] = []
+        self._lent: Any = None
         self.state = {key: self._adopted(key) for key in first.buffered}
         self.kernels: dict[Any, Any] = {}
+        self.ready: Any = None
 
     @property
     def over(self) -> Any:
@@ -242,22 +248,25 @@ class Run:
 
     def lend(self, scratch: "Scratch") -> None:
         """Take buffers that parameters and gradients are copied to from what others use too."""
-        if self._packed:
-            first, size = self.leaves[0], math.prod(self.shape)
-            self._scratch = [
-                (buffer, self._views(buffer))
-                for buffer in (
-                    scratch.buffer("param", size, first.param.dtype, self.device),
-                    scratch.buffer("grad", size, first.grad_dtype, self.device),
-                )
-            ]
-            self._scratch = [(buffer.view(self.shape), views) for buffer, views in self._scratch]
+        first, size = self.leaves[0], math.prod(self.shape)
+        if not self._packed or self._lent == first.grad_dtype:
+            return
+        self._scratch = [
+            (buffer.view(self.shape), self._views(buffer))
+            for buffer in (
+                scratch.buffer("param", size, first.param.dtype, self.device),
+                scratch.buffer("grad", size, first.grad_dtype, self.device),
+            )
+        ]
+        self._lent = first.grad_dtype
 
     def _adopted(self, key: str) -> Tensor:
         """Return the leaves' tensors of the state as one buffer, of which they become views."""
         tensors = [local(leaf.state[key]) for leaf in self.leaves]
         order = self.leaves[0].order
-        if not self._packed and tensors[0].permute(order.axes).is_contiguous():
+        held = tensors[0].untyped_storage().nbytes()  # a whole pack's, after a split
+        alone = not self._packed and held == tensors[0].nbytes
+        if alone and tensors[0].permute(order.axes).is_contiguous():
             return order.flat(tensors[0]).view(self.shape)
         buffer = torch.zeros(self.shape, dtype=tensors[0].dtype, device=self.device)
         for leaf, tensor, view in zip(self.leaves, tensors, self._views(buffer), strict=True):
@@ -296,8 +305,41 @@ def _rows(length: int) -> int:
     return -(-length // ROW)
 
 
-def grouped(leaves: Iterable[Leaf], known: Mapping[Any, Run]) -> dict[Any, Run]:
-    """Return runs of these leaves, those of `known` that hold the same ones among them."""
+class Runs:
+    """The runs of an optimizer, which outlive the steps in which their leaves rest."""
+
+    def __init__(self) -> None:
+        self._run_of: dict[Leaf, Run] = {}
+        self._scratch = Scratch()
+
+    def of(self, leaves: Sequence[Leaf]) -> list[Run]:
+        """Return runs of these leaves and no others, made or split where there are none yet.
+
+        Where that fails halfway, leaves are without a run until they are asked for again.
+        """
+        moving = set(leaves)
+        for run in dict.fromkeys(self._run_of[leaf] for leaf in leaves if leaf in self._run_of):
+            parts: dict[Any, list[Leaf]] = {}
+            for leaf in run.leaves:
+                parts.setdefault((leaf in moving, leaf.grad_dtype), []).append(leaf)
+            if len(parts) > 1:
+                for leaf in run.leaves:  # whose state is about to lie elsewhere
+                    del self._run_of[leaf]
+                for members in parts.values():
+                    self._add(members)
+        for members in _grouped(leaf for leaf in leaves if leaf not in self._run_of):
+            self._add(members)
+        runs = list(dict.fromkeys(self._run_of[leaf] for leaf in leaves if leaf in self._run_of))
+        for run in sorted(runs, key=lambda run: -math.prod(run.shape)):
+            run.lend(self._scratch)  # the largest first, so that all have the same
+        return runs
+
+    def _add(self, leaves: Sequence[Leaf]) -> None:
+        self._run_of |= dict.fromkeys(leaves, Run(leaves))
+
+
+def _grouped(leaves: Iterable[Leaf]) -> Iterable[list[Leaf]]:
+    """Return which leaves are to be runs; those of no numbers in none."""
     groups: dict[Any, list[Leaf]] = {}
     packs: dict[Any, int] = {}
     for leaf in leaves:
@@ -317,10 +359,4 @@ def grouped(leaves: Iterable[Leaf], known: Mapping[Any, Run]) -> dict[Any, Run]:
             packs[key] = filled
             key = (*key, filled // PACK.get(kind, PACK_ELSEWHERE))
         groups.setdefault(key, []).append(leaf)
-    runs, scratch = {}, Scratch()
-    for members in groups.values():
-        key = tuple(id(leaf) for leaf in members)
-        runs[key] = known[key] if key in known else Run(members)
-    for run in sorted(runs.values(), key=lambda run: -math.prod(run.shape)):
-        run.lend(scratch)  # the largest first, so that all have the same
-    return runs
+    return groups.values()
