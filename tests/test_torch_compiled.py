@@ -457,10 +457,11 @@ def test_after_a_regrouping_that_failed_the_next_step_is_whole(
     for resting in ((), (2, 5), ()):
         stepped(params, opt, resting)
         stepped(twins, other, resting)
+    allowed = rounding("float32", 10, 4)  # sums are over other packs
     for param, twin in zip(params, twins, strict=True):
-        assert torch.equal(param, twin)
+        _close(param.detach(), twin.detach(), allowed)
         for key, value in other.state[twin].items():
-            assert torch.equal(opt.state[param][key], value), key
+            _close(opt.state[param][key], value, allowed)
 
 
 @pytest.mark.parametrize("change", ["maximize", "gradient"])
