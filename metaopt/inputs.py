@@ -26,6 +26,9 @@ from metaopt.state import State
 
 __all__ = ["check_grads", "multiplier", "multipliers", "namespace_of"]
 
+#: How far below 0 a schedule of multipliers about 1 can end by rounding, in float32 too.
+ROUNDING = 2.0**-20
+
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise unless `value` is one of `choices`."""
@@ -242,7 +245,11 @@ def multipliers(lr: Any, names: Leaves[Any]) -> Leaves[Any]:
     """
     if isinstance(lr, Mapping):
         check_names("lr", lr, names)
-        return per_leaf((name, multiplier(f"lr[{name!r}]", lr[name])) for name in names)
+        known: dict[int, Any] = {}  # an array of several leaves is one array
+        for name in names:
+            if id(lr[name]) not in known:
+                known[id(lr[name])] = multiplier(f"lr[{name!r}]", lr[name])
+        return per_leaf((name, known[id(lr[name])]) for name in names)
     value = multiplier("lr", lr)
     return per_leaf((name, value) for name in names)
 
@@ -250,19 +257,23 @@ def multipliers(lr: Any, names: Leaves[Any]) -> Leaves[Any]:
 def multiplier(name: str, lr: Any) -> Any:
     """Return a multiplier, which messages call `name`: a float or an array of shape ().
 
-    A number below the least normal float32 is 0: there a step would be rounded to none, and whether
-    the leaf rests must not depend on who rounds.
+    One below the least normal float32 is 0: there a step would be rounded to none, and whether the
+    leaf rests must not depend on who rounds. A schedule that ends at 0 may end below it by
+    rounding, so the like is 0 too. What is further below is an error, but of an array, at which
+    nothing looks here, since that would wait for a device: there it is 0.
     """
+    if isinstance(lr, np.ndarray) and lr.shape == () and is_number(lr[()]):
+        lr = lr[()]
     if is_number(lr):
-        check_number(name, lr, 0.0)
+        check_number(name, lr if lr < -ROUNDING else abs(lr), 0.0)
         return float(lr) if lr >= SMALLEST else 0.0
     if getattr(lr, "shape", None) != ():
         msg = f"`{name}` must be a number or an array of shape (); got {lr!r}."
         raise ValueError(msg)
     check_real(name, lr)
-    if isinstance(lr, np.ndarray):  # other libraries read no other byte order
-        lr = lr.astype(lr.dtype.newbyteorder("="), copy=False)
-    return lr
+    xp = namespace(lr)
+    least = SMALLEST if is_real_floating(lr.dtype, xp) else 1
+    return xp.where(lr < least, xp.zeros_like(lr), lr)
 
 
 def check_bounds(bounds: Any, span: tuple[float, float]) -> None:

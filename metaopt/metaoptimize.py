@@ -360,8 +360,9 @@ class MetaOptimize:
         state : State
         lr : float, array of shape () or mapping of leaf name to these, default 1.0
             Multiplies the learned step sizes: schedules, warm-up, groups. Where it is 0 the leaf
-            stays where it is, and blocks whose leaves all rest do not learn. A number below the
-            least normal float32 is 0. The value of an array is not looked at.
+            stays where it is, and blocks whose leaves all rest do not learn. What is below the
+            least normal float32 is 0. A number below 0 by more than rounding is an error; an array
+            is not looked at.
         hvp : callable, needed by `curvature="exact"`
             From tangents, a mapping of leaf name to array (k, \*shape), to the Hessian at `params`
             times each of the k tangents; None is allowed for leaves without gradient.

@@ -346,7 +346,7 @@ def test_traces_of_moments_follow_the_moments_at_lr_zero(base: str, approximatio
 @pytest.mark.parametrize("backend", [*QUICK, "jax", "dask"], indirect=True)
 def test_a_schedule_of_arrays_equals_one_of_numbers(backend: Any) -> None:
     opt = configured("momentum", "Adam", blocks="tensor")
-    lrs = [0.5, 0.0, 1.0]
+    lrs = [0.5, 0.0, -1.5e-17, 1.0]  # below 0 by rounding, as schedules end
     ends = []
     for kind in ("number", "array", "by name"):
         params, state = backend.tree(START), opt.init(backend.tree(START))
@@ -789,7 +789,7 @@ def test_a_multiplier_that_rounds_to_nothing_is_0(dtype: str) -> None:
     opt = configured(blocks="tensor")
     params, state = warmed_up(opt, {name: array.astype(dtype) for name, array in START.items()})
     want, rested = stepped(opt, params, state, lr=0.0)
-    for tiny in (1e-300, np.float64(1e-60), 1e-40):
+    for tiny in (1e-300, np.float64(1e-60), 1e-40, -1.5e-17, np.array(-1e-17), np.float32(-1e-8)):
         got, after = stepped(opt, params, state, lr=tiny)
         assert contents(got) == contents(want)
         assert contents(after) == contents(rested)

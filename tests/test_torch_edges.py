@@ -336,10 +336,12 @@ REFUSED: dict[str, Any] = {
     "is negated by a bit alone": lambda _: [torch._neg_view(torch.ones(3))],
     "must hold a parameter; got 2 empty groups": lambda _: [{"params": []}] * 2,
     "`maximize` must be True or False": lambda p: [{"params": [p], "maximize": "no"}],
-    "`lr` must not be negative": lambda p: [{"params": [p], "lr": torch.tensor(-1.0)}],
     r"`params\['0'\]` is a TwoTensor, which keeps": lambda p: [TwoTensor(p.data, p.data)],
     r"`params\['0'\]` is partitioned by DeepSpeed's ZeRO": lambda p: [marked(p, "ds_id")],
     "FullyShardedDataParallel .* Pass `process_group=`": lambda p: [marked(p, "_fsdp_flattened")],
+    "`lr` must be a finite number and at least 0": lambda p: [
+        {"params": [p], "lr": torch.tensor(-1.0)}
+    ],
 }
 
 

@@ -1,7 +1,7 @@
 """From parameter groups and what state there is to all that a step needs."""
 
 from collections import defaultdict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from metaopt.rules import Rule
 from metaopt_torch.changes import Index, index_of, moved, predecessors
 from metaopt_torch.containers import Containers
 from metaopt_torch.groups import MADE_WITH, configured, named, narrowed, same, started, starts
+from metaopt_torch.hyperparameters import agreed, hyperparameters, overrides
 from metaopt_torch.places import paths, place
 from metaopt_torch.runs import Leaf, order_of
 from metaopt_torch.shards import Part, local, part_of, window
@@ -100,8 +101,8 @@ class Built:
     leaves : mapping of name to Leaf
     vectors : Vectors
     counts : Counts
-    decays : mapping of group id to float or None
-        Weight decay of the groups in `config`.
+    said : sequence of (rule, group, dict)
+        The hyperparameters of rules for which groups have other values in `config`.
     starts : mapping of block name to float or array
         Step sizes with which blocks start, as the groups say.
     owners : sequence of (group, str or None)
@@ -113,15 +114,14 @@ class Built:
     leaves: dict[str, Leaf]
     vectors: Vectors
     counts: Counts
-    decays: dict[int, float | None]
+    said: list[tuple[Rule, Group, dict[str, Any]]]
     starts: dict[str, Any]
     owners: list[tuple[Group, str | None]]
 
     def outdated(self) -> bool:
-        """Say whether groups have another weight decay than in `config`."""
+        """Say whether groups have other hyperparameters than in `config`."""
         return any(
-            leaf.group["weight_decay"] != self.decays[id(leaf.group)]
-            for leaf in self.leaves.values()
+            overrides(hyperparameters(rule), group) != kept for rule, group, kept in self.said
         )
 
 
@@ -163,7 +163,7 @@ def build(
         given = narrowed(given, members)
     params = {name: param for name, param, _ in members}
     plan = config.plan(params)
-    # without the weight decay of groups, which passes take as an argument
+    # without the hyperparameters of groups, which passes take as arguments
     rules = rules_by_leaf(given.base, per_leaf((name, param) for name, param, _ in members))
     leaves = {
         name: _leaf(name, param, group, plan, rules[name], states, containers)
@@ -210,6 +210,7 @@ def build(
         _forget(before, leaves, states)
         _bound(config, plan, vectors, leaves)
     vectors.share(groups)
+    _fill(groups, rules, owners)
     _mark(given, groups, rules, owners)
     known = {} if before is None or before.counts.edited() else continued
     for name, leaf in leaves.items():
@@ -224,7 +225,7 @@ def build(
         leaves=leaves,
         vectors=vectors,
         counts=Counts([leaf for leaf in leaves.values() if leaf.state]),
-        decays={id(group): group["weight_decay"] for group in groups},
+        said=_said(leaves.values()),
         starts=begin_at,
         owners=[(group, group["block"]) for group in groups],
     )
@@ -350,6 +351,26 @@ def _bound(
     limits = config.limits(plan.blocks, next(iter(betas.values())))
     for name, beta in betas.items():
         beta.clamp_(*(end[name] if isinstance(end, Mapping) else end for end in limits))
+
+
+def _said(leaves: Iterable[Leaf]) -> list[tuple[Rule, Group, dict[str, Any]]]:
+    """Return what groups say of hyperparameters, once for each rule and group."""
+    pairs = {(id(leaf.rule), id(leaf.group)): leaf for leaf in leaves}
+    return [
+        (leaf.rule, leaf.group, overrides(hyperparameters(leaf.rule), leaf.group))
+        for leaf in pairs.values()
+    ]
+
+
+def _fill(groups: Sequence[Group], rules: Mapping[str, Rule], owners: Mapping[str, int]) -> None:
+    """Have groups hold the hyperparameters that the rules of their leaves agree on."""
+    members: list[list[Rule]] = [[] for _ in groups]
+    for name, rule in rules.items():
+        members[owners[name]].append(rule)
+    for group, of_group in zip(groups, members, strict=True):
+        for name, value in agreed(of_group).items():
+            if group.get(name) is None:
+                group[name] = value
 
 
 def _check_units(plan: Plan, leaves: Mapping[str, Leaf]) -> None:

@@ -1,8 +1,10 @@
 """From parameter groups to the core's configuration: names, rules, blocks, step sizes, bounds."""
 
 import glob
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any
 
@@ -16,12 +18,15 @@ from metaopt.blocks import Blocks, Named, Partition, first_match
 from metaopt.inputs import multiplier
 from metaopt.plan import rules_by_leaf
 from metaopt.rules import Rule
+from metaopt_torch.hyperparameters import adjusted
 
 __all__ = [
     "MADE_WITH",
+    "OPTIONS",
     "ByGroup",
     "check_groups",
     "check_numbers",
+    "check_options",
     "check_rounding",
     "configured",
     "multiplier_of",
@@ -30,10 +35,14 @@ __all__ = [
     "same",
     "started",
     "starts",
+    "take_keys",
+    "warn_of_unused_decay",
 ]
 
 Group = dict[str, Any]
 
+#: What a parameter group may say of its own, beside the hyperparameters of its rules.
+OPTIONS = ("lr", "weight_decay", "maximize", "block", "step_size", "bounds")
 #: Key of a group for the rules and the map that its state belongs to.
 MADE_WITH = "made_with"
 
@@ -98,17 +107,87 @@ def check_groups(groups: Sequence[Group]) -> None:
             msg = f"`params[{name!r}]` must be dense, real and floating; got {got}."
             raise TypeError(msg)
     for group in groups:
-        check_numbers(group)
-        block, lr = group["block"], group["lr"]
-        if type(lr) is Tensor and lr.device.type == "cpu" and not bool(torch.all(lr >= 0.0)):
-            msg = f"`lr` must not be negative; got {lr}."
+        check_options(group)
+
+
+def check_options(group: Group) -> None:
+    """Raise unless what a group, or the constructor for all, says is what may be said."""
+    check_numbers(group)
+    block = group["block"]
+    if not isinstance(group["maximize"], bool):
+        msg = f"`maximize` must be True or False; got {group['maximize']!r}."
+        raise TypeError(msg)
+    if block is not None and not isinstance(block, str):
+        msg = f"`block` must be the name of a block, or None; got {block!r}."
+        raise TypeError(msg)
+
+
+def take_keys(
+    group: Group, own: Mapping[str, Any], hyper: Iterable[str], state: Collection[str]
+) -> None:
+    """Take from a new group what is the whole optimizer's, and raise for misspelt options.
+
+    Other keys are the user's own, and stay as they are. Wrappers that are optimizers themselves
+    (SAM, ZeroRedundancyOptimizer) copy all arguments of the constructor into the groups.
+
+    Parameters
+    ----------
+    group : dict
+    own : mapping of argument of the constructor to value
+    hyper : iterable of str
+        Names of the rules' hyperparameters.
+    state : collection of str
+        Names of what groups hold of the state.
+
+    Raises
+    ------
+    ValueError
+        If a key is misspelt, has another value than the optimizer, or is the name of its state.
+    """
+    options = {*OPTIONS, *hyper}
+    for key in list(group):
+        if key in own and same(group[key], own[key]):
+            del group[key]
+        elif key in options or not isinstance(key, str):
+            continue
+        elif key in own:
+            msg = (
+                f"`params` has a group with `{key}` {group[key]!r}, which all groups have in "
+                f"common; give it to the optimizer, which has {own[key]!r}."
+            )
             raise ValueError(msg)
-        if not isinstance(group["maximize"], bool):
-            msg = f"`maximize` must be True or False; got {group['maximize']!r}."
-            raise TypeError(msg)
-        if block is not None and not isinstance(block, str):
-            msg = f"`block` must be the name of a block, or None; got {block!r}."
-            raise TypeError(msg)
+        elif key in state:
+            msg = (
+                f"`params` has a group with {key!r}, a name of this optimizer's state: call it "
+                "otherwise, and load a state by `load_state_dict`."
+            )
+            raise ValueError(msg)
+        elif close := get_close_matches(key, options | own.keys(), n=1, cutoff=0.85):
+            msg = f"`params` has a group with the unknown option {key!r}; is it `{close[0]}`?"
+            raise ValueError(msg)
+
+
+def warn_of_unused_decay(base: Any, weight_decay: float | None, groups: Sequence[Group]) -> None:
+    """Warn where the weight decay of a rule, or of all, is that of no parameter.
+
+    Groups say another then; transformers' Trainer makes such groups by itself.
+    """
+    leaves = named(groups)
+    rules = rules_by_leaf(base, per_leaf((name, param) for name, param, _ in leaves))
+    meant: dict[float, bool] = {}
+    for name, _, group in leaves:
+        expected = rules[name].weight_decay if weight_decay is None else weight_decay
+        meant[expected] = meant.get(expected, False) or group["weight_decay"] in (None, expected)
+    for decay, used in meant.items():
+        if decay != 0.0 and not used:
+            of = "`base`" if weight_decay is None else "the optimizer"
+            said = ", ".join(dict.fromkeys(repr(group["weight_decay"]) for group in groups))
+            warnings.warn(
+                f"The weight decay {decay} of {of} is that of no parameter: all groups say their "
+                f"own, {said}, and what a group says is what counts. Say it in the groups; with "
+                "the Trainer of transformers, in `TrainingArguments(weight_decay=...)`.",
+                stacklevel=3,
+            )
 
 
 def _expanded(param: Tensor) -> bool:
@@ -121,13 +200,13 @@ def _expanded(param: Tensor) -> bool:
 def check_numbers(group: Group) -> None:
     """Raise unless `lr` and `weight_decay`, which schedules change, are what they may be."""
     lr, decay = group["lr"], group["weight_decay"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            msg = f"`lr` must be a number or a tensor of one; got shape {tuple(lr.shape)}."
-            raise ValueError(msg)
-    elif not isinstance(lr, Real) or not 0.0 <= float(lr) < float("inf"):
-        msg = f"`lr` must be a finite number, not negative; got {lr!r}."
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        msg = f"`lr` must be a number or a tensor of one; got shape {tuple(lr.shape)}."
         raise ValueError(msg)
+    if type(lr) is Tensor and lr.device.type == "cpu":
+        multiplier("lr", float(lr))  # what lies on a device would have to be waited for
+    elif not isinstance(lr, Tensor):
+        multiplier("lr", lr)
     if decay is not None and not (isinstance(decay, Real) and 0.0 <= float(decay) < float("inf")):
         msg = f"`weight_decay` must be a finite number, not negative; got {decay!r}."
         raise ValueError(msg)
@@ -136,7 +215,7 @@ def check_numbers(group: Group) -> None:
 def multiplier_of(group: Group) -> Any:
     """Return what step sizes are multiplied by: a float, or a tensor of shape ()."""
     lr = group["lr"]
-    return lr.reshape(()) if isinstance(lr, Tensor) else multiplier("lr", float(lr))
+    return multiplier("lr", lr.reshape(()) if isinstance(lr, Tensor) else lr)
 
 
 def check_rounding(rounding: str, groups: Sequence[Group]) -> None:
@@ -149,16 +228,6 @@ def check_rounding(rounding: str, groups: Sequence[Group]) -> None:
             other = ': use "kahan"' if param.dtype == torch.float16 else ""
             msg = f'`rounding="stochastic"` is for bfloat16; {name!r} is {param.dtype}{other}.'
             raise ValueError(msg)
-
-
-def decayed(rule: Rule, weight_decay: float | None, made: dict[Any, Rule]) -> Rule:
-    """Return a rule with a group's weight decay; equal ones are one object, which `made` keeps."""
-    if weight_decay is None or weight_decay == rule.weight_decay:
-        return rule
-    key = (id(rule), weight_decay)
-    if key not in made:
-        made[key] = replace(rule, weight_decay=weight_decay)  # type: ignore[type-var]
-    return made[key]
 
 
 def started(groups: Sequence[Group]) -> bool:
@@ -213,9 +282,7 @@ def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> mo.MetaOptim
         config = narrowed(config, leaves)
     made: dict[Any, Rule] = {}
     of_base = rules_by_leaf(config.base, per_leaf((name, param) for name, param, _ in leaves))
-    of_leaf = {
-        name: decayed(of_base[name], group["weight_decay"], made) for name, _, group in leaves
-    }
+    of_leaf = {name: adjusted(of_base[name], group, made) for name, _, group in leaves}
     base: Any = config.base
     if any(of_leaf[name] is not of_base[name] for name in of_leaf):
         base = {glob.escape(name): rule for name, rule in of_leaf.items()}

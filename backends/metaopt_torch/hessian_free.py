@@ -17,8 +17,9 @@ from metaopt.step import awake_families
 from metaopt_torch.build import Built
 from metaopt_torch.compiler import Compiled, Eager, Once, in_chunks, placement
 from metaopt_torch.groups import multiplier_of
+from metaopt_torch.hyperparameters import adjusted, as_numbers, hyperparameters, overrides
 from metaopt_torch.passes import Arrays, Kind, Pass, fused, moved, products
-from metaopt_torch.runs import Run, Runs
+from metaopt_torch.runs import Leaf, Run, Runs
 from metaopt_torch.shards import summed
 
 __all__ = ["HessianFree"]
@@ -90,6 +91,12 @@ class HessianFree:
         self._all_runs = Runs()
         #: Those of the leaves that have gradients.
         self._runs: list[Run] = []
+        #: The rules and groups that go together, by identity, and what groups say otherwise.
+        self._pairs = {
+            _pair(leaf): (leaf.rule, leaf.group, hyperparameters(leaf.rule))
+            for leaf in built.leaves.values()
+        }
+        self._changed: dict[tuple[int, int], dict[str, Any]] = {}
         self._indices: dict[Any, Tensor] = {}
         #: Whether the meta-gradient has to be known before a parameter is written.
         self.two_passes = built.config.meta_first or built.config.skip_nonfinite
@@ -111,6 +118,7 @@ class HessianFree:
             Whether leaves have been packed anew, so that their state lies elsewhere.
         """
         self._lr = {key: multiplier_of(group) for key, group in self._groups.items()}
+        self._look_at_groups()
         signature = self._signature_of(grads)
         packed = signature != self._signature
         if packed:
@@ -139,21 +147,29 @@ class HessianFree:
         self._vectors["skipped"].add_(1 - one)
         return packed
 
+    def _look_at_groups(self) -> None:
+        """See what groups say of hyperparameters, which schedules change."""
+        changed = {key: overrides(own, group) for key, (_, group, own) in self._pairs.items()}
+        if changed != self._changed:
+            for rule, group, _ in self._pairs.values():
+                adjusted(rule, group, {})  # which raises where that cannot be
+            self._changed = changed
+
     def _signature_of(self, grads: Mapping[str, Tensor]) -> Any:
         """Return all that runs, and the kernels that step them, depend on."""
         options = [
             (
                 None if isinstance(self._lr[key], Tensor) else self._lr[key] == 0.0,
-                group["weight_decay"] is None,
                 bool(group["maximize"]),
             )
             for key, group in self._groups.items()
         ]
+        changed = [tuple(named) for named in self._changed.values()]
         leaves = [
             (id(self._leaves[name]), grad.dtype, type(grad), grad.device)
             for name, grad in grads.items()
         ]
-        return torch.get_num_threads(), tuple(options), tuple(leaves)
+        return torch.get_num_threads(), tuple(options), tuple(changed), tuple(leaves)
 
     def _prepare(self, grads: Mapping[str, Tensor], options: Any) -> None:
         """Compile what a step of these leaves needs, before any of it writes.
@@ -235,10 +251,10 @@ class HessianFree:
     ) -> Rates:
         """Return what the run's group makes of the step sizes and their slopes."""
         leaf = run.leaves[0]
-        key = (id(leaf.group), leaf.dtype, run.device)
+        key = (*_pair(leaf), leaf.dtype, run.device)
         if key in known:
             return known[key]
-        lr, decay = self._lr[id(leaf.group)], leaf.group["weight_decay"]
+        lr = self._lr[id(leaf.group)]
         discount, one = (
             self._constant(value, leaf.dtype, run.device) for value in (self._config.discount, 1.0)
         )
@@ -253,8 +269,9 @@ class HessianFree:
             value, slope = value * lr, slope if shared else slope * lr
         by_block = {"lr": value} if shared else {"lr": value, "lr_trace": slope}
         single = {"discount": discount}
-        if decay is not None:  # an argument of the pass, for it may have a schedule
-            single["weight_decay"] = self._constant(float(decay), leaf.dtype, run.device)
+        # arguments of the pass, for they may have schedules
+        for name, number in as_numbers(self._changed[_pair(leaf)]).items():
+            single[name] = self._constant(number, leaf.dtype, run.device)
         by_block["keep"] = keep.to(run.device)
         known[key] = Rates(by_block, single, self._moves(leaf.group))
         return known[key]
@@ -396,6 +413,10 @@ class HessianFree:
         if accepted is not None:
             arrays["accepted"] = accepted
         return arrays
+
+
+def _pair(leaf: Leaf) -> tuple[int, int]:
+    return id(leaf.rule), id(leaf.group)
 
 
 def _meta(config: mo.MetaOptimize, blocks: Blocks) -> Pass:

@@ -4,6 +4,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -29,20 +30,23 @@ from metaopt_torch.curvature import (
 )
 from metaopt_torch.groups import (
     MADE_WITH,
+    OPTIONS,
     check_groups,
     check_numbers,
+    check_options,
     check_rounding,
     configured,
+    take_keys,
+    warn_of_unused_decay,
 )
 from metaopt_torch.hessian_free import HessianFree
+from metaopt_torch.hyperparameters import agreed, hyperparameters
 from metaopt_torch.runs import Leaf
 from metaopt_torch.shards import placed
+from metaopt_torch.vectors import names_of_vectors
 from metaopt_torch.watch import Watch
 
 __all__ = ["MetaOptimizer"]
-
-#: What a parameter group may say of its own.
-OPTIONS = ("lr", "weight_decay", "maximize", "block", "step_size", "bounds")
 
 
 class MetaOptimizer(torch.optim.Optimizer):
@@ -155,7 +159,12 @@ meta_first, skip_nonfinite
         self._twice: list[tuple[weakref.ref[Tensor], int]] = []
         self._checked = False
         given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, dict.fromkeys(OPTIONS) | given)
+        defaults = agreed(self._rules) | dict.fromkeys(OPTIONS) | given
+        check_options(defaults)
+        super().__init__(params, defaults)
+        warn_of_unused_decay(base, weight_decay, self.param_groups)
+        if weight_decay is None:
+            self.defaults["weight_decay"] = agreed(self._rules).get("weight_decay")
         self._build()
 
     def _build(self, before: Built | None = None) -> None:
@@ -194,13 +203,17 @@ meta_first, skip_nonfinite
         self._watch = Watch((*options, *built.vectors.names()))
         self._watch.see(self.param_groups, self.state)
 
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Have a group say what all groups say."""
+        for name in (*OPTIONS, *agreed(self._rules)):
+            group.setdefault(name, self.defaults[name])
+
     def _complete_groups(self, before: Built) -> None:
         """Have groups that were edited say all that groups say, and check them."""
         for group, names in zip(
             self.param_groups, renamed(self.param_groups, before.leaves), strict=True
         ):
-            for name in OPTIONS:
-                group.setdefault(name, self.defaults[name])
+            self._complete(group)
             if names is not None:
                 group["param_names"] = names
         check_groups(self.param_groups)
@@ -230,16 +243,14 @@ meta_first, skip_nonfinite
         Raises
         ------
         ValueError, TypeError
-            If an option is unknown or wrong; nothing is changed then.
+            If an option is misspelt or wrong; nothing is changed then.
         """
-        known = {"params", "param_names", "initial_lr", *OPTIONS}
-        unknown = [key for key in param_group if key not in known]
-        if unknown:
-            msg = (
-                f"`params` has a group with the unknown option {unknown[0]!r}; "
-                f"known: {', '.join(sorted(known))}."
-            )
-            raise ValueError(msg)
+        own = {field.name: getattr(self._given, field.name) for field in fields(self._given)}
+        own |= {"hvp": self._hvp, "rounding": self._rounding, "compile": self._compile}
+        own["process_group"] = self._process_group
+        hyper = {name for rule in self._rules for name in hyperparameters(rule)}
+        state = {MADE_WITH, *names_of_vectors(self._given.meta)}
+        take_keys(param_group, own, hyper, state)
         before = list(self.param_groups)
         super().add_param_group(param_group)
         try:
@@ -255,6 +266,11 @@ meta_first, skip_nonfinite
         """The core's configuration, with what the groups say."""
         self._refresh()
         return self._ready.config
+
+    @property
+    def _rules(self) -> Sequence[Rule]:
+        base = self._given.base
+        return list(base.values()) if isinstance(base, Mapping) else [base]
 
     @property
     def _ready(self) -> Built:
@@ -602,8 +618,7 @@ meta_first, skip_nonfinite
         if isinstance(state.get("_process_group"), str):
             self._process_group = group_called(state["_process_group"])
         for group in self.param_groups:
-            for name in OPTIONS:
-                group.setdefault(name, self.defaults[name])
+            self._complete(group)
         if not self.__dict__.get("_loading", False):
             self._built, self._engine, self._twice, self._checked = None, None, [], False
             self._build()

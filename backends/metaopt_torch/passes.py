@@ -5,7 +5,7 @@ computed is in `metaopt.passes`; here are the sums and the writes in place.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaopt.passes import Leaf, fused_pass, leaf_pass, leaf_product
 from metaopt.rules import Rule
+from metaopt_torch.hyperparameters import with_arrays
 from metaopt_torch.rounding import lost, rounded
 
 __all__ = ["Arrays", "Kind", "Pass", "fused", "moved", "products"]
@@ -48,8 +49,8 @@ def fused(kind: Kind) -> Pass:
     """Return the pass that moves the parameters and sums h * g by row, or over all.
 
     It takes "param", "grad", the slots, "trace", "count", "lr", "keep" and "discount"; "lr_trace"
-    and "weight_decay" where they are others than `lr` and the rule's; "compensation" for Kahan's
-    rounding.
+    and hyperparameters (`with_arrays`) where they are others than `lr` and the rule's;
+    "compensation" for Kahan's rounding.
     """
 
     def run(rule: Rule, arrays: Arrays) -> Tensor:
@@ -101,9 +102,7 @@ def _given(kind: Kind, rule: Rule, arrays: Arrays) -> tuple[Any, ...]:
     wide = arrays["param"].to(arrays["trace"].dtype)
     if "compensation" in arrays:
         wide = wide + arrays["compensation"]
-    if "weight_decay" in arrays:
-        changed: Any = rule
-        rule = replace(changed, weight_decay=arrays["weight_decay"])
+    rule = with_arrays(rule, arrays)
     slots = {slot: arrays[slot] for slot in rule.slots}
     leaf = Leaf(wide, _gradient(kind, arrays), slots, arrays["count"], arrays["trace"])
     return rule, leaf, arrays["lr"], arrays.get("lr_trace", arrays["lr"])

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import metaopt as mo
 from metaopt.plan import Plan
+from metaopt.rules import Rule
 from metaopt_torch.changes import Index, moved
 
-__all__ = ["Vectors", "name_of_trace"]
+__all__ = ["Vectors", "name_of_trace", "names_of_vectors"]
 
 Group = dict[str, Any]
 
@@ -166,6 +167,13 @@ class Vectors:
             start = sum(sizes[:index])
             parts.append((name, vector[..., start : start + sizes[index]]))
         return parts
+
+
+def names_of_vectors(meta: Rule) -> set[str]:
+    """Return all names under which groups may hold vectors with this meta update."""
+    always = {"beta", "meta_grad", "meta_count", "restarts", "step", "skipped"}
+    traces = {name_of_trace(key) for key in ("beta", *meta.slots)}
+    return always | traces | {f"meta_{slot}" for slot in meta.slots}
 
 
 def name_of_trace(key: str) -> str:

@@ -1,0 +1,101 @@
+"""The numbers of a base rule that parameter groups hold: weight decay, betas, momentum, eps."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from metaopt.rules import Rule
+
+__all__ = ["adjusted", "agreed", "as_numbers", "hyperparameters", "overrides", "with_arrays"]
+
+#: What names of arrays begin with that stand for hyperparameters in a pass.
+PREFIX = "rule."
+
+
+def hyperparameters(rule: Rule) -> dict[str, Any]:
+    """Return the numbers of a rule that a parameter group may say otherwise.
+
+    Returns
+    -------
+    dict of field name to float or tuple of float
+    """
+    found = {"weight_decay": rule.weight_decay}
+    for field in fields(rule) if is_dataclass(rule) else ():
+        value = getattr(rule, field.name)
+        if isinstance(value, float) or (
+            isinstance(value, tuple) and all(isinstance(number, float) for number in value)
+        ):
+            found[field.name] = value
+    return found
+
+
+def agreed(rules: Iterable[Rule]) -> dict[str, Any]:
+    """Return the hyperparameters that all of these rules have, with one value.
+
+    Zeros are left out, but that of weight decay: a rule without momentum has no state for any.
+    """
+    each = [hyperparameters(rule) for rule in rules]
+    return {
+        name: value
+        for name, value in (each[0] if each else {}).items()
+        if (value or name == "weight_decay") and all(other.get(name) == value for other in each)
+    }
+
+
+def overrides(own: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a group says of the hyperparameters `own` of a rule, where it differs."""
+    found = {}
+    for name, value in own.items():
+        said = group.get(name)
+        said = tuple(said) if isinstance(said, list) else said
+        if said is not None and said != value:
+            found[name] = said
+    return found
+
+
+def adjusted(rule: Rule, group: Mapping[str, Any], made: dict[Any, Rule]) -> Rule:
+    """Return a rule with the hyperparameters of a group; equal ones are one object of `made`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a value is none that the rule can have, or one with which it would keep other state.
+    """
+    changed = overrides(hyperparameters(rule), group)
+    if not changed:
+        return rule
+    key = (id(rule), *changed.items())
+    if key not in made:
+        new: Rule = replace(rule, **changed)  # type: ignore[type-var]
+        if new.slots != rule.slots:
+            name = next(name for name in changed if name != "weight_decay")
+            msg = (
+                f"`{name}` of a group cannot be {changed[name]!r} where `base` is {rule!r}: "
+                f"that would keep other state. Say it in the rule."
+            )
+            raise ValueError(msg)
+        made[key] = new
+    return made[key]
+
+
+def as_numbers(changed: Mapping[str, Any]) -> dict[str, float]:
+    """Return hyperparameters as single numbers, under the names that `with_arrays` looks for."""
+    found = {}
+    for name, value in changed.items():
+        if isinstance(value, tuple):
+            found |= {f"{PREFIX}{name}.{index}": float(part) for index, part in enumerate(value)}
+        else:
+            found[f"{PREFIX}{name}"] = float(value)
+    return found
+
+
+def with_arrays(rule: Rule, arrays: Mapping[str, Tensor]) -> Rule:
+    """Return a rule with those of its hyperparameters that are among the arguments of a pass."""
+    changed: dict[str, Any] = {}
+    for key, array in arrays.items():
+        if key.startswith(PREFIX):
+            name, *index = key.removeprefix(PREFIX).split(".")
+            changed[name] = (*changed.get(name, ()), array) if index else array
+    return replace(rule, **changed) if changed else rule  # type: ignore[type-var]
