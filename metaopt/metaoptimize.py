@@ -686,8 +686,20 @@ class MetaOptimize:
         blocks = self._plan_of(state).blocks
         return _solid(blocks.by_name(map_leaves(self._sigma.value, state.beta)))
 
-    def diagnostics(self, state: State) -> dict[str, Any]:
+    def diagnostics(
+        self,
+        state: State,
+        *,
+        reduce: parts.Reduce | None = None,
+        copies: Mapping[str, int] | None = None,
+    ) -> dict[str, Any]:
         """Return what tells how the adaptation is doing; arrays, nothing is copied to the host.
+
+        Parameters
+        ----------
+        state : State
+        reduce, copies : optional
+            As for `step`, where several devices hold parts of the leaves.
 
         Returns
         -------
@@ -702,7 +714,12 @@ class MetaOptimize:
             name: plan.layout.square(trace, name, plan.beta_dtype)
             for name, trace in state.trace.items()
         }
-        norms = map_leaves(xp.sqrt, plan.layout.gather(squares))
+        if not blocks.partition.per_leaf:
+            squares = {
+                name: square / (copies or {}).get(name, 1) for name, square in squares.items()
+            }
+        total, _ = parts.reduced(reduce, plan, plan.layout.gather(squares), None)
+        norms = map_leaves(xp.sqrt, total)
         restarts = (
             {name: state.restarts[index] for index, name in enumerate(blocks.views)}
             if blocks.partition.per_leaf

@@ -46,6 +46,8 @@ SCENARIOS: dict[int, list[str]] = {
         "fsdp1_branches,blocks=tensor",
         "fsdp1_saved,blocks=tensor",
         "by_hand,blocks=tensor",
+        "zero",
+        "zero_refused",
         "refused",
     ],
     4: [

@@ -10,6 +10,7 @@ bit.
 
 import copy
 import dataclasses
+import functools
 import io
 import json
 import pickle
@@ -33,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -359,6 +361,44 @@ def by_hand(**options: Any) -> None:
     check_blocks(opt, twin_opt, 1e-12)
 
 
+def zero(**options: Any) -> None:
+    """ZeroRedundancyOptimizer: every process has whole parameters of its own; resumed, too."""
+    twin = Model().double()
+    nets = [copy.deepcopy(twin) for _ in range(2)]
+    make = functools.partial(optimizer, **options)
+    twin_opt = optimizer(twin.parameters(), **options)
+    opts = [ZeroRedundancyOptimizer(net.parameters(), make) for net in nets]
+    for t in range(2 * STEPS):
+        net, opt = nets[t >= STEPS], opts[t >= STEPS]
+        train(twin, twin_opt, t, lambda x: x, 5)
+        for param, same in zip(net.parameters(), twin.parameters(), strict=True):
+            param.grad = same.grad.clone()
+        twin_opt.step()
+        opt.step()
+        if t == STEPS - 1:
+            opt.consolidate_state_dict()
+            state = [opt.state_dict() if dist.get_rank() == 0 else None]
+            dist.broadcast_object_list(state)
+            nets[1].load_state_dict(net.state_dict())
+            opts[1].load_state_dict(state[0])
+        check_params(net, twin, 1e-12)
+        check_blocks(opt.optim, twin_opt, 1e-12)
+
+
+def zero_refused() -> None:
+    """What ZeroRedundancyOptimizer would keep of one process alone."""
+    net = Model().double()
+    for blocks in ("tensor", "node", "weight"):
+        with pytest.raises(ValueError, match=r'ZeroRedundancyOptimizer .* must be "scalar"'):
+            ZeroRedundancyOptimizer(net.parameters(), functools.partial(optimizer, blocks=blocks))
+    groups = [
+        {"params": [net.scale], "block": "scale"},
+        {"params": [*net.up.parameters(), *net.down.parameters()], "block": "rest"},
+    ]
+    with pytest.raises(ValueError, match=r"equal blocks, by group; process 0 has \[\['scale'\]"):
+        ZeroRedundancyOptimizer(groups, optimizer)
+
+
 def refused() -> None:
     """What is cut in a way that cannot be followed is refused, by name and with a way out."""
     net = wrapped(Model().double(), use_orig_params=True)
@@ -566,6 +606,8 @@ SCENARIOS: dict[str, Callable[..., None]] = {
         fsdp1_branches,
         fsdp1_saved,
         by_hand,
+        zero,
+        zero_refused,
         refused,
         tensor_parallel,
         two_meshes,

@@ -15,7 +15,16 @@ from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["Containers", "check_group", "group_called"]
+from metaopt.blocks import Partition
+
+__all__ = [
+    "Containers",
+    "check_agreement",
+    "check_group",
+    "check_shared",
+    "group_called",
+    "zero_group",
+]
 
 #: Attributes that mark a parameter as a part of one, by what sets them.
 FSDP1, DEEPSPEED, MEGATRON = "_fsdp_flattened", "ds_id", "tensor_model_parallel"
@@ -107,6 +116,45 @@ def check_group(group: Any) -> None:
     if group is not None and not isinstance(group, dist.ProcessGroup):
         msg = f"`process_group` must be a ProcessGroup; got {group!r}."
         raise TypeError(msg)
+
+
+def zero_group() -> Any:
+    """Return the processes of the ZeroRedundancyOptimizer that is making an optimizer, or None.
+
+    It gives each process other parameters, whole ones, and says so to nobody.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    kind, frame = getattr(module, "ZeroRedundancyOptimizer", None), sys._getframe()
+    while kind is not None and frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, kind):
+            return owner.process_group
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def check_shared(partition: Partition) -> None:
+    """Raise unless blocks are the same whichever parameters a process has."""
+    if len({partition.assign(name, (2, 2))[0] for name in ("0", "1")}) > 1:
+        msg = (
+            "ZeroRedundancyOptimizer gives each process parameters of its own, without names, and "
+            'saves one process\'s step sizes: `blocks` must be "scalar", or groups have a `block`. '
+            "For other blocks use `fully_shard`."
+        )
+        raise ValueError(msg)
+
+
+def check_agreement(group: Any, blocks: Any) -> None:
+    """Raise on all processes of a group where their blocks differ; a collective call."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, blocks, group=group)
+    for rank, theirs in enumerate(found):
+        if theirs != found[0]:
+            msg = (
+                "Processes that share parameters must have equal blocks, by group; process 0 has "
+                f"{found[0]}, process {rank} has {theirs}."
+            )
+            raise ValueError(msg)
 
 
 def group_called(name: str) -> Any:

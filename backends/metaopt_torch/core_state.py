@@ -43,7 +43,7 @@ def _held(built: Built, path: Path, spec: Spec) -> Tensor:
 
 
 def whole(built: Built, *, restarts: bool) -> mo.State:
-    """Return the state of whole parameters, copied.
+    """Return the state of whole parameters, copied; of those that a group holds, this part's.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def whole(built: Built, *, restarts: bool) -> mo.State:
         leaf = built.leaves[name]
         if key not in leaf.state:
             return torch.zeros(spec.shape, dtype=spec.dtype, device=leaf.param.device)
-        value = gathered(leaf.state[key], None if key == "step" else leaf.part.group)
+        value = gathered(leaf.state[key])
         if key == "trace" and keep is not None:
             columns = built.plan.layout.columns(keep, name, len(spec.shape))
             value = hat(value, 1.0, columns.to(value.device))

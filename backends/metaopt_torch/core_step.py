@@ -18,7 +18,7 @@ from metaopt_torch.rounding import lost, rounded
 from metaopt_torch.runs import Leaf
 from metaopt_torch.shards import devices, local, summed_along
 
-__all__ = ["check_parts", "core_step", "reduction"]
+__all__ = ["check_parts", "copies", "core_step", "reduction"]
 
 
 def core_step(
@@ -48,7 +48,7 @@ def core_step(
         state,
         lr={name: multiplier_of(leaf.group) for name, leaf in leaves.items()},
         reduce=reduction(leaves),
-        copies=_copies(leaves),
+        copies=copies(leaves),
         **options,
     )
     for name in grads:
@@ -86,18 +86,19 @@ def _derivative(built: Built, function: Callable[..., Any]) -> Callable[..., Any
     return signed
 
 
-def _ways(leaves: Mapping[str, Leaf]) -> dict[Any, set[int]]:
-    """Return what sums are taken over: meshes and along which dimensions, and groups."""
+def _ways(leaves: Mapping[str, Leaf], *, groups: bool) -> dict[Any, set[int]]:
+    """Return what sums are taken over: meshes and along which dimensions, and groups; or these."""
     ways: dict[Any, set[int]] = {}
     for leaf in leaves.values():
-        if leaf.part.over is not None:
-            ways.setdefault(leaf.part.over, set()).update(leaf.part.axes)
+        part = leaf.part
+        if part.over is not None and (part.mesh is None or not groups):
+            ways.setdefault(part.over, set()).update(part.axes)
     return ways
 
 
-def _copies(leaves: Mapping[str, Leaf]) -> dict[str, int]:
-    """Return how often a sum over all devices counts the same part of each leaf."""
-    ways = _ways(leaves)
+def copies(leaves: Mapping[str, Leaf], *, groups: bool = False) -> dict[str, int]:
+    """Return how often the sums of `reduction` count the same part of each leaf."""
+    ways = _ways(leaves, groups=groups)
     return {
         name: math.prod(
             devices(over, axes - set(leaf.part.axes))
@@ -108,9 +109,16 @@ def _copies(leaves: Mapping[str, Leaf]) -> dict[str, int]:
     }
 
 
-def reduction(leaves: Mapping[str, Leaf]) -> Reduce | None:
-    """Return what adds sums over the devices that hold parts of the leaves; None for one device."""
-    ways = _ways(leaves)
+def reduction(leaves: Mapping[str, Leaf], *, groups: bool = False) -> Reduce | None:
+    """Return what adds sums over the devices that hold parts of the leaves; None for one device.
+
+    Parameters
+    ----------
+    leaves : mapping of name to Leaf
+    groups : bool
+        Only over those that hold parts of plain tensors.
+    """
+    ways = _ways(leaves, groups=groups)
     if not ways:
         return None
 

@@ -18,9 +18,16 @@ from metaopt_torch import rounding as roundings
 from metaopt_torch.build import Built, build
 from metaopt_torch.changes import renamed
 from metaopt_torch.compiler import missing
-from metaopt_torch.containers import Containers, check_group, group_called
+from metaopt_torch.containers import (
+    Containers,
+    check_agreement,
+    check_group,
+    check_shared,
+    group_called,
+    zero_group,
+)
 from metaopt_torch.core_state import take, whole
-from metaopt_torch.core_step import check_parts, core_step, reduction
+from metaopt_torch.core_step import check_parts, copies, core_step, reduction
 from metaopt_torch.curvature import (
     ADVICE,
     RandomState,
@@ -165,7 +172,14 @@ meta_first, skip_nonfinite
         warn_of_unused_decay(base, weight_decay, self.param_groups)
         if weight_decay is None:
             self.defaults["weight_decay"] = agreed(self._rules).get("weight_decay")
+        zero = zero_group()
+        if zero is not None:
+            self._process_group = zero if process_group is None else process_group
+            if any(group["block"] is None for group in self.param_groups):
+                check_shared(mo.blocks.partition(blocks))
         self._build()
+        if self._process_group is not None:
+            check_agreement(self._process_group, self._blocks_by_group())
 
     def _build(self, before: Built | None = None) -> None:
         """Make what a step needs from groups and state.
@@ -465,7 +479,12 @@ meta_first, skip_nonfinite
             "skipped". See `metaopt.MetaOptimize.diagnostics`.
         """
         self._refresh()
-        return self._ready.config.diagnostics(self._whole())
+        leaves = self._ready.leaves
+        return self._ready.config.diagnostics(
+            self._whole(),
+            reduce=reduction(leaves, groups=True),
+            copies=copies(leaves, groups=True),
+        )
 
     def core_state(self) -> mo.State:
         """Return the state in the core's form, copied, for `metaopt.save` and other libraries.
@@ -480,6 +499,16 @@ meta_first, skip_nonfinite
         self._refresh()
         self._check_shapes()
         return self._whole()
+
+    def _blocks_by_group(self) -> list[list[str]]:
+        """Return the blocks of each group, those that others before it have apart."""
+        seen: set[str] = set()
+        found: dict[int, list[str]] = {id(group): [] for group in self.param_groups}
+        for name, key in self._ready.plan.blocks.family_of.items():
+            if key not in seen:
+                seen.add(key)
+                found[id(self._ready.leaves[name].group)].append(key)
+        return list(found.values())
 
     def _check_shapes(self) -> None:
         """Raise where parameters are parts that keep no shape."""

@@ -41,19 +41,9 @@ def _arrived(tensor: Tensor) -> Tensor:
     return tensor.wait() if isinstance(tensor, collectives.AsyncCollectiveTensor) else tensor
 
 
-def gathered(tensor: Tensor, group: Any = None) -> Tensor:
-    """Return a copy of the whole of a tensor, wherever its parts are; flat, of a group's parts."""
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    if group is None:
-        return tensor.clone()
-    lengths = [0] * dist.get_world_size(group)
-    dist.all_gather_object(lengths, tensor.numel(), group=group)
-    padded = tensor.new_zeros(max(lengths))
-    padded[: tensor.numel()].copy_(tensor.reshape(-1))
-    pieces = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(pieces, padded, group=group)
-    return torch.cat([piece[:length] for piece, length in zip(pieces, lengths, strict=True)])
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a copy of the whole of a tensor, wherever its parts are; of a plain one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def placed(grad: Tensor, param: Tensor) -> Tensor:
