@@ -39,6 +39,7 @@ SCENARIOS: dict[int, list[str]] = {
         "fsdp1",
         "fsdp1,blocks=tensor",
         "fsdp1,blocks=tensor,given=True",
+        "fsdp1,blocks=tensor,late=True",
         "fsdp1,orig=False",
         "fsdp1,strategy=NO_SHARD,blocks=node",
         "fsdp1,strategy=SHARD_GRAD_OP,skip_nonfinite=True,meta_first=True,blocks=tensor",

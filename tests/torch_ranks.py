@@ -247,6 +247,10 @@ def hsdp(**options: Any) -> None:
 def wrapped(twin: Any, **options: Any) -> Any:
     """Return a copy of a model under FSDP1, one layer by itself."""
     net = copy.deepcopy(twin)
+    return wrapped_here(net, **options)
+
+
+def wrapped_here(net: Any, **options: Any) -> Any:
     net.up = FullyShardedDataParallel(net.up, device_id=torch.device("cpu"), **options)
     return FullyShardedDataParallel(net, device_id=torch.device("cpu"), **options)
 
@@ -257,17 +261,24 @@ def clean(net: Any) -> list[tuple[str, Any]]:
 
 
 def fsdp1(
-    strategy: str = "FULL_SHARD", orig: Any = True, given: bool = False, **options: Any
+    strategy: str = "FULL_SHARD",
+    orig: Any = True,
+    given: bool = False,
+    late: bool = False,
+    **options: Any,
 ) -> None:
     """FSDP1: parameters are plain tensors that hold a part, or nothing at all."""
     twin = Model().double()
     whole = {"use_orig_params": orig is True, "sharding_strategy": ShardingStrategy[strategy]}
     if strategy == "HYBRID_SHARD":
         whole["device_mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "part"))
-    net = wrapped(twin, **whole)
+    net = copy.deepcopy(twin)
+    opt = optimizer(net.named_parameters(), **options)
+    net = wrapped_here(net, **whole)
     if given:
         options["process_group"] = net.process_group
-    opt = optimizer(clean(net) if orig is True else net.parameters(), **options)
+    if not late:
+        opt = optimizer(clean(net) if orig is True else net.parameters(), **options)
     options.pop("process_group", None)
     twin_opt = optimizer(twin.named_parameters(), **options)
     if orig is True and strategy != "NO_SHARD":

@@ -202,7 +202,8 @@ def build(
 
     for leaf in leaves.values():
         if leaf.state or _moves(leaf.param):
-            leaf.state = states.setdefault(leaf.param, leaf.state)
+            if states.get(leaf.param) is not leaf.state:
+                states[leaf.param] = leaf.state
             begin = {key: window(values[leaf.name], leaf.part) for key, values in start.items()}
             narrow = kahan and leaf.param.dtype != leaf.dtype
             _complete(leaf, specs[leaf.name], begin, kahan=narrow, columns=by_block)
@@ -251,8 +252,19 @@ def _leaf(
         part=part,
         order=order_of(local(param), view),
         blocks=_blocks(plan, name, view, part),
-        state=states.get(param, {}),
+        state={} if _idle(states.get(param, {}), part) else states.get(param, {}),
     )
+
+
+def _idle(state: Mapping[str, Any], part: Part) -> bool:
+    """Say whether a state is of steps that were never made, before the parameter was cut.
+
+    FullyShardedDataParallel may wrap a model whose optimizer exists already.
+    """
+    trace = state.get("trace")
+    if trace is None or part.group is None or tuple(trace.shape) == part.shape:
+        return False
+    return int(state.get("step", 0)) == 0
 
 
 def _mark(

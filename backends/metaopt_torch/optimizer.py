@@ -440,17 +440,18 @@ meta_first, skip_nonfinite
         grads, rebuild = {}, False
         for name, leaf in self._ready.leaves.items():
             grad = leaf.param.grad
+            rebuild |= leaf.changed()
             if grad is None:
                 continue
             if grad.layout != torch.strided:
                 msg = f"The gradient of {name!r} must be dense; got layout {grad.layout}."
                 raise TypeError(msg)
             grads[name] = placed(grad, leaf.param)
-            rebuild |= leaf.changed()
+            rebuild |= not leaf.state
         if rebuild:
             self._build(
                 self._built
-            )  # a parameter that was frozen has a gradient now, or is of another dtype
+            )  # a parameter that was frozen has a gradient now, or is of another dtype or shape
         return grads
 
     def step_sizes(self) -> dict[str, Tensor]:

@@ -125,11 +125,11 @@ class Leaf:
     grad_dtype: Any = None
 
     def __post_init__(self) -> None:
-        self.param_dtype = self.param.dtype
+        self.param_dtype, self.param_shape = self.param.dtype, self.param.shape
 
     def changed(self) -> bool:
-        """Say whether its state is yet to be made, or was made for parameters of another dtype."""
-        return not self.state or self.param.dtype != self.param_dtype
+        """Say whether its parameter has another dtype or shape than what was made for it."""
+        return self.param.dtype != self.param_dtype or self.param.shape != self.param_shape
 
     def mismatch(self, state: Mapping[str, Any]) -> str | None:
         """Return what in a state that was saved does not fit, None if everything does."""
