@@ -48,6 +48,7 @@ SCENARIOS: dict[int, list[str]] = {
         "fsdp1_saved,blocks=tensor",
         "by_hand,blocks=tensor",
         "zero",
+        "zero,direct=True",
         "zero_refused",
         "refused",
     ],

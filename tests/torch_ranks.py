@@ -91,15 +91,17 @@ class Branches(torch.nn.Module):  # type: ignore[misc]
         return self.layers[which](x)
 
 
+DEFAULTS: dict[str, Any] = {
+    "base": mo.AdamW(eps=1e-3, weight_decay=0.1),
+    "meta": mo.AdamW(eps=1e-3),
+    "step_size": 0.02,
+    "meta_lr": 0.05,
+    "compile": False,
+}
+
+
 def optimizer(params: Any, **options: Any) -> MetaOptimizer:
-    defaults: dict[str, Any] = {
-        "base": mo.AdamW(eps=1e-3, weight_decay=0.1),
-        "meta": mo.AdamW(eps=1e-3),
-        "step_size": 0.02,
-        "meta_lr": 0.05,
-        "compile": False,
-    }
-    return MetaOptimizer(params, **(defaults | options))
+    return MetaOptimizer(params, **(DEFAULTS | options))
 
 
 def batch(t: int, features: int, samples: int = 12) -> Any:
@@ -372,13 +374,21 @@ def by_hand(**options: Any) -> None:
     check_blocks(opt, twin_opt, 1e-12)
 
 
-def zero(**options: Any) -> None:
-    """ZeroRedundancyOptimizer: every process has whole parameters of its own; resumed, too."""
+def zero(direct: bool = False, **options: Any) -> None:
+    """ZeroRedundancyOptimizer: every process has whole parameters of its own; resumed, too.
+
+    With `direct` it is given the arguments, and writes all of them into the groups.
+    """
     twin = Model().double()
     nets = [copy.deepcopy(twin) for _ in range(2)]
     make = functools.partial(optimizer, **options)
     twin_opt = optimizer(twin.parameters(), **options)
-    opts = [ZeroRedundancyOptimizer(net.parameters(), make) for net in nets]
+    opts = [
+        ZeroRedundancyOptimizer(net.parameters(), MetaOptimizer, **(DEFAULTS | options))
+        if direct
+        else ZeroRedundancyOptimizer(net.parameters(), make)
+        for net in nets
+    ]
     for t in range(2 * STEPS):
         net, opt = nets[t >= STEPS], opts[t >= STEPS]
         train(twin, twin_opt, t, lambda x: x, 5)
