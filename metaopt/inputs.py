@@ -20,8 +20,9 @@ from metaopt.arrays import (
 )
 from metaopt.numerics import SMALLEST
 from metaopt.plan import Plan
+from metaopt.rules.elementwise import check_elementwise
 from metaopt.rules.fast_start import FastStart
-from metaopt.rules.rule import check_rule
+from metaopt.rules.rule import Rule, check_rule, follows_weights, scope_of, uses_param
 from metaopt.state import State
 
 __all__ = ["check_grads", "multiplier", "multipliers", "namespace_of"]
@@ -323,26 +324,53 @@ def check_rules(base: Any, meta: Any) -> None:
     if isinstance(base, Mapping) and not base:
         msg = "`base` must be a rule or a mapping of pattern to rule; got an empty mapping."
         raise ValueError(msg)
-    rules = (
-        {f"base[{key!r}]": rule for key, rule in base.items()}
-        if isinstance(base, Mapping)
-        else {"base": base}
-    )
     for key in base if isinstance(base, Mapping) else ():
         if not isinstance(key, str):
             msg = f"`base` must have patterns, strings, as keys; got {key!r}."
             raise TypeError(msg)
-    for name, rule in (rules | {"meta": meta}).items():
+    for name, rule in (_by_argument(base) | {"meta": meta}).items():
         check_rule(name, rule)
+        check_elementwise(name, rule)
         if isinstance(rule, FastStart) and name != "meta":
             msg = f"`{name}` must be an update of weights, and `FastStart` is none; got {rule!r}."
             raise ValueError(msg)
+    if uses_param(meta) or hasattr(meta, "slot_shapes"):
+        what = "`uses_param`" if uses_param(meta) else "`slot_shapes`"
+        msg = f"`meta` must have no {what}, which is for updates of weights; got {meta!r}."
+        raise ValueError(msg)
     if meta.weight_decay != 0.0:
         msg = (
             "`meta` must have weight_decay 0, for it would pull the step sizes towards 1; "
             f"got {meta.weight_decay}."
         )
         raise ValueError(msg)
+
+
+def check_derivatives(base: Any, meta: Rule | None) -> None:
+    """Raise unless derivatives can be pushed through the rules; of `meta` unless it is None."""
+    for name, rule in (_by_argument(base) | ({} if meta is None else {"meta": meta})).items():
+        if scope_of(rule) == "leaf":
+            msg = (
+                f'`curvature` other than "none" needs rules of the scope "weight", but `{name}` '
+                f'sees whole leaves. If it is elementwise, say `scope = "weight"`; got {rule!r}.'
+            )
+            raise ValueError(msg)
+        try:
+            follows_weights(rule)
+        except Exception as error:  # whatever a rule does that jets cannot
+            msg = (
+                f"`{name}` has a direction of which no derivative can be taken: {error} Write it "
+                "with operators and the functions of metaopt.numerics, or use "
+                f'`curvature="none"`; got {rule!r}.'
+            )
+            raise ValueError(msg) from error
+
+
+def _by_argument(base: Any) -> dict[str, Any]:
+    """Return base updates by what messages call them."""
+    if not isinstance(base, Mapping):
+        return {"base": base}
+    return {f"base[{key!r}]": rule for key, rule in base.items()}
 
 
 def check_flag(name: str, value: Any) -> None:

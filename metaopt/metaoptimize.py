@@ -147,6 +147,8 @@ class MetaOptimize:
             )
             msg = f'`approximation="full"` needs {what}.'
             raise ValueError(msg)
+        if kind.kind != "none":
+            inputs.check_derivatives(self.base, None if self.approximation == "l" else self.meta)
         if isinstance(kind, Diagonal) and kind.rectified:
             for rule in self._rules():
                 if not isinstance(rule, SGD) or rule.slots:
@@ -761,6 +763,8 @@ def _zeros(spec: Any, like: Any, params: Mapping[str, Any], leaf: Any = None) ->
         return filled(like if leaf is None else leaf, spec.shape, 0, spec.dtype)
     zeros = namespace(leaf).zeros_like(leaf, dtype=spec.dtype)  # keeps order and sharding
     columns = spec.shape[: len(spec.shape) - leaf.ndim]
+    if columns + leaf.shape != spec.shape:  # a slot of a shape of its own
+        return filled(leaf, spec.shape, 0, spec.dtype)
     if columns == ():
         return zeros
     return zeros + filled(leaf, columns + (1,) * leaf.ndim, 0, spec.dtype)

@@ -16,7 +16,7 @@ from metaopt.arrays import Array, cast, map_leaves, namespace
 from metaopt.blocks import Blocks
 from metaopt.jets import Jet
 from metaopt.rules.move import hat, move, move_second
-from metaopt.rules.rule import Rule
+from metaopt.rules.rule import Rule, direction_of
 
 __all__ = [
     "Leaf",
@@ -37,7 +37,8 @@ class Leaf(NamedTuple):
     Parameters
     ----------
     param, grad : arrays of one shape, any floating dtype
-    slots : mapping of slot to array like `param`, compute dtype
+    slots : mapping of slot to array, compute dtype
+        Like `param`, or of the shapes that the rule gives them.
     count : array, shape (), int32
         Steps made before this one.
     trace : array like `param`, compute dtype
@@ -208,7 +209,7 @@ def leaf_pass(
     grad_second: Any = None,
     lr_second: Any = None,
 ) -> LeafStep:
-    r"""Return a leaf's step and its next slots and traces; elementwise.
+    r"""Return a leaf's step and its next slots and traces; elementwise where the rule is.
 
     docs/mathematics.md sections 3 and 10. Without curvature (`grad_trace` None, no `slot_traces`)
     the rule sees plain arrays; else jets, and the same formula yields the tangents.
@@ -249,21 +250,27 @@ def leaf_pass(
     direction_trace = direction_second = followed = retain = third_trace = None
     slot_traces: dict[str, Any] = {}
     if grad_trace is None and not leaf.slot_traces:
-        direction, slots = rule.direction(grad, leaf.slots, count)
+        direction, slots = direction_of(rule, grad, leaf.slots, count, param)
     else:
         order = 1 if leaf.third_trace is None else 2
         jets = {
             slot: Jet(value, leaf.slot_traces.get(slot), order=order)
             for slot, value in leaf.slots.items()
         }
-        jet, moved = rule.direction(
-            Jet(grad, grad_trace, grad_second, order), jets, Jet(count, order=order)
+        jet, moved = direction_of(
+            rule,
+            Jet(grad, grad_trace, grad_second, order),
+            jets,
+            Jet(count, order=order),
+            Jet(param, leaf.trace, leaf.third_trace, order),
         )
         direction, direction_trace, direction_second = jet.value, jet.first, jet.second
         slots = {slot: moved[slot].value for slot in leaf.slots}
         slot_traces = {slot: moved[slot].first for slot in leaf.slot_traces}
     if inject == "gradient":
-        followed, _ = rule.without_momentum().direction(grad, leaf.slots, count)
+        plain = rule.without_momentum()
+        kept = {slot: leaf.slots[slot] for slot in plain.slots}
+        followed, _ = direction_of(plain, grad, kept, count, param)
     if rectified is not None:
         retain = namespace(param).clip(1.0 - lr * (rule.weight_decay + rectified), min=0.0)
     moved_param = move(
@@ -423,7 +430,7 @@ def _meta_piece(
     z = xp.where(moves, z, 0.0)
     if traces:
         jets = {slot: Jet(value, traces.get(slot)) for slot, value in slots.items()}
-        direction, jets = rule.direction(Jet(z, z_trace), jets, Jet(count))
+        direction, jets = direction_of(rule, Jet(z, z_trace), jets, Jet(count))
         new_slots = {slot: jets[slot].value for slot in slots}
         moved = move(
             beta,
@@ -435,7 +442,7 @@ def _meta_piece(
         )
         new_traces = {slot: moved.trace if slot == "beta" else jets[slot].first for slot in traces}
     else:
-        unit, new_slots = rule.direction(z, slots, count)
+        unit, new_slots = direction_of(rule, z, slots, count)
         moved = move(beta, unit, meta_lr, rule.weight_decay)
         new_traces = {}
     lo, hi = bounds

@@ -7,7 +7,7 @@ from typing import Any
 from metaopt.arrays import Leaves, Namespace, Shape, compute_dtype, per_leaf
 from metaopt.blocks import Blocks, Partition, first_match
 from metaopt.curvature import Curvature
-from metaopt.rules.rule import Rule, feeding_slots, follows_gradient
+from metaopt.rules.rule import Rule, feeding_slots, follows_weights, slot_shapes
 from metaopt.traces import Layout, choose_layout
 
 __all__ = ["Plan", "Spec", "rules_by_leaf"]
@@ -76,8 +76,8 @@ def following(
     """Return the curvature that the traces need, and which of Y and Z are kept."""
     if (isinstance(discount, float) and discount == 0.0) or curvature.kind == "none":
         return Following("none")
-    beta = approximation != "l" and follows_gradient(meta)
-    if not beta and not any(map(follows_gradient, _distinct(rules).values())):
+    beta = approximation != "l" and follows_weights(meta)
+    if not beta and not any(map(follows_weights, _distinct(rules).values())):
         return Following("none")  # no direction depends on the weights
     return Following(curvature.kind, beta, third=beta and approximation == "full")
 
@@ -153,7 +153,13 @@ def _state(plan: Plan, meta: Rule, integer: Any) -> dict[str, Any]:
         "beta": per_block(),
         "meta_slots": per_leaf((slot, per_block()) for slot in meta.slots),
         "slots": per_leaf(
-            (name, per_leaf((slot, Spec(shapes[name], dtypes[name])) for slot in rule.slots))
+            (
+                name,
+                per_leaf(
+                    (slot, Spec(shape, dtypes[name]))
+                    for slot, shape in slot_shapes(rule, shapes[name]).items()
+                ),
+            )
             for name, rule in plan.rules.items()
         ),
         "trace": per_leaf(

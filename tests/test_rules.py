@@ -10,7 +10,7 @@ from metaopt_conformance.tolerances import FORMULA, OPTIMIZER, relative_error, r
 
 import metaopt as mo
 from metaopt.jets import Jet
-from metaopt.rules.rule import feeding_slots, follows_gradient
+from metaopt.rules.rule import feeding_slots, follows_weights
 
 SHAPES = {"w": (4, 3), "b": (3,), "s": ()}
 LR = 0.05
@@ -210,7 +210,7 @@ def test_jets_take_columns(rule: Any) -> None:
 
     together = push(lambda column: column)
     if together is None:
-        assert not follows_gradient(rule)
+        assert not follows_weights(rule)
         return
     for j in range(3):
         np.testing.assert_array_equal(together[j], push(lambda column, j=j: column[j]))
@@ -268,12 +268,12 @@ def test_what_feeds_back_is_found_from_the_formula() -> None:
     assert feeding_slots(mo.SGD(momentum=0.5)) == ("exp_avg",)
     assert feeding_slots(mo.SGD()) == ()
     assert feeding_slots(mo.Lion()) == ()
-    assert not follows_gradient(mo.Lion())
+    assert not follows_weights(mo.Lion())
     assert feeding_slots(mo.FastStart(mo.AdamW())) == ("exp_avg", "exp_avg_sq")
     assert feeding_slots(mo.FastStart(mo.Lion())) == ()
-    assert not follows_gradient(mo.FastStart(mo.Lion()))
-    assert all(follows_gradient(rule) for rule in DELAYABLE)
-    assert all(follows_gradient(replace(rule, delayed=True)) for rule in DELAYABLE)
+    assert not follows_weights(mo.FastStart(mo.Lion()))
+    assert all(follows_weights(rule) for rule in DELAYABLE)
+    assert all(follows_weights(replace(rule, delayed=True)) for rule in DELAYABLE)
 
 
 def test_a_hyperparameter_can_be_a_jet() -> None:

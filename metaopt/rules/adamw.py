@@ -46,6 +46,7 @@ class AdamW:
     weight_decay: float = 0.0
     delayed: bool = False
 
+    scope: ClassVar[str] = "weight"
     slots: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     def __post_init__(self) -> None:

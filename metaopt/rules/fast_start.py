@@ -8,7 +8,7 @@ import numpy as np
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import positive
-from metaopt.rules.rule import Rule, Slots, as_number, check_rule, settle
+from metaopt.rules.rule import Rule, Slots, as_number, check_rule, scope_of, settle
 
 __all__ = ["FastStart"]
 
@@ -87,6 +87,11 @@ class FastStart:
     def slots(self) -> tuple[str, ...]:
         """Those of `rule`, and how near the end of the start is."""
         return (*self.rule.slots, AGAINST)
+
+    @property
+    def scope(self) -> str:
+        """That of `rule`."""
+        return scope_of(self.rule)
 
     @property
     def weight_decay(self) -> float:

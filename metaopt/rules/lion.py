@@ -40,6 +40,7 @@ class Lion:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
 
+    scope: ClassVar[str] = "weight"
     slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
 
     def __post_init__(self) -> None:

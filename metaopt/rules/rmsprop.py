@@ -45,6 +45,7 @@ class RMSprop:
     bias_correction: bool = True
     delayed: bool = False
 
+    scope: ClassVar[str] = "weight"
     slots: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
 
     def __post_init__(self) -> None:

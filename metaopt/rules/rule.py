@@ -6,12 +6,15 @@ from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
 
-from metaopt.arrays import ArrayT, is_number
+from metaopt.arrays import ArrayT, Shape, is_number
 from metaopt.jets import Jet
 
 __all__ = ["Rule", "Slots"]
 
 Slots: TypeAlias = Mapping[str, ArrayT]
+
+#: What a rule may be handed at once: any of a leaf's weights, or the leaf in its own shape.
+SCOPES = ("weight", "leaf")
 
 
 class Rule(Protocol):
@@ -19,12 +22,24 @@ class Rule(Protocol):
 
     The same rule serves as base update on the weights and as meta update on the step sizes, but
     for `FastStart`.
-    A rule of your own is a frozen dataclass with these members; see docs/mathematics.md section 5.
+    A rule of your own is a frozen dataclass with these members; docs/your_own_rule.md has five.
+
+    Three more members are optional:
+
+    scope : {"weight", "leaf"}, default "leaf"
+        "weight" says that the direction is elementwise: weights may be flattened, packed, cut and
+        sharded, kernels generated, and with curvature the formula is fed with jets. What is not
+        provably elementwise is refused when an optimizer is made. A rule of scope "leaf" is
+        handed whole leaves in their own shapes, and goes with `curvature="none"`.
+    uses_param : bool, default False
+        Whether `direction` takes the weights as its fourth argument, `param`; base updates alone.
+    slot_shapes : method from the leaf's shape to a mapping of slot name to shape
+        For scope "leaf": the shapes of slots that have not the leaf's.
     """
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Names of the arrays of state kept per parameter, all of its shape and zero at first."""
+        """Names of the arrays of state kept per parameter, of its shape and zero at first."""
         ...
 
     @property
@@ -37,9 +52,8 @@ class Rule(Protocol):
     ) -> tuple[ArrayT, dict[str, ArrayT]]:
         """Return the direction u, of the shape and dtype of `grad`, and the next slots.
 
-        Called with arrays, or with a jet for every argument; use operators with Python numbers
-        and the functions of `metaopt.numerics`, and no branch on a value. A rule that does
-        otherwise, such as one that is not elementwise, runs with `curvature="none"` alone.
+        Of scope "weight", called with arrays, or with a jet for every argument: use operators with
+        Python numbers and the functions of `metaopt.numerics`, and no branch on a value.
 
         Parameters
         ----------
@@ -61,6 +75,94 @@ class Rule(Protocol):
         ...
 
 
+def scope_of(rule: Rule) -> str:
+    """Return the scope of a rule: "leaf" where it does not say."""
+    return getattr(rule, "scope", "leaf")
+
+
+def uses_param(rule: Rule) -> bool:
+    """Say whether the direction of a rule takes the weights."""
+    return getattr(rule, "uses_param", False)
+
+
+def slot_shapes(rule: Rule, shape: Shape) -> dict[str, Shape]:
+    """Return the shape of each slot of a leaf of this shape.
+
+    Raises
+    ------
+    ValueError
+        If the rule gives a shape for what is no slot of it, or one that is no shape.
+    """
+    own = rule.slot_shapes(shape) if hasattr(rule, "slot_shapes") else {}
+    for slot, found in own.items():
+        if slot not in rule.slots:
+            msg = f"`slot_shapes` of {rule!r} has {slot!r}, which `slots` does not name."
+            raise ValueError(msg)
+        if not isinstance(found, tuple) or not all(isinstance(n, int) and n >= 0 for n in found):
+            msg = f"`slot_shapes` of {rule!r} must give tuples of int; got {found!r} for {slot!r}."
+            raise ValueError(msg)
+    return {slot: own.get(slot, shape) for slot in rule.slots}
+
+
+class ResultError(ValueError):
+    """A rule that returns, or asks for, what it has not declared; the message says what."""
+
+
+class _Declared(dict[str, Any]):
+    """Slots that say which rule asks for one that it did not declare."""
+
+    def __init__(self, rule: Rule, slots: Mapping[str, Any]) -> None:
+        super().__init__(slots)
+        self._rule = rule
+
+    def __missing__(self, slot: str) -> Any:
+        msg = f"{self._rule!r} asks for slot {slot!r}; its `slots` are {tuple(self._rule.slots)}."
+        raise ResultError(msg)
+
+
+def direction_of(
+    rule: Rule, grad: Any, slots: Mapping[str, Any], count: Any, param: Any = None
+) -> tuple[Any, Mapping[str, Any]]:
+    """Return what `direction` of a rule does, handing it the weights if it takes them.
+
+    What a rule of scope "leaf" returns is checked here, in every step; of scope "weight" it has
+    been proved once, by `metaopt.rules.elementwise.check_elementwise`.
+    """
+    more = (param,) if uses_param(rule) else ()
+    result = rule.direction(grad, _Declared(rule, slots), count, *more)
+    return result if scope_of(rule) == "weight" else checked(rule, result, grad, slots)
+
+
+def checked(
+    rule: Rule, result: Any, grad: Any, slots: Mapping[str, Any]
+) -> tuple[Any, Mapping[str, Any]]:
+    """Return a direction and the next slots, or raise ResultError unless they fit these."""
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
+        msg = f"`direction` of {rule!r} must return a direction and a mapping of slots."
+        raise ResultError(msg)
+    direction, new = result
+    if new.keys() != slots.keys():
+        odd = [f"lacks slot {slot!r}" for slot in slots if slot not in new]
+        odd += [f"has slot {slot!r}, unknown to `slots`" for slot in new if slot not in slots]
+        msg = f"What `direction` of {rule!r} returns {odd[0]}; expected exactly {list(slots)}."
+        raise ResultError(msg)
+    pairs = {"the direction": (direction, grad)}
+    pairs |= {f"slot {slot!r}": (new[slot], old) for slot, old in slots.items()}
+    for what, (found, like) in pairs.items():
+        want, got = _outline(like), _outline(found)
+        if want != got:
+            msg = f"`direction` of {rule!r} must return {what} as {want}; got {got}."
+            raise ResultError(msg)
+    return direction, new
+
+
+def _outline(value: Any) -> str:
+    """Return shape and dtype of an array in words, the type of anything else."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        return f"a {type(value).__name__}"
+    return f"shape {tuple(value.shape)} and dtype {value.dtype}"
+
+
 def feeding_slots(rule: Rule) -> tuple[str, ...]:
     """Return the slots whose change can reach the direction of this or a later step.
 
@@ -79,19 +181,28 @@ def feeding_slots(rule: Rule) -> tuple[str, ...]:
     return tuple(slot for slot in rule.slots if slot in feeding)
 
 
-def follows_gradient(rule: Rule) -> bool:
-    """Say whether a change of the gradient can change the direction of this or a later step."""
-    direction, slots = _push(rule, "grad")
+def follows_weights(rule: Rule) -> bool:
+    """Say whether a change of the weights can change the direction of this or a later step.
+
+    It does so through the gradient, or directly where the rule takes the weights.
+    """
     feeding = feeding_slots(rule)
-    return direction.first is not None or any(slots[name].first is not None for name in feeding)
+    for source in ("grad", "param") if uses_param(rule) else ("grad",):
+        direction, slots = _push(rule, source)
+        if direction.first is not None or any(slots[name].first is not None for name in feeding):
+            return True
+    return False
 
 
-def _push(rule: Rule, source: str) -> tuple[Jet[Any], dict[str, Jet[Any]]]:
-    """Run the formula on ones, with a change of `source` ("grad" or a slot) alone."""
+def _push(rule: Rule, source: str) -> tuple[Jet[Any], Mapping[str, Jet[Any]]]:
+    """Run the formula on ones, with a change of `source`: a slot, "grad" or "param"."""
     one = np.ones(())
-    jets = {name: Jet(one, one if name == source else None) for name in ("grad", *rule.slots)}
-    grad = jets.pop("grad")
-    return rule.direction(grad, jets, Jet(one))
+
+    def jet(name: str) -> Jet[Any]:
+        return Jet(one, one if name == source else None)
+
+    slots = {slot: jet(slot) for slot in rule.slots}
+    return direction_of(rule, jet("grad"), slots, Jet(one), jet("param"))
 
 
 def decay_rate(name: str, value: Any) -> Any:
@@ -126,6 +237,15 @@ def check_rule(name: str, rule: Any) -> None:
     if isinstance(rule, type) or not all(hasattr(rule, member) for member in members):
         msg = f"`{name}` must be a rule such as metaopt.AdamW(); got {rule!r}."
         raise TypeError(msg)
+    if scope_of(rule) not in SCOPES:
+        msg = f'`{name}` must have the `scope` "weight" or "leaf"; got {scope_of(rule)!r}.'
+        raise ValueError(msg)
+    if scope_of(rule) == "weight" and hasattr(rule, "slot_shapes"):
+        msg = (
+            f"`{name}` has `slot_shapes`, which go with the `scope` \"leaf\"; slots of scope "
+            f'"weight" have the shape of the leaf. Got {rule!r}.'
+        )
+        raise ValueError(msg)
 
 
 def as_number(name: str, value: Any) -> Any:

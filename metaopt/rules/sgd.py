@@ -1,6 +1,7 @@
 """SGD, with or without momentum."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from metaopt.arrays import ArrayT
 from metaopt.rules.rule import Slots, decay_rate, not_negative, refuse_delayed, settle
@@ -40,6 +41,8 @@ class SGD:
     momentum: float = 0.0
     weight_decay: float = 0.0
     delayed: bool = False
+
+    scope: ClassVar[str] = "weight"
 
     def __post_init__(self) -> None:
         settle(
