@@ -32,6 +32,7 @@ from metaopt_jax import metaoptimize
 
 import metaopt as mo
 from tests.jax_problem import by_name, close, options_of
+from tests.test_scope import Factored, Normalized
 
 STEPS = 4
 SPECS: dict[str, Any] = {
@@ -255,6 +256,43 @@ def axis_names() -> None:
         metaoptimize(**options_of("weight"), axis_name="x")
 
 
+def leaf(kind: str) -> None:
+    """Train with rules that see whole leaves: of parts, XLA makes them whole."""
+    options = options_of("bare") | {"base": {"scale": Normalized(), "*": Factored()}}
+    tx, params = metaoptimize(**options), placed(start(), mesh_of(kind))
+    with jax.set_mesh(mesh_of(kind)):
+        params, state = train(compiled(tx), params, tx.init(params))
+    close(jax.device_get((params, state)), unsharded(tx), STEPS)
+
+
+def leaf_in_shard_map() -> None:
+    """Refuse rules that see whole leaves of which a device has a part, and no others."""
+    mesh = mesh_of("auto")
+    specs = {"kernel": P("x", "y"), "bias": P(), "stack": [P()], "scale": P()}
+    put = jax.device_put(start(), jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+    for pattern, other in (("kernel", mo.SGD()), ("bias", Normalized())):
+        options = options_of("bare") | {"base": {pattern: other, "*": Factored()}}
+        plain = metaoptimize(**options)
+        tx, state = metaoptimize(**options, axis_name=("x", "y")), plain.init(start())
+
+        def local(params: Any, state: Any, tx: Any = tx) -> Any:
+            return update(tx, params, state, of_parts)
+
+        of_state = jax.tree.map(lambda _: P(), state)
+        of_state = of_state._replace(trace=specs)
+        step = jax.jit(
+            jax.shard_map(local, mesh=mesh, in_specs=(specs, of_state), out_specs=(specs, of_state))
+        )
+        if pattern == "bias":
+            with pytest.raises(ValueError, match=r"'kernel' is sharded within .*, but Factored"):
+                step(put, state)
+            continue
+        params = put
+        for _ in range(STEPS):
+            params, state = step(params, state)
+        close(jax.device_get((params, state)), unsharded(plain), STEPS)
+
+
 def orbax(configuration: str, folder: Path) -> None:
     """Save on one mesh, go on on another: to the bit what was saved, and the run of one device."""
     tx = metaoptimize(**options_of(configuration))
@@ -297,6 +335,7 @@ SCENARIOS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
         *(auto, explicit, mixed, injected, shard_map, axis_names),
+        *(leaf, leaf_in_shard_map),
         *(orbax, orbax_without_leaves),
     )
 }

@@ -262,14 +262,14 @@ def test_warnings_point_at_the_call(tmp_path: Path) -> None:
 
 @needs_numba
 @pytest.mark.parametrize("blocks", ["scalar", "weight"])
-def test_a_rule_that_cannot_be_traced_says_so_and_equals_the_core(blocks: str) -> None:
+def test_a_rule_that_may_need_whole_leaves_says_so_and_equals_the_core(blocks: str) -> None:
     rule = BASES["AdamW"]
     options = configured(base={"dense": Opaque(rule), "*": rule}, blocks=blocks)
-    with pytest.warns(UserWarning, match="Opaque.* cannot be traced: it branches on a value"):
+    with pytest.warns(UserWarning, match="Opaque.* says no `scope`, and sees whole leaves"):
         opt = MetaOptimizer(start(), **options)
     assert list(opt.unfused) == ["dense"]
     assert_close(run_fused(opt), run_core(mo.MetaOptimize(**options), start()), "float64")
-    with pytest.raises(ValueError, match=r"no kernel for 'dense': .*branches on a value"):
+    with pytest.raises(ValueError, match=r"no kernel for 'dense': .*says no `scope`"):
         MetaOptimizer(start(), fused=True, **options)
 
 
@@ -277,6 +277,7 @@ def test_a_rule_that_cannot_be_traced_says_so_and_equals_the_core(blocks: str) -
 class Narrow:
     """A rule that rounds to float16, which is no number of numba's."""
 
+    scope = "weight"
     slots = ()
     weight_decay: float = 0.0
 

@@ -23,6 +23,8 @@ SCENARIOS = [
     *("injected,auto", "injected,explicit"),
     *(f"shard_map,{name}" for name in ("scalar", "skip", "exact")),
     "axis_names",
+    *(f"leaf,{kind}" for kind in ("auto", "explicit")),
+    "leaf_in_shard_map",
     "orbax,scalar",
     "orbax_without_leaves",
 ]

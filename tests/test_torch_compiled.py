@@ -116,7 +116,7 @@ def arrays(rule: Any, size: int) -> dict[str, Any]:
     }
 
 
-KIND = passes.Kind("update", maximize=False, rounding="nearest", rows=False)
+KIND = passes.Kind("update", maximize=False, rounding="nearest", axes=None)
 
 
 @pytest.fixture

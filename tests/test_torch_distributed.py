@@ -34,6 +34,7 @@ SCENARIOS: dict[int, list[str]] = {
         "tensor_parallel,blocks=weight",
         "curvature",
         "curvature,approximation=2x2,blocks=tensor",
+        "whole_leaves",
         "save,blocks=scalar",
         "copies,blocks=node",
         "fsdp1",

@@ -361,7 +361,7 @@ def test_moments_that_do_not_fit_are_refused_and_the_rest_starts_afresh() -> Non
     new = param.detach()[:2].clone().requires_grad_()
     entry["exp_avg"] = entry["exp_avg"][:2]
     opt.param_groups[0]["params"][0], opt.state[new] = new, entry
-    message = r"\['exp_avg_sq'\]` of parameter '0' must be a tensor of its shape, \(2, 2\)"
+    message = r"\['exp_avg_sq'\]` of parameter '0' must be a tensor of shape \(2, 2\)"
     before = frozen(opt, look=False)
     with pytest.raises(ValueError, match=message):
         stepped(opt, None, range(3, 4))

@@ -46,6 +46,10 @@ from torch.distributed.tensor.parallel import (
 
 import metaopt as mo
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from tests.test_scope import Factored
+
 STEPS = 6
 STATE = [field.name for field in dataclasses.fields(mo.State)]
 
@@ -528,6 +532,35 @@ def curvature(**options: Any) -> None:
         plain.step()
 
 
+def whole_leaves() -> None:
+    """A rule that sees whole leaves takes those of DDP, and refuses FSDP2's by name."""
+    ddp(base=Factored(), blocks="node")
+    net, _ = sharded(init_device_mesh("cpu", (dist.get_world_size(),)))
+    with pytest.raises(ValueError, match=r"`params\['scale'\]` is sharded, but Factored"):
+        optimizer(net.named_parameters(), base=Factored())
+    flat = wrapped(Model().double())
+    with pytest.raises(ValueError, match="is sharded, but Factored"):
+        optimizer(flat.named_parameters(), base=Factored())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    twin = Model().double()
+    net = copy.deepcopy(twin)
+    for layer in net.children():
+        for name, param in list(layer.named_parameters()):
+            copied = distribute_tensor(param.data, mesh, [Replicate()])
+            setattr(layer, name, torch.nn.Parameter(copied))
+    opt, twin_opt = (optimizer(n.named_parameters(), base=Factored()) for n in (net, twin))
+    for t in range(STEPS):
+        train(twin, twin_opt, t, lambda x: x, 5)
+        for param, same in zip(net.parameters(), twin.parameters(), strict=True):
+            whole = same.grad.clone()
+            distributed = isinstance(param, DTensor)
+            param.grad = distribute_tensor(whole, mesh, [Replicate()]) if distributed else whole
+        opt.step()
+        twin_opt.step()
+    check_equal(opt, net, twin_opt, twin)
+    assert full(opt.state[net.up.weight]["row"]).shape == (7,)
+
+
 def save(folder: Path, **options: Any) -> None:
     """Train half a run and write it with torch.distributed.checkpoint."""
     net, opt, twin, twin_opt = _optimized(options)
@@ -633,6 +666,7 @@ SCENARIOS: dict[str, Callable[..., None]] = {
         tensor_parallel,
         two_meshes,
         curvature,
+        whole_leaves,
         save,
         load,
         copies,

@@ -42,7 +42,8 @@ class MetaOptimizer:
     fused : bool, optional
         True raises ValueError where a leaf cannot have a kernel, False has the core make every
         step. By default there are kernels where there can be; a warning says where a rule or a
-        missing package stands against it.
+        missing package stands against it. Rules of the `scope` "leaf" have none, and are no
+        reason to warn.
     **options
         `step_size`, `meta_lr`, `discount`, `blocks` and all others of `metaopt.MetaOptimize`, of
         which `meta_first`, `skip_nonfinite` and curvature other than "none" take more than one
@@ -120,7 +121,9 @@ class MetaOptimizer:
             msg = f"`fused` is True, but there is no kernel for {name!r}: {reason}."
             raise ValueError(msg)
         if not chosen:
-            for reason in dict.fromkeys(self.unfused.values()):
+            rules = self._plan.rules  # of which those that want whole leaves get them
+            unwanted = {n: why for n, why in self.unfused.items() if not _whole(rules[n])}
+            for reason in dict.fromkeys(unwanted.values()):
                 msg = f"the core makes steps in place of a kernel: {reason}"
                 warnings.warn(msg, stacklevel=stacklevel)
 
@@ -373,6 +376,11 @@ def _needs_more(config: mo.MetaOptimize, plan: Any) -> str:
         if getattr(config, option):
             return f"`{option}` takes more than one pass"
     return ""
+
+
+def _whole(rule: Any) -> bool:
+    """Say whether a rule asks for whole leaves, and so for no kernel."""
+    return getattr(rule, "scope", None) == "leaf"
 
 
 def _missing(xp: Any) -> str:

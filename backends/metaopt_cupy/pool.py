@@ -16,6 +16,7 @@ import metaopt as mo
 from metaopt.arrays import Leaves, cast, map_leaves, namespace, per_leaf, solid
 from metaopt.passes import Leaf, LeafStep, one_pass
 from metaopt.plan import Plan
+from metaopt.rules.rule import scope_of
 from metaopt.step import awake_leaves
 from metaopt.tracer import UntraceableError
 from metaopt_cupy.chunks import cut, lies_per_weight
@@ -134,6 +135,10 @@ class Pool:
 
     def _spec(self, name: str, rule: Any) -> Spec | None:
         """Return what the kernel of a leaf depends on; None where there can be none."""
+        if scope_of(rule) == "leaf":
+            said = 'has the `scope` "leaf"' if hasattr(rule, "scope") else "says no `scope`"
+            self.unfused[name] = f"{rule!r} {said}, and sees whole leaves"
+            return None
         param, plan = self._params[name], self._plan
         kinds = {getattr(self._xp, kind): kind for kind in self._engine.dtypes}
         kind = next((kind for dtype, kind in kinds.items() if param.dtype == dtype), None)

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from metaopt.blocks import Blocks
+from metaopt.plan import Plan
+from metaopt.rules.rule import scope_of
 
 __all__ = ["by_compiler", "by_types", "in_types", "on_each", "spelled_out", "sums_over"]
 
@@ -19,7 +20,7 @@ Reduce = Callable[[list[Any]], list[Any]]
 
 
 def sums_over(
-    axis_name: str | tuple[str, ...] | None, params: Mapping[str, Any], blocks: Blocks
+    axis_name: str | tuple[str, ...] | None, params: Mapping[str, Any], plan: Plan
 ) -> tuple[Reduce | None, dict[str, int]]:
     """Return the core's `reduce` over mesh axes and its `copies`, for leaves not sharded over all.
 
@@ -27,7 +28,7 @@ def sums_over(
     ------
     ValueError
         If there is an axis over which no leaf varies, or a sharded leaf has several blocks, of
-        which a device may have some alone.
+        which a device may have some alone, or a rule that has to see it whole.
     """
     if axis_name is None:
         return None, {}
@@ -41,11 +42,19 @@ def sums_over(
                 "tells the ones from the others."
             )
             raise ValueError(msg)
+    views = plan.blocks.views
     for name, over in varying.items():
-        if over.intersection(axes) and math.prod(blocks.views[name]) > 1:
+        if over.intersection(axes) and scope_of(plan.rules[name]) == "leaf":
+            msg = (
+                f"{name!r} is sharded within jax.shard_map, but {plan.rules[name]!r} has the scope "
+                '"leaf": it has to see leaves whole. Use jax.jit with shardings, or, where the '
+                'rule is elementwise, say `scope = "weight"`.'
+            )
+            raise ValueError(msg)
+        if over.intersection(axes) and math.prod(views[name]) > 1:
             msg = (
                 f"`blocks` divides {name!r}, of which devices have parts, into blocks of the shape "
-                f"{blocks.views[name]}. With `axis_name` a block must hold whole leaves; use "
+                f"{views[name]}. With `axis_name` a block must hold whole leaves; use "
                 "jax.jit with shardings."
             )
             raise ValueError(msg)

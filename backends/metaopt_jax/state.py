@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import metaopt as mo
-from metaopt.arrays import per_leaf
+from metaopt.arrays import Shape, per_leaf
 from metaopt_jax.leaves import Structure
 from metaopt_jax.sharded import on_each, spelled_out
 
@@ -71,8 +71,13 @@ class MetaOptimizeState(NamedTuple):
     third_trace: Any
 
 
-def from_core(state: mo.State, step_sizes: Any, structure: Structure) -> MetaOptimizeState:
-    """Return the core's state, and the step sizes after it by block, as pytrees."""
+def from_core(
+    state: mo.State, step_sizes: Any, structure: Structure, shapes: Mapping[str, Shape]
+) -> MetaOptimizeState:
+    """Return the core's state, and the step sizes after it by block, as pytrees.
+
+    `shapes` are those of the leaves: slots of other shapes every device has whole.
+    """
 
     def blocks(values: Any) -> Any:
         return structure.pytree(values) if isinstance(values, Mapping) else on_each(values)
@@ -95,7 +100,15 @@ def from_core(state: mo.State, step_sizes: Any, structure: Structure) -> MetaOpt
         ),
         beta=blocks(state.beta),
         trace=structure.pytree(state.trace),
-        slots=by_slot(state.slots),
+        slots=by_slot(
+            {
+                name: {
+                    slot: value if value.shape == shapes[name] else on_each(value)
+                    for slot, value in slots.items()
+                }
+                for name, slots in state.slots.items()
+            }
+        ),
         meta_grad=blocks(state.meta_grad),
         meta_slots={slot: blocks(values) for slot, values in state.meta_slots.items()},
         leaf_counts=jnp.stack(list(state.count.values())),

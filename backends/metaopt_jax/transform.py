@@ -53,7 +53,9 @@ class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
 
     def from_core_state(self, state: mo.State, params: Any) -> MetaOptimizeState:
         """Return a state of the core, of these parameters, as this transformation's."""
-        return from_core(state, self.opt.slopes(state.beta)[0], Structure.of(params))
+        structure = Structure.of(params)
+        shapes = self.opt.plan(_arrays(structure, params, "params")).shapes
+        return from_core(state, self.opt.slopes(state.beta)[0], structure, shapes)
 
     def named(self, params: Any) -> dict[str, Any]:
         """Return the leaves of `params` by name, as `metaopt.load` takes them."""
@@ -202,8 +204,9 @@ def transformation(
         structure = Structure.of(params)
         if not structure.names:
             return without_leaves(opt, structure)
-        state = opt.init(_arrays(structure, params, "params"))
-        return from_core(state, opt.slopes(state.beta)[0], structure)
+        leaves = _arrays(structure, params, "params")
+        state = opt.init(leaves)
+        return from_core(state, opt.slopes(state.beta)[0], structure, opt.plan(leaves).shapes)
 
     def update(
         updates: Any,
@@ -228,7 +231,7 @@ def transformation(
             return updates, state._replace(count=state.count + 1)
         leaves = _arrays(structure, params, "params")
         plan = opt.plan(leaves)
-        reduce, copies = sums_over(axis_name, leaves, plan.blocks)
+        reduce, copies = sums_over(axis_name, leaves, plan)
         given = derivatives(plan, structure, structure.pytree(leaves), value_fn, hvp, third)
         options = {
             "lr": _at(lr, state.count),
@@ -261,7 +264,8 @@ def transformation(
                 else cast(-deltas[name], leaf.dtype)
                 for name, leaf in leaves.items()
             }
-            return structure.pytree(steps), from_core(new, opt.slopes(new.beta)[0], structure)
+            sizes = opt.slopes(new.beta)[0]
+            return structure.pytree(steps), from_core(new, sizes, structure, plan.shapes)
 
         if plan.curvature == "none" and helps(leaves.values()):
             return in_order(partial(step, options=options), updates, state, params)

@@ -14,6 +14,7 @@ from metaopt.arrays import per_leaf
 from metaopt.blocks import Blocks
 from metaopt.plan import Plan, Spec, rules_by_leaf
 from metaopt.rules import Rule
+from metaopt.rules.rule import scope_of
 from metaopt_torch.changes import Index, index_of, moved, predecessors
 from metaopt_torch.containers import Containers
 from metaopt_torch.groups import MADE_WITH, configured, named, narrowed, same, started, starts
@@ -243,6 +244,7 @@ def _leaf(
 ) -> Leaf:
     view = () if plan.blocks.partition.per_leaf else plan.blocks.views[name]
     part = part_of(param, containers.group_of(name, param))
+    _check_whole(name, rule, part)
     return Leaf(
         name=name,
         param=param,
@@ -250,6 +252,7 @@ def _leaf(
         rule=rule,
         dtype=plan.dtypes[name],
         part=part,
+        view=view,
         order=order_of(local(param), view),
         blocks=_blocks(plan, name, view, part),
         state={} if _idle(states.get(param, {}), part) else states.get(param, {}),
@@ -330,10 +333,10 @@ def _check_state(leaf: Leaf) -> None:
         if value is None:
             continue
         shape = tuple(local(value).shape) if isinstance(value, Tensor) else repr(value)
-        if shape != leaf.part.shape:
+        if shape != leaf.shape_of(key):
             msg = (
-                f"`state[...][{key!r}]` of parameter {leaf.name!r} must be a tensor of its shape, "
-                f"{leaf.part.shape} on this device; got {shape}. Change it as the parameter was "
+                f"`state[...][{key!r}]` of parameter {leaf.name!r} must be a tensor of shape "
+                f"{leaf.shape_of(key)} on this device; got {shape}. Change it as the parameter was "
                 "changed, or delete it, to start afresh."
             )
             raise ValueError(msg)
@@ -399,6 +402,18 @@ def _check_units(plan: Plan, leaves: Mapping[str, Leaf]) -> None:
             raise ValueError(msg)
 
 
+def _check_whole(name: str, rule: Rule, part: Part) -> None:
+    """Raise ValueError where a rule has to see a leaf whole of which this device holds a part."""
+    if scope_of(rule) == "leaf" and not part.whole:
+        msg = (
+            f"`params[{name!r}]` is sharded, but {rule!r} has the scope "
+            '"leaf": it has to see leaves whole. Replicate the parameter, give it an elementwise '
+            "rule such as metaopt.AdamW() by a mapping as `base`, or, where the rule is "
+            'elementwise, say `scope = "weight"`.'
+        )
+        raise ValueError(msg)
+
+
 def _moves(param: Tensor) -> bool:
     """Say whether a step may find a gradient of this parameter."""
     return param.requires_grad or param.grad is not None
@@ -435,24 +450,25 @@ def _complete(
         if key == "step":
             leaf.state.setdefault(key, torch.zeros((), dtype=spec.dtype, device=memory.device))
             continue
-        lead = spec.shape[: len(spec.shape) - leaf.param.dim()]
-        shape = (*lead, *leaf.part.shape)
+        own = leaf.own_shape(key)
+        lead = () if own else spec.shape[: len(spec.shape) - leaf.param.dim()]
+        shape = spec.shape if own else (*lead, *leaf.part.shape)
         old = leaf.state.get(key)
         turned = bool(lead) and columns != list(range(len(columns)))
         if _fits(old, spec.dtype, shape, memory.device) and not turned:
             continue
         new = torch.zeros_like(memory, dtype=spec.dtype, memory_format=torch.preserve_format)
-        if lead:
+        if lead or own:
             new = torch.zeros(shape, dtype=spec.dtype, device=memory.device)
         if key in begin:
             new.copy_(begin[key])
-        if isinstance(old, Tensor) and local(old).shape[len(lead) :] == leaf.part.shape:
+        if isinstance(old, Tensor) and local(old).shape[len(lead) :] == shape[len(lead) :]:
             if lead:
                 moved(local(old), new, columns, range(len(lead)))
             else:
                 new.copy_(local(old))
         whole = torch.empty(spec.shape, device="meta")
-        stride = whole.stride() if lead else leaf.param.stride()
+        stride = whole.stride() if lead or own else leaf.param.stride()
         leaf.state[key] = leaf.part.wrap(new, spec.shape, stride)
 
 

@@ -38,7 +38,9 @@ def _held(built: Built, path: Path, spec: Spec) -> Tensor:
     leaf = built.leaves[name]
     if key in leaf.state:
         return local(leaf.state[key])
-    shape = () if key == "step" else (*spec.shape[: -leaf.param.dim() or None], *leaf.part.shape)
+    shape = spec.shape
+    if key != "step" and not leaf.own_shape(key):
+        shape = (*spec.shape[: -leaf.param.dim() or None], *leaf.part.shape)
     return torch.zeros(shape, dtype=spec.dtype, device=leaf.param.device)
 
 
@@ -80,7 +82,8 @@ def take(built: Built, state: mo.State) -> None:
         leaf = built.leaves[name]
         if key in leaf.state:
             held = local(leaf.state[key])
-            held.copy_(value if key == "step" else window(value, leaf.part))
+            whole = key == "step" or leaf.own_shape(key)
+            held.copy_(value if whole else window(value, leaf.part))
 
 
 def _state(built: Built, tensor: Callable[[Path, Spec], Tensor]) -> mo.State:

@@ -295,10 +295,12 @@ class HessianFree:
         if known is None:
             leaf = run.leaves[0]
             rounding = self._rounding if leaf.param.dtype != leaf.dtype else "nearest"
-            kind = Kind(self._config.trace, bool(leaf.group["maximize"]), rounding, not run.flat)
+            maximize = bool(leaf.group["maximize"])
+            kind = Kind(self._config.trace, maximize, rounding, run.summed, run.whole)
             if (make, kind) not in self._passes:
                 function = make(kind)
-                self._passes[make, kind] = self._run_as(function, in_chunks(function))
+                eager = function if run.whole else in_chunks(function)
+                self._passes[make, kind] = self._run_as(function, eager)
             known = run.kernels[key] = self._passes[make, kind].prepared(leaf.rule, arrays)
         return known
 

@@ -1,6 +1,7 @@
 """The passes over memory: those of the core on buffers, in place.
 
-A run of leaves is handed in as flat buffers, or as rows that have a step size each. What is
+A run of leaves is handed in as flat buffers, as rows that have a step size each, or as one whole
+leaf. What is
 computed is in `metaopt.passes`; here are the sums and the writes in place.
 """
 
@@ -35,18 +36,21 @@ class Kind:
         Step along the gradient and not against it.
     rounding : {"nearest", "stochastic", "kahan"}
         Of parameters narrower than the state.
-    rows : bool
-        Whether buffers are matrices whose rows have a step size each.
+    axes : tuple of int or None
+        Axes of the buffers over which a block reaches, None for all.
+    whole : bool
+        Whether they are one leaf in its own shape, and not to be cut.
     """
 
     inject: str
     maximize: bool
     rounding: str
-    rows: bool
+    axes: tuple[int, ...] | None
+    whole: bool = False
 
 
 def fused(kind: Kind) -> Pass:
-    """Return the pass that moves the parameters and sums h * g by row, or over all.
+    """Return the pass that moves the parameters and sums h * g by block.
 
     It takes "param", "grad", the slots, "trace", "count", "lr", "keep" and "discount"; "lr_trace"
     and hyperparameters (`with_arrays`) where they are others than `lr` and the rule's;
@@ -60,7 +64,7 @@ def fused(kind: Kind) -> Pass:
         # trace, and never stores it. Without this the sum is a second loop over memory.
         product = product.as_strided(product.shape, product.stride())
         _write(kind, arrays, given[1], step)
-        return product.sum(1) if kind.rows else product.sum()
+        return _by_block(kind, product)
 
     return run
 
@@ -74,7 +78,7 @@ def products(kind: Kind) -> Pass:
     def run(rule: Rule, arrays: Arrays) -> tuple[Tensor, Tensor]:  # noqa: ARG001
         product = leaf_product(arrays["trace"], _gradient(kind, arrays))
         refused = torch.any(torch.logical_not(torch.isfinite(arrays["grad"])))
-        return product.sum(1) if kind.rows else product.sum(), refused
+        return _by_block(kind, product), refused
 
     return run
 
@@ -90,6 +94,13 @@ def moved(kind: Kind) -> Pass:
         _write(kind, arrays, given[1], leaf_pass(*given, **_options(kind, arrays)))
 
     return run
+
+
+def _by_block(kind: Kind, product: Tensor) -> Tensor:
+    """Return the sums over blocks, a vector, or of the one block, of shape ()."""
+    if kind.axes is None:
+        return product.sum()
+    return (product.sum(kind.axes) if kind.axes else product).reshape(-1)
 
 
 def _gradient(kind: Kind, arrays: Arrays) -> Tensor:

@@ -3,7 +3,8 @@
 A leaf that is large enough is a run by itself: a pass works on its own memory. Small leaves of
 equal rule, dtypes, device, options and count are packed: their state lies in common buffers, the
 parameters and gradients are copied in, the parameters back. Where a run has one block its buffers
-are flat, elsewhere they are matrices with a block for every row.
+are flat, elsewhere they are matrices with a block for every row. A leaf whose rule has the scope
+"leaf" is a run by itself, too, and keeps its shape.
 
 Leaves of one run make the same steps. A run is split once some of its leaves rest while others
 move, and stays so: runs are the coarsest that serve all steps there have been.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from metaopt.rules import Rule
+from metaopt.rules.rule import scope_of, slot_shapes
 from metaopt_torch.shards import Part, local
 
 __all__ = ["Leaf", "Order", "Run", "Runs", "order_of"]
@@ -99,6 +101,8 @@ class Leaf:
         Compute dtype.
     part : Part
         What this device holds.
+    view : tuple of int
+        Shape in which its blocks lie along it, see `metaopt.blocks.Partition.assign`.
     order : Order
     blocks : integer array (rows,)
         Block of each row.
@@ -118,6 +122,7 @@ class Leaf:
     rule: Rule
     dtype: torch.dtype
     part: Part
+    view: tuple[int, ...]
     order: Order
     blocks: Any
     state: dict[str, Any]
@@ -126,6 +131,21 @@ class Leaf:
 
     def __post_init__(self) -> None:
         self.param_dtype, self.param_shape = self.param.dtype, self.param.shape
+
+    @property
+    def whole(self) -> bool:
+        """Whether its rule has to see it whole, in its own shape."""
+        return scope_of(self.rule) == "leaf"
+
+    def shape_of(self, slot: str) -> tuple[int, ...]:
+        """Return the shape that this device's part of a slot has."""
+        shape = tuple(self.param.shape)
+        found = slot_shapes(self.rule, shape)[slot]
+        return self.part.shape if found == shape else found
+
+    def own_shape(self, key: str) -> bool:
+        """Say whether what its state has under this key is a slot of a shape of its own."""
+        return key in self.rule.slots and self.shape_of(key) != self.part.shape
 
     def changed(self) -> bool:
         """Say whether its parameter has another dtype or shape than what was made for it."""
@@ -177,6 +197,7 @@ class Run:
         self.leaves = leaves
         first = leaves[0]
         self.device = local(first.param).device
+        self.whole = first.whole
         lengths = [leaf.order.rows * leaf.order.length for leaf in leaves]
         blocks = np.concatenate([leaf.blocks for leaf in leaves])
         single = len(blocks) == len(leaves)
@@ -191,6 +212,8 @@ class Run:
             self.shape = (sum(rows), ROW)
         else:
             self.shape = (len(blocks), first.order.length)
+        if self.whole:
+            self.shape = first.part.shape
         self.blocks = torch.tensor(blocks[:1] if self.flat else blocks, device=self.device)
         if not self.flat:
             self.index = self.blocks
@@ -209,6 +232,13 @@ class Run:
         return self.leaves[0].part.over
 
     @property
+    def summed(self) -> tuple[int, ...] | None:
+        """The axes of the buffers over which a block reaches; None where all is one block."""
+        if self.flat:
+            return None
+        return tuple(i for i, n in enumerate(self.leaves[0].view) if n == 1) if self.whole else (1,)
+
+    @property
     def counts(self) -> bool:
         """Whether this device's sums count, see `metaopt_torch.shards.Part`."""
         return self.leaves[0].part.counts
@@ -217,10 +247,15 @@ class Run:
         """Return values per block in a shape that goes with the buffers."""
         if self.flat:
             return values.select(0, self.index)
-        return values.index_select(0, self.index).unsqueeze(1)
+        rows = values.index_select(0, self.index)
+        return rows.view(self.leaves[0].view) if self.whole else rows.unsqueeze(1)
 
     def buffers(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the parameters and gradients as buffers, which are laid out alike in all steps."""
+        if self.whole:
+            param, grad = local(self.leaves[0].param), local(grads[0]).resolve_neg()
+            self._copied = not param.is_contiguous()
+            return param.contiguous(), grad.contiguous()
         if not self._packed:
             order = self.leaves[0].order
             param = order.ordered(local(self.leaves[0].param))
@@ -244,7 +279,8 @@ class Run:
             torch._foreach_copy_([local(leaf.param) for leaf in self.leaves], self._scratch[0][1])
         elif self._copied:
             leaf = self.leaves[0]
-            local(leaf.param).copy_(leaf.order.shaped(param, leaf.part.shape))
+            shaped = param if self.whole else leaf.order.shaped(param, leaf.part.shape)
+            local(leaf.param).copy_(shaped)
 
     def lend(self, scratch: "Scratch") -> None:
         """Take buffers that parameters and gradients are copied to from what others use too."""
@@ -263,6 +299,8 @@ class Run:
     def _adopted(self, key: str) -> Tensor:
         """Return the leaves' tensors of the state as one buffer, of which they become views."""
         tensors = [local(leaf.state[key]) for leaf in self.leaves]
+        if self.whole:
+            return tensors[0]
         order = self.leaves[0].order
         held = tensors[0].untyped_storage().nbytes()  # a whole pack's, after a split
         alone = not self._packed and held == tensors[0].nbytes
@@ -349,7 +387,7 @@ def _grouped(leaves: Iterable[Leaf]) -> Iterable[list[Leaf]]:
         kind = local(leaf.param).device.type
         small = SMALL.get(kind, SMALL_ELSEWHERE)
         key: Any = (id(leaf),)
-        if numbers < small:
+        if numbers < small and not leaf.whole:
             key = (
                 *(id(leaf.rule), id(leaf.group), leaf.history, leaf.part.over, leaf.part.counts),
                 *(leaf.dtype, leaf.param.dtype, leaf.grad_dtype, local(leaf.param).device),

@@ -88,6 +88,16 @@ class Part:
         return tuple(i for i, placed in enumerate(self.placements) if isinstance(placed, Shard))
 
     @property
+    def whole(self) -> bool:
+        """Whether every device holds all of the parameter."""
+        if self.mesh is None:
+            return self.group is None
+        return all(
+            placement.is_replicate() or self.mesh.size(axis) == 1
+            for axis, placement in enumerate(self.placements)
+        )
+
+    @property
     def counts(self) -> bool:
         """Whether this device's sums count: of a part that several hold those of one alone do."""
         if self.mesh is None:

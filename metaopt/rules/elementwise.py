@@ -1,7 +1,5 @@
 """The proof that a rule of the scope "weight" is what it says."""
 
-from typing import Any
-
 import numpy as np
 
 from metaopt.rules.adamw import AdamW

@@ -242,7 +242,7 @@ def check_rule(name: str, rule: Any) -> None:
         raise ValueError(msg)
     if scope_of(rule) == "weight" and hasattr(rule, "slot_shapes"):
         msg = (
-            f"`{name}` has `slot_shapes`, which go with the `scope` \"leaf\"; slots of scope "
+            f'`{name}` has `slot_shapes`, which go with the `scope` "leaf"; slots of scope '
             f'"weight" have the shape of the leaf. Got {rule!r}.'
         )
         raise ValueError(msg)
