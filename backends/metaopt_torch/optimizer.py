@@ -15,6 +15,7 @@ from metaopt.arrays import map_leaves, per_leaf
 from metaopt.rules import Rule
 from metaopt_torch import curvature as curvatures
 from metaopt_torch import rounding as roundings
+from metaopt_torch.alignment import aligned
 from metaopt_torch.build import Built, build
 from metaopt_torch.changes import renamed
 from metaopt_torch.compiler import missing
@@ -565,6 +566,9 @@ meta_first, skip_nonfinite
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; in its own dtypes, whatever those of the parameters.
 
+        By name where parameters have names there and here, so that they may come in another order;
+        else by position.
+
         Parameters
         ----------
         state_dict : dict
@@ -579,9 +583,12 @@ meta_first, skip_nonfinite
         before = {"param_groups": self.param_groups, "state": self.state}
         leaves, found = list(self._ready.leaves.values()), []
 
-        def look(_: Any, given: dict[str, Any]) -> None:  # at what other hooks make of it
+        def look(_: Any, given: dict[str, Any]) -> dict[str, Any]:  # at what other hooks make of it
+            options = dict.fromkeys(OPTIONS) | self.defaults
+            given = aligned(given, self.param_groups, self._given, options)
             self._check_fits(given, leaves)
             found.append(given)
+            return given
 
         hook = self.register_load_state_dict_pre_hook(look)
         self._loading = True
@@ -616,18 +623,13 @@ meta_first, skip_nonfinite
             if kept is not None and kept != expected:
                 mismatch = f"it was made with {kept}; expected {expected}"
         for number, leaf in zip(numbers, leaves, strict=True):
-            if leaf.state:
-                mismatch = leaf.mismatch(state_dict["state"].get(number, {})) or mismatch
+            mismatch = leaf.mismatch(state_dict["state"].get(number, {})) or mismatch
         if mismatch is not None:
             msg = f"`state_dict` does not fit this optimizer: {mismatch}."
             raise ValueError(msg)
-        own_options = [
-            {key: group[key] for key in ("params", "param_names") if key in group}
-            for group in self.param_groups
-        ]
         given = [
-            dict.fromkeys(OPTIONS) | self.defaults | group | own
-            for group, own in zip(groups, own_options, strict=True)
+            dict.fromkeys(OPTIONS) | self.defaults | group | {"params": own["params"]}
+            for group, own in zip(groups, self.param_groups, strict=True)
         ]
         check_groups(given)
         check_rounding(self._rounding, given)

@@ -153,7 +153,11 @@ class Leaf:
 
     def mismatch(self, state: Mapping[str, Any]) -> str | None:
         """Return what in a state that was saved does not fit, None if everything does."""
-        for key, value in state.items():
+        for key in (*self.rule.slots, "trace") if not self.state else ():
+            shape = tuple(getattr(state.get(key), "shape", self.param.shape))
+            if shape[-self.param.dim() or len(shape) :] != tuple(self.param.shape):
+                return f"{key!r} of {self.name!r} has shape {shape}; expected {self.param.shape}"
+        for key, value in state.items() if self.state else ():
             if key == "compensation" and key not in self.state:
                 continue  # of a run with another rounding
             if key not in self.state:
