@@ -1,6 +1,8 @@
 """Layouts that change, packs that part, states that do not fit: the core's step, or an error."""
 
 import copy
+import sys
+import types
 import random
 from typing import Any
 
@@ -343,6 +345,24 @@ REFUSED: dict[str, Any] = {
         {"params": [p], "lr": torch.tensor(-1.0)}
     ],
 }
+
+
+def test_parts_that_deepspeed_puts_in_place_of_parameters_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They bear no mark; it is DeepSpeed's optimizer that asks for the first step with them."""
+
+    class ZeROOptimizer:
+        def __init__(self, opt: Any) -> None:
+            opt.param_groups[0]["params"] = [torch.ones(3, requires_grad=True)]
+            opt.step()
+
+    module = types.ModuleType("deepspeed.runtime.base_optimizer")
+    module.__dict__["ZeROOptimizer"] = ZeROOptimizer
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    opt = MetaOptimizer([torch.ones(6, requires_grad=True)], **OPTIONS)
+    with pytest.raises(ValueError, match="DeepSpeed's ZeRO has put parts .* `process_group=`"):
+        ZeROOptimizer(opt)
 
 
 def marked(param: Any, attribute: str) -> Any:

@@ -22,6 +22,7 @@ from metaopt_torch.hyperparameters import agreed, hyperparameters, overrides
 from metaopt_torch.places import paths, place
 from metaopt_torch.runs import Leaf, order_of
 from metaopt_torch.shards import Part, local, part_of, window
+from metaopt_torch.sharing import shared
 from metaopt_torch.vectors import Vectors
 
 __all__ = ["Built", "Counts", "build"]
@@ -47,6 +48,11 @@ class Counts:
         for leaf in leaves:
             by_device[local(leaf.param).device].append(leaf)
         for device, members in by_device.items():
+            if any(shared(leaf.state["step"]) for leaf in members):
+                for leaf in members:  # an entry by itself, where it is
+                    step = self._entries[leaf.name] = leaf.state["step"]
+                    self._vectors.append((step.reshape(1), [leaf.name]))
+                continue
             vector = torch.stack(
                 [
                     torch.as_tensor(leaf.state["step"]).to(device, torch.int32).reshape(())
@@ -192,6 +198,7 @@ def build(
     if before is not None:
         vectors.carry(before.vectors, by_block, by_family)
     vectors.read(groups, None if before is None else before.vectors)
+    vectors.stay(groups)
 
     specs: dict[str, list[tuple[str, Spec]]] = defaultdict(list)
     for path, spec in paths(plan.state):

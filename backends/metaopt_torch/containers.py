@@ -78,6 +78,13 @@ class Containers:
                 "`process_group=`, the processes that each hold a part of the parameters."
             )
             raise ValueError(msg)
+        if self._given is None and _caller("deepspeed.runtime.base_optimizer", "ZeROOptimizer"):
+            msg = (
+                "DeepSpeed's ZeRO has put parts in the place of this optimizer's parameters. Pass "
+                "`process_group=`, the data-parallel processes, for its stages 1 and 2, with one "
+                "step size or a `block` for each group; or use `fully_shard`."
+            )
+            raise ValueError(msg)
         return self._given
 
     def _of_fsdp1(self, name: str, param: Tensor) -> Any:
@@ -99,6 +106,18 @@ class Containers:
 
 def _several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _caller(module: str, name: str) -> Any:
+    """Return the object of a class one of whose methods has led here, or None."""
+    kind = getattr(sys.modules.get(module), name, None)
+    frame = sys._getframe() if kind is not None else None
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, kind):
+            return owner
+        frame = frame.f_back
+    return None
 
 
 def _living(module: str, name: str) -> Iterator[Any]:
@@ -123,14 +142,8 @@ def zero_group() -> Any:
 
     It gives each process other parameters, whole ones, and says so to nobody.
     """
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    kind, frame = getattr(module, "ZeroRedundancyOptimizer", None), sys._getframe()
-    while kind is not None and frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, kind):
-            return owner.process_group
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+    module = "torch.distributed.optim.zero_redundancy_optimizer"
+    return getattr(_caller(module, "ZeroRedundancyOptimizer"), "process_group", None)
 
 
 def check_shared(partition: Partition) -> None:

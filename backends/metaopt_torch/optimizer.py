@@ -51,6 +51,7 @@ from metaopt_torch.hessian_free import HessianFree
 from metaopt_torch.hyperparameters import agreed, hyperparameters
 from metaopt_torch.runs import Leaf
 from metaopt_torch.shards import placed
+from metaopt_torch.sharing import shared
 from metaopt_torch.vectors import names_of_vectors
 from metaopt_torch.watch import Watch
 
@@ -438,6 +439,7 @@ meta_first, skip_nonfinite
             check_numbers(group)
         if self._in_core:
             self._refresh()  # elsewhere a group's weight decay is handed to every pass
+        self._check_shared()
         grads, rebuild = {}, False
         for name, leaf in self._ready.leaves.items():
             grad = leaf.param.grad
@@ -511,6 +513,31 @@ meta_first, skip_nonfinite
                 seen.add(key)
                 found[id(self._ready.leaves[name].group)].append(key)
         return list(found.values())
+
+    def share_memory(self) -> "MetaOptimizer":
+        """Move all state to shared memory, for processes that train one model together.
+
+        As `torch.nn.Module.share_memory` does, before these processes are started. They learn one
+        step size for each block then, and step what is small less fast, as it cannot be packed.
+        """
+        for held in (*self.state.values(), *self.param_groups):
+            for value in held.values():
+                if isinstance(value, Tensor):
+                    value.share_memory_()
+        return self
+
+    def _check_shared(self) -> None:
+        """Raise where processes share the state of parameters, but not that of blocks."""
+        for leaf in self._ready.leaves.values():
+            if leaf.state:
+                if leaf.shared and not shared(self._ready.vectors["step"]):
+                    msg = (
+                        f"`state` of {leaf.name!r} is in shared memory, the step sizes in "
+                        "`param_groups` are not: call `share_memory` of the optimizer, before the "
+                        "processes are started."
+                    )
+                    raise ValueError(msg)
+                return
 
     def _check_shapes(self) -> None:
         """Raise where parameters are parts that keep no shape."""

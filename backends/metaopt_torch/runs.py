@@ -23,6 +23,7 @@ from torch import Tensor
 from metaopt.rules import Rule
 from metaopt.rules.rule import scope_of, slot_shapes
 from metaopt_torch.shards import Part, local
+from metaopt_torch.sharing import shared
 
 __all__ = ["Leaf", "Order", "Run", "Runs", "order_of"]
 
@@ -171,6 +172,11 @@ class Leaf:
         return None
 
     @property
+    def shared(self) -> bool:
+        """Whether other processes have its state too, which then has to stay where it is."""
+        return shared(local(self.state["trace"]))
+
+    @property
     def buffered(self) -> tuple[str, ...]:
         """Keys of what a pass reads and writes of the state, of the part's shape."""
         kept = ("trace", "compensation") if "compensation" in self.state else ("trace",)
@@ -307,9 +313,16 @@ class Run:
             return tensors[0]
         order = self.leaves[0].order
         held = tensors[0].untyped_storage().nbytes()  # a whole pack's, after a split
-        alone = not self._packed and held == tensors[0].nbytes
+        alone = not self._packed and (held == tensors[0].nbytes or shared(tensors[0]))
         if alone and tensors[0].permute(order.axes).is_contiguous():
             return order.flat(tensors[0]).view(self.shape)
+        if shared(tensors[0]):
+            leaf = self.leaves[0]
+            msg = (
+                f"`state[...][{key!r}]` of {leaf.name!r} is in shared memory, and laid out in "
+                "another way than the parameter: with the same strides it can stay there."
+            )
+            raise ValueError(msg)
         buffer = torch.zeros(self.shape, dtype=tensors[0].dtype, device=self.device)
         for leaf, tensor, view in zip(self.leaves, tensors, self._views(buffer), strict=True):
             view.copy_(tensor)
@@ -377,7 +390,11 @@ class Runs:
         return runs
 
     def _add(self, leaves: Sequence[Leaf]) -> None:
-        self._run_of |= dict.fromkeys(leaves, Run(leaves))
+        if len(leaves) > 1 and leaves[0].shared:
+            for leaf in leaves:
+                self._add([leaf])
+        else:
+            self._run_of |= dict.fromkeys(leaves, Run(leaves))
 
 
 def _grouped(leaves: Iterable[Leaf]) -> Iterable[list[Leaf]]:
@@ -391,7 +408,7 @@ def _grouped(leaves: Iterable[Leaf]) -> Iterable[list[Leaf]]:
         kind = local(leaf.param).device.type
         small = SMALL.get(kind, SMALL_ELSEWHERE)
         key: Any = (id(leaf),)
-        if numbers < small and not leaf.whole:
+        if numbers < small and not leaf.whole and not leaf.shared:
             key = (
                 *(id(leaf.rule), id(leaf.group), leaf.history, leaf.part.over, leaf.part.counts),
                 *(leaf.dtype, leaf.param.dtype, leaf.grad_dtype, local(leaf.param).device),

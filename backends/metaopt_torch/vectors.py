@@ -15,6 +15,7 @@ import metaopt as mo
 from metaopt.plan import Plan
 from metaopt.rules import Rule
 from metaopt_torch.changes import Index, moved
+from metaopt_torch.sharing import joined, shared
 
 __all__ = ["Vectors", "name_of_trace", "names_of_vectors"]
 
@@ -147,6 +148,34 @@ class Vectors:
                     )
                     raise ValueError(msg)
                 part.copy_(value)
+
+    def stay(self, groups: Sequence[Group]) -> None:
+        """Take the memory of what groups hold for these vectors, where other processes have it too.
+
+        Raises
+        ------
+        ValueError
+            If it is in pieces.
+        """
+        for name, vector in self._held.items():
+            parts = [group.get(name) for group in groups]
+            if not any(map(shared, parts)):
+                continue
+            sizes = self._sizes[self._kinds[name]]
+            starts = [sum(sizes[:index]) for index in range(len(groups))]
+            given = [
+                (part, start)
+                for part, start in zip(parts, starts, strict=True)
+                if isinstance(part, Tensor)
+            ]
+            whole = joined(*zip(*given, strict=True), vector)
+            if whole is None:
+                msg = (
+                    f"`{name}` of the groups is in shared memory, but in pieces or of other "
+                    "groups: call `share_memory` of the optimizer, and change no groups then."
+                )
+                raise ValueError(msg)
+            self._held[name] = whole
 
     def share(self, groups: Sequence[Group]) -> None:
         """Make what groups hold views of these vectors."""
