@@ -4,6 +4,7 @@ import copy
 import sys
 import types
 import random
+import shutil
 from typing import Any
 
 import pytest
@@ -53,6 +54,75 @@ def normal(*shape: int, seed: int = 0) -> Any:
 @pytest.fixture(params=[0, 2**16], ids=["direct", "packed"])
 def small(request: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(runs.SMALL, "cpu", request.param)
+
+
+def freed(tensor: Any) -> Any:
+    """Return a tensor whose storage holds less than its numbers."""
+    tensor.untyped_storage().resize_(tensor.nbytes // 2)
+    return tensor
+
+
+#: What a tensor's `data` is replaced by, the error, and what it says.
+REPLACED: dict[str, Any] = {
+    "grown": (lambda data: torch.ones(2 * len(data)), ValueError, "must have the shape"),
+    "shrunk": (lambda data: data[:-1].clone(), ValueError, "must have the shape"),
+    "one number": (lambda data: data[:1].clone(), ValueError, "must have the shape"),
+    "empty": (lambda data: data[:0].clone(), ValueError, "must have the shape"),
+    "reshaped": (lambda data: data.reshape(2, -1).clone(), ValueError, "must have the shape"),
+    "freed": (lambda data: freed(data.clone()), ValueError, "must lie in its storage"),
+    "complex": (lambda data: data.to(torch.complex64), TypeError, "must be dense, real and floating"),
+    "integers": (lambda data: data.to(torch.int32), TypeError, "must be dense, real and floating"),
+    "expanded": (lambda data: data[:1].expand(len(data)), ValueError, "is expanded"),
+    "negated": (lambda data: torch._neg_view(data.clone()), ValueError, "is negated"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["compiled", "eager", "weight", "two passes"])
+def test_no_step_reads_past_what_was_replaced(how: str) -> None:
+    """The parameter is named, nothing moves, and once it is put back steps go on."""
+    if how == "compiled" and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    options = OPTIONS | {
+        "compile": how == "compiled",
+        "blocks": "weight" if how == "weight" else "tensor",
+        "skip_nonfinite": how == "two passes",
+    }
+
+    def made() -> tuple[Any, list[Any]]:
+        params = [torch.ones(n, requires_grad=True) for n in (2**16, 2**16, 10, 10)]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt = MetaOptimizer([(f"layer.{i}", p) for i, p in enumerate(params)], **options)
+        opt.step()
+        return opt, params
+
+    def held(opt: Any, params: list[Any]) -> list[Any]:
+        own = [value for param in params for value in opt.state[param].values()]
+        shared = [value for value in opt.param_groups[0].values() if torch.is_tensor(value)]
+        return [value.detach().clone() for value in (*params, *own, *shared)]
+
+    opt, params = made()
+    before = held(opt, params)
+    alone, packed = params[1], params[3]
+    for name, (change, error, message) in REPLACED.items():
+        tensors = {"layer.1": [alone, alone.grad], "layer.3": [packed, packed.grad]}
+        for which, own in tensors.items():
+            # gradients may lie as they like; integers torch keeps from parameters itself
+            for tensor in {"expanded": own[:1], "negated": own[:1], "integers": own[1:]}.get(
+                name, own
+            ):
+                data = tensor.data
+                tensor.data = change(data)
+                named = rf"`params\['{which}'\]` {message}|parameter '{which}' must be a tensor of"
+                with pytest.raises(error, match=named):
+                    opt.step()
+                tensor.data = data
+    assert all(torch.equal(a, b) for a, b in zip(held(opt, params), before, strict=True))
+    opt.step()
+    other, twins = made()
+    other.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True))
 
 
 #: Layers of two tensors each, and which of them rest in a step.

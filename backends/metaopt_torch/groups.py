@@ -19,6 +19,7 @@ from metaopt.inputs import multiplier
 from metaopt.plan import rules_by_leaf
 from metaopt.rules import Rule
 from metaopt_torch.hyperparameters import adjusted
+from metaopt_torch.memory import check_memory
 
 __all__ = [
     "MADE_WITH",
@@ -96,12 +97,7 @@ def check_groups(groups: Sequence[Group]) -> None:
             raise ValueError(msg)
         seen.add(name)
         known[id(param)] = name
-        if _expanded(param):
-            msg = f"`params[{name!r}]` is expanded, one number for many; copy it by `.clone()`."
-            raise ValueError(msg)
-        if param.is_neg():
-            msg = f"`params[{name!r}]` is negated by a bit alone; copy it by `.resolve_neg()`."
-            raise ValueError(msg)
+        check_memory(name, param)
         if param.layout != torch.strided or not param.is_floating_point():
             got = param.dtype if param.layout == torch.strided else param.layout
             msg = f"`params[{name!r}]` must be dense, real and floating; got {got}."
@@ -188,13 +184,6 @@ def warn_of_unused_decay(base: Any, weight_decay: float | None, groups: Sequence
                 "the Trainer of transformers, in `TrainingArguments(weight_decay=...)`.",
                 stacklevel=3,
             )
-
-
-def _expanded(param: Tensor) -> bool:
-    """Say whether one number in memory stands for many."""
-    if param.layout != torch.strided:
-        return False
-    return any(n > 1 and step == 0 for n, step in zip(param.shape, param.stride(), strict=True))
 
 
 def check_numbers(group: Group) -> None:

@@ -165,10 +165,7 @@ class HessianFree:
             for key, group in self._groups.items()
         ]
         changed = [tuple(named) for named in self._changed.values()]
-        leaves = [
-            (id(self._leaves[name]), grad.dtype, type(grad), grad.device)
-            for name, grad in grads.items()
-        ]
+        leaves = [(leaf, leaf.layouts) for leaf in map(self._leaves.__getitem__, grads)]
         return torch.get_num_threads(), tuple(options), tuple(changed), tuple(leaves)
 
     def _prepare(self, grads: Mapping[str, Tensor], options: Any) -> None:
@@ -183,7 +180,7 @@ class HessianFree:
         make, rates = moved if self.two_passes else fused, dict[Any, Rates]()
         for run in self._runs:
             own = [grads[leaf.name] for leaf in run.leaves]
-            ready = options, [(grad.dtype, type(grad), grad.device) for grad in own]
+            ready = options, [leaf.layouts for leaf in run.leaves]
             if run.ready == ready:
                 continue
             run.ready, run.kernels = None, {}

@@ -372,8 +372,9 @@ meta_first, skip_nonfinite
         Raises
         ------
         TypeError, ValueError
-            If a gradient is sparse, a group's option is wrong, or what `curvature` needs is
-            missing. Nothing is changed then.
+            If a gradient is sparse, a parameter or its gradient has come by another shape or
+            device, a group's option is wrong, or what `curvature` needs is missing. Nothing is
+            changed then.
         """
         exact = self._ready.plan.curvature == "exact" and hvp is None
         if exact and self._hvp == "central" and closure is None:
@@ -455,6 +456,8 @@ meta_first, skip_nonfinite
             self._build(
                 self._built
             )  # a parameter that was frozen has a gradient now, or is of another dtype or shape
+        for name, grad in grads.items():
+            self._ready.leaves[name].check(grad)
         return grads
 
     def step_sizes(self) -> dict[str, Tensor]:

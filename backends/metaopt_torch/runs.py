@@ -22,6 +22,7 @@ from torch import Tensor
 
 from metaopt.rules import Rule
 from metaopt.rules.rule import scope_of, slot_shapes
+from metaopt_torch.memory import PLAIN, check_memory, layout, stored
 from metaopt_torch.shards import Part, local
 from metaopt_torch.sharing import shared
 
@@ -132,6 +133,37 @@ class Leaf:
 
     def __post_init__(self) -> None:
         self.param_dtype, self.param_shape = self.param.dtype, self.param.shape
+        self.device = local(self.param).device
+        #: Of the parameter and the gradient that were checked last.
+        self.layouts: Any = None
+
+    def check(self, grad: Tensor) -> None:
+        """Raise ValueError or TypeError where a pass cannot take this gradient or the parameter.
+
+        A pass works on memory, as far as the state reaches; `data` can be replaced at any time.
+        """
+        param = self.param
+        if type(param) not in PLAIN or type(grad) not in PLAIN:
+            param, grad = local(param), local(grad)
+        layouts = layout(param), layout(grad)
+        if layouts == self.layouts:
+            return
+        own = f"`params[{self.name!r}]`"
+        for what, array in ((own, param), (f"The gradient of {own}", grad)):
+            if tuple(array.shape) != self.part.shape:
+                msg = f"{what} must have the shape {self.part.shape}; got {tuple(array.shape)}."
+                raise ValueError(msg)
+            if array.device != self.device:
+                msg = f"{what} must be on {self.device}, as its state is; got {array.device}."
+                raise ValueError(msg)
+            if not array.is_floating_point():
+                msg = f"{what} must be dense, real and floating; got {array.dtype}."
+                raise TypeError(msg)
+            if not stored(array):
+                msg = f"{what} must lie in its storage, which has been resized to less memory."
+                raise ValueError(msg)
+        check_memory(self.name, param)
+        self.layouts = layouts
 
     @property
     def whole(self) -> bool:
