@@ -12,13 +12,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from metaopt_conformance import tolerances
 from metaopt_conformance.translate import contents
-from metaopt_cupy import MetaOptimizer, cpu
+from metaopt_cupy import MetaOptimizer, cpu, memory
 from metaopt_cupy.memory import address
 from metaopt_cupy.sharing import shared
 
@@ -642,6 +643,53 @@ def test_a_bad_argument_is_named_and_changes_nothing(name: str, fused: bool) -> 
     with pytest.raises(error, match=message):
         opt.step(**arguments)
     assert (contents(params), contents(opt.state)) == before
+
+
+def shaped(array: Any) -> None:
+    array.shape = (2, 2)
+
+
+def retyped(array: Any) -> None:
+    array.dtype = np.float32
+
+
+def locked(array: Any) -> None:
+    array.flags.writeable = False
+
+
+#: What is done to a parameter in place, and what of its layout it changes.
+CHANGED: dict[str, tuple[Any, str]] = {
+    "grown": (lambda array: array.resize(10_000, refcheck=False), "address|shape"),
+    "shrunk": (lambda array: array.resize(1, refcheck=False), "address|shape"),
+    "reshaped": (shaped, "shape"),
+    "of another dtype": (retyped, "shape|dtype"),
+    "read-only": (locked, "writable"),
+}
+
+
+@needs_numba
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_parameter_that_is_laid_out_otherwise_is_not_stepped(name: str, fused: bool) -> None:
+    """A kernel would write past its memory; it is named, and nothing moves."""
+    change, what = CHANGED[name]
+    params = {"w": np.ones(3), "b": np.ones(4)}
+    opt = MetaOptimizer(params, mo.AdamW(), mo.AdamW(), fused=fused)
+    opt.step({"w": np.ones(3), "b": np.ones(4)})
+    change(params["b"])
+    before = contents(params), contents(opt.state)
+    for grad in (np.ones(4), np.ones_like(params["b"], dtype=float)):
+        with pytest.raises(ValueError, match=rf"`params\['b'\]` has another ({what})"):
+            opt.step({"w": np.ones(3), "b": grad})
+    assert (contents(params), contents(opt.state)) == before
+
+
+def test_the_layout_of_an_array_on_a_device_has_its_address() -> None:
+    """As of CuPy's arrays, which know of no read-only memory."""
+    own = {"shape": (3,), "strides": (4,), "dtype": np.dtype("float32")}
+    array = SimpleNamespace(data=SimpleNamespace(ptr=64), flags=SimpleNamespace(), **own)
+    assert memory.layout(array) == (64, *own.values(), True)
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,12 @@ REPLACED: dict[str, Any] = {
     "empty": (lambda data: data[:0].clone(), ValueError, "must have the shape"),
     "reshaped": (lambda data: data.reshape(2, -1).clone(), ValueError, "must have the shape"),
     "freed": (lambda data: freed(data.clone()), ValueError, "must lie in its storage"),
-    "complex": (lambda data: data.to(torch.complex64), TypeError, "must be dense, real and floating"),
-    "integers": (lambda data: data.to(torch.int32), TypeError, "must be dense, real and floating"),
+    "complex": (
+        lambda data: data.to(torch.complex64),
+        TypeError,
+        "must be dense, real",
+    ),
+    "integers": (lambda data: data.to(torch.int32), TypeError, "must be dense, real"),
     "expanded": (lambda data: data[:1].expand(len(data)), ValueError, "is expanded"),
     "negated": (lambda data: torch._neg_view(data.clone()), ValueError, "is negated"),
 }

@@ -1,11 +1,20 @@
 """Where arrays lie in memory."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Occupied", "address", "check_writable", "contiguous", "overlaps_itself", "span"]
+__all__ = [
+    "Layout",
+    "Occupied",
+    "address",
+    "check_writable",
+    "contiguous",
+    "layout",
+    "overlaps_itself",
+    "span",
+]
 
 
 def address(array: Any) -> int:
@@ -18,6 +27,22 @@ def address(array: Any) -> int:
 def contiguous(array: Any) -> bool:
     """Say whether entries follow each other in memory, in the order of the axes."""
     return bool(array.flags.c_contiguous)
+
+
+class Layout(NamedTuple):
+    """Where an array lies and what a kernel takes for granted of it."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+    writable: bool
+
+
+def layout(array: Any) -> Layout:
+    """Return where an array lies, and how."""
+    writable = getattr(array.flags, "writeable", True)
+    return Layout(address(array), array.shape, array.strides, array.dtype, writable)
 
 
 def span(array: Any) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from array_api_compat import is_torch_array
 import metaopt as mo
 from metaopt.arrays import is_number, map_leaves, solid
 from metaopt.inputs import check_grads, multipliers
-from metaopt_cupy.memory import check_writable
+from metaopt_cupy.memory import Layout, check_writable, layout
 from metaopt_cupy.pool import Pool
 from metaopt_cupy.sharing import device_of, shared
 
@@ -96,6 +96,7 @@ class MetaOptimizer:
     ) -> None:
         params_by_name = _named("params", params)
         self._xp, self._params = _adopted(params_by_name)
+        self._layouts = {name: layout(param) for name, param in self._params.items()}
         self._tensors = {
             name: (param, param.data_ptr())
             for name, param in params_by_name.items()
@@ -179,7 +180,8 @@ class MetaOptimizer:
         ------
         ValueError
             If names, shapes or devices do not fit, `lr` is negative, or what `curvature` needs is
-            not given, or a tensor among `params` has been given other memory.
+            not given, or a parameter lies, or is laid out, otherwise than when the optimizer was
+            made.
         TypeError
             If a gradient is no dense, real floating array, or cannot be read.
 
@@ -189,7 +191,7 @@ class MetaOptimizer:
         the optimizer is made; what it raises only in a later step, it raises when the parameters
         have moved.
         """
-        self._check_tensors()
+        self._check_params()
         with self._device():
             found, lrs = self._read("grads", grads), self._multipliers(lr)
             if self._pool is None:
@@ -214,8 +216,19 @@ class MetaOptimizer:
                 # or autograd would go backward through what is no longer there
                 sys.modules["torch"].autograd.graph.increment_version(tensor)
 
-    def _check_tensors(self) -> None:
-        """Raise where a tensor of torch has been given other memory than steps write to."""
+    def _check_params(self) -> None:
+        """Raise where parameters do not lie any more where, and as, steps write to them."""
+        for name, param in self._params.items():
+            for what, got, was in zip(
+                Layout._fields, layout(param), self._layouts[name], strict=True
+            ):
+                if got != was:
+                    msg = (
+                        f"`params[{name!r}]` has another {what} than when this optimizer was made, "
+                        f"{got} in place of {was}. Put it back, or make an optimizer for the "
+                        "parameters as they are."
+                    )
+                    raise ValueError(msg)
         for name, (tensor, pointer) in self._tensors.items():
             if tensor.data_ptr() != pointer:
                 msg = (
