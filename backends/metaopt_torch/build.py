@@ -207,6 +207,7 @@ def build(
             specs[name].append((key, spec))
     for leaf in leaves.values():
         _check_state(leaf)
+    fresh = {name for name, leaf in leaves.items() if "step" not in leaf.state}
 
     for leaf in leaves.values():
         if leaf.state or _moves(leaf.param):
@@ -226,7 +227,7 @@ def build(
         step = leaf.state.get("step")
         if name in known and before is not None and before.counts.holds(known[name], step):
             leaf.history = known[name].history
-        elif step is not None:
+        elif name not in fresh:  # of which a device need not be asked
             leaf.history = int(step)
     return Built(
         config=config,
