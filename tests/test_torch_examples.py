@@ -194,6 +194,19 @@ def test_accelerate_trains_as_one_process_on_several_ranks(ranks: int, tmp_path:
     same(found["net"], found["step sizes"], twin.state_dict(), opt.step_sizes())
 
 
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
+def test_accelerate_under_fsdp2_trains_as_one_process(tmp_path: Any) -> None:
+    """Accelerate puts the shards of the parameters in the place of those that it was given."""
+    pytest.importorskip("accelerate")
+    found = launched("accelerate_fsdp.py", 2, tmp_path / "out.pt")
+    module = example("accelerate_fsdp")
+    twin = module.model()
+    batches = [module.batch(step) for step in range(50)]
+    options: dict[str, Any] = {"meta": mo.AdamW(), "blocks": "tensor"}
+    twin_opt = plain_run(twin, batches, cosine=False, **(LION | options))
+    same(found["net"], found["step sizes"], twin.state_dict(), twin_opt.step_sizes())
+
+
 @pytest.mark.parametrize("how", ["kahan", "stochastic"])
 def test_bfloat16_weights_learn(how: str, capsys: Any) -> None:
     example("bfloat16").main(800, how)
