@@ -142,8 +142,8 @@ def test_the_trainer_of_transformers_trains_as_a_plain_loop() -> None:
     assert any("step size/all" in entry for entry in logs)
 
 
-def launched(script: str, ranks: int, output: Path) -> Any:
-    """Run an example with torchrun and return what its first rank wrote."""
+def launched(script: Path, ranks: int, *words: str | Path) -> Any:
+    """Run a script with torchrun and return what its first rank wrote to the last of `words`."""
     paths = [ROOT, ROOT / "backends"]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
@@ -153,7 +153,7 @@ def launched(script: str, ranks: int, output: Path) -> Any:
     }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
-        [*launcher, "--standalone", str(EXAMPLES / script), str(output)],
+        [*launcher, "--standalone", str(script), *map(str, words)],
         env=env,
         capture_output=True,
         text=True,
@@ -161,13 +161,13 @@ def launched(script: str, ranks: int, output: Path) -> Any:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return torch.load(output, weights_only=True)
+    return torch.load(words[-1], weights_only=True)
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_fsdp_trains_as_one_process(ranks: int, tmp_path: Any) -> None:
-    found = launched("fsdp.py", ranks, tmp_path / "out.pt")
+    found = launched(EXAMPLES / "fsdp.py", ranks, tmp_path / "out.pt")
     module = example("fsdp")
     twin = module.model()
     options: dict[str, Any] = {"meta": mo.AdamW(), "blocks": "tensor"}
@@ -180,7 +180,7 @@ def test_fsdp_trains_as_one_process(ranks: int, tmp_path: Any) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_accelerate_trains_as_one_process_on_several_ranks(ranks: int, tmp_path: Any) -> None:
     pytest.importorskip("accelerate")
-    found = launched("accelerate_loop.py", ranks, tmp_path / "out.pt")
+    found = launched(EXAMPLES / "accelerate_loop.py", ranks, tmp_path / "out.pt")
     module = example("accelerate_loop")
     twin = module.model()
     opt = MetaOptimizer(twin.named_parameters(), **LION)
@@ -198,12 +198,23 @@ def test_accelerate_trains_as_one_process_on_several_ranks(ranks: int, tmp_path:
 def test_accelerate_under_fsdp2_trains_as_one_process(tmp_path: Any) -> None:
     """Accelerate puts the shards of the parameters in the place of those that it was given."""
     pytest.importorskip("accelerate")
-    found = launched("accelerate_fsdp.py", 2, tmp_path / "out.pt")
+    found = launched(EXAMPLES / "accelerate_fsdp.py", 2, tmp_path / "out.pt")
     module = example("accelerate_fsdp")
     twin = module.model()
     batches = [module.batch(step) for step in range(50)]
     options: dict[str, Any] = {"meta": mo.AdamW(), "blocks": "tensor"}
     twin_opt = plain_run(twin, batches, cosine=False, **(LION | options))
+    same(found["net"], found["step sizes"], twin.state_dict(), twin_opt.step_sizes())
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
+def test_the_trainer_under_fsdp2_trains_as_one_process(tmp_path: Any) -> None:
+    """It makes its optimizer before the model is sharded."""
+    module = example("trainer", "transformers", "accelerate")
+    script = ROOT / "tests" / "torch_trainer.py"
+    found = launched(script, 2, EXAMPLES / "trainer.py", tmp_path / "out.pt")
+    twin = module.Regression()
+    twin_opt = plain_run(twin.net, in_order(STEPS), cosine=False, **LION)
     same(found["net"], found["step sizes"], twin.state_dict(), twin_opt.step_sizes())
 
 
