@@ -1,6 +1,7 @@
 """What is done to `param_groups`, `state` and parameters between steps is seen at the next one."""
 
 import copy
+import shutil
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -217,6 +218,7 @@ def _in_place(opt: Any) -> Any:
     return {"0": "0", "1": "1", "2": "2"}, {"0": lambda a: a[rows], "1": same, "2": same}
 
 
+ROWS = (_move_state, _extend, _in_place)
 EDITS = [_replace_one, _replace_all, _append, _insert, _remove, _move_state, _extend, _in_place]
 
 
@@ -239,6 +241,52 @@ def test_parameters_come_go_and_are_replaced(edit: Any, blocks: str) -> None:
     for param, before in zip(params, gone, strict=True):
         assert id(param) in here or torch.equal(param.detach(), before)
     opt.state_dict()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(("blocks", "small"), [("tensor", 0), ("node", 2**16)])
+def test_compiled_steps_follow_edits_as_eager_ones_do(
+    blocks: str, small: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(runs.SMALL, "cpu", small)
+    nets = [[parameter(3, 2, seed=1), parameter(5, seed=2), parameter(2, 2, seed=3)] for _ in "ab"]
+    opts = [
+        MetaOptimizer(params, compile=flag, blocks=blocks, **OPTIONS)
+        for params, flag in zip(nets, (True, False), strict=True)
+    ]
+    for t, edit in enumerate([*EDITS, _clear, lambda opt: opt.param_groups[0]["beta"].sub_(0.5)]):
+        for opt in opts:
+            if opt.param_groups[0]["params"][0].shape == (3, 2) or edit not in ROWS:
+                edit(opt)
+            stepped(opt, None, range(2 * t, 2 * t + 2))
+    for a, b in zip(*(opt.param_groups[0]["params"] for opt in opts), strict=True):
+        assert relative_error(a.detach().numpy(), b.detach().numpy()) < 1e-11
+    for name, size in opts[1].step_sizes().items():
+        assert relative_error(opts[0].step_sizes()[name].numpy(), size.numpy()) < 1e-11
+
+
+@pytest.mark.parametrize("approximation", ["l", "2x2"])
+def test_columns_of_dense_traces_go_with_their_blocks(approximation: str) -> None:
+    """Without the parameter that has left, whose block was the first, as if it rested for ever."""
+    options = {"curvature": "exact", "approximation": approximation, "blocks": "tensor"}
+    nets = [[parameter(2, seed=1), parameter(3, seed=2), parameter(3, seed=3)] for _ in "ab"]
+    opts = [MetaOptimizer(params, **options, **OPTIONS) for params in nets]
+    for t in range(8):
+        if t == 4:
+            opts[0].param_groups[0]["params"] = nets[0][:0:-1]
+        for (first, *rest), opt in zip(nets, opts, strict=True):
+            opt.zero_grad()
+            loss = ((rest[0] * rest[1]).sum() - 1.0).square() + rest[0].pow(4).sum()
+            opt.backward(loss + first.square().sum() * rest[1].sum() if t < 4 else loss)
+            opt.step()
+    for a, b in zip(*nets, strict=True):
+        assert relative_error(a.detach().numpy(), b.detach().numpy()) < 1e-12
+    sizes = [list(opt.step_sizes().values()) for opt in opts]
+    assert (
+        relative_error(torch.stack(sizes[0][::-1]).numpy(), torch.stack(sizes[1][1:]).numpy())
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("blocks", ["scalar", "tensor"])

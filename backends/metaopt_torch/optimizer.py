@@ -450,12 +450,10 @@ meta_first, skip_nonfinite
             if grad.layout != torch.strided:
                 msg = f"The gradient of {name!r} must be dense; got layout {grad.layout}."
                 raise TypeError(msg)
-            grads[name] = placed(grad, leaf.param)
+            grads[name] = grad if leaf.part.mesh is None else placed(grad, leaf.param)
             rebuild |= not leaf.state
-        if rebuild:
-            self._build(
-                self._built
-            )  # a parameter that was frozen has a gradient now, or is of another dtype or shape
+        if rebuild:  # one that was frozen has a gradient now, or another dtype or shape
+            self._build(self._built)
         for name, grad in grads.items():
             self._ready.leaves[name].check(grad)
         return grads

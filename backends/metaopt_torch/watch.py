@@ -1,6 +1,7 @@
 """Notices what was done to `param_groups` and `state` between two steps."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -43,6 +44,5 @@ class Watch:
         for group in groups:
             held += group["params"]
             held += map(group.get, self._names)
-        for entry in entries:
-            held += entry.values()
+        held += chain.from_iterable(map(dict.values, entries))
         return held
