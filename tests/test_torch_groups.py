@@ -269,7 +269,8 @@ def test_compiled_steps_follow_edits_as_eager_ones_do(
 @pytest.mark.parametrize("approximation", ["l", "2x2"])
 def test_columns_of_dense_traces_go_with_their_blocks(approximation: str) -> None:
     """Without the parameter that has left, whose block was the first, as if it rested for ever."""
-    options = {"curvature": "exact", "approximation": approximation, "blocks": "tensor"}
+    options: dict[str, Any] = {"curvature": "exact", "blocks": "tensor"}
+    options["approximation"] = approximation
     nets = [[parameter(2, seed=1), parameter(3, seed=2), parameter(3, seed=3)] for _ in "ab"]
     opts = [MetaOptimizer(params, **options, **OPTIONS) for params in nets]
     for t in range(8):

@@ -12,7 +12,6 @@ import tempfile
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from metaopt_torch import MetaOptimizer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import TrainingArguments
@@ -24,10 +23,11 @@ STEPS = 20
 
 def on_cpus(made: Any) -> Any:
     """Return Accelerate's class, which passes the plugin over on CPUs, as one that takes it."""
+    kinds = importlib.import_module("accelerate.utils").DistributedType
 
     def accelerator(*args: Any, fsdp_plugin: Any, **kwargs: Any) -> Any:
         made_one = made(*args, **kwargs)
-        made_one.state.distributed_type = DistributedType.FSDP
+        made_one.state.distributed_type = kinds.FSDP
         made_one.state.fsdp_plugin = fsdp_plugin
         return made_one
 
@@ -45,6 +45,10 @@ def main(example: str, file: str) -> None:
     spec.loader.exec_module(parts)
     model = parts.Regression()
     options = {"base": mo.AdamW(), "meta": mo.Lion(), "step_size": 1e-3, "compile": False}
+    sharding: dict[str, Any] = {
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Linear"]},
+    }
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -57,8 +61,7 @@ def main(example: str, file: str) -> None:
             use_cpu=True,
             max_grad_norm=0.0,
             disable_tqdm=True,
-            fsdp=True,
-            fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["Linear"]},
+            **sharding,
         )
         trainer = parts.Tuned(
             model,
