@@ -407,10 +407,8 @@ def test_a_state_takes_the_dtype_that_goes_with_the_parameters(of: str, into: st
 
 
 REFUSED: dict[str, Any] = {
-    "has one parameter twice": lambda p: [p, p],
     "is expanded": lambda _: [torch.ones(1).expand(3)],
     "is negated by a bit alone": lambda _: [torch._neg_view(torch.ones(3))],
-    "must hold a parameter; got 2 empty groups": lambda _: [{"params": []}] * 2,
     "`maximize` must be True or False": lambda p: [{"params": [p], "maximize": "no"}],
     r"`params\['0'\]` is a TwoTensor, which keeps": lambda p: [TwoTensor(p.data, p.data)],
     r"`params\['0'\]` is partitioned by DeepSpeed's ZeRO": lambda p: [marked(p, "ds_id")],
@@ -445,7 +443,6 @@ def marked(param: Any, attribute: str) -> Any:
     return param
 
 
-@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @pytest.mark.parametrize("message", REFUSED)
 def test_parameters_and_groups_that_are_refused(message: str) -> None:
     given = REFUSED[message](torch.ones(3, requires_grad=True))
@@ -488,6 +485,42 @@ def test_a_group_without_parameters_is_no_matter() -> None:
     again = MetaOptimizer([{"params": []}, {"params": [param]}, {"params": []}], **OPTIONS)
     again.load_state_dict(opt.state_dict())
     assert_same(frozen(again), frozen(opt))
+
+
+def test_a_parameter_twice_in_a_group_is_stepped_once_with_torchs_warning() -> None:
+    params = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    with pytest.warns(UserWarning, match="contains a parameter group with duplicate parameters"):
+        twice = MetaOptimizer([("a", params[0]), ("b", params[0])], **OPTIONS)
+    once = MetaOptimizer([("a", params[1])], **OPTIONS)
+    for param, opt in zip(params, (twice, once), strict=True):
+        param.grad = torch.ones(3)
+        opt.step()
+    assert torch.equal(params[0], params[1])
+    assert_same(frozen(twice), frozen(once))
+
+
+def test_groups_may_be_empty_until_a_parameter_comes() -> None:
+    params = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    late = MetaOptimizer([{"params": [], "lr": 0.5}, {"params": []}], **OPTIONS)
+    assert late.step(lambda: torch.tensor(2.0)) == 2.0
+    assert late.step_sizes() == {}
+    with pytest.raises(ValueError, match="`params` holds no parameter yet, in 2 groups"):
+        late.core_state()
+    late.load_state_dict(copy.deepcopy(late).state_dict())
+    assert late.param_groups[0]["lr"] == 0.5
+    late.add_param_group({"params": [params[0]]})
+    once = MetaOptimizer([params[1]], **OPTIONS)
+    for param, opt in zip(params, (late, once), strict=True):
+        param.grad = torch.ones(3)
+        opt.step()
+    assert torch.equal(params[0], params[1])
+    assert_same(late.step_sizes(), once.step_sizes())
+
+
+def test_bad_options_are_told_before_bad_parameters() -> None:
+    """As torch does it."""
+    with pytest.raises(ValueError, match="`lr` must be a finite number and at least 0"):
+        MetaOptimizer(None, lr=-1.0, **OPTIONS)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

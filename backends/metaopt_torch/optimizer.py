@@ -191,6 +191,8 @@ meta_first, skip_nonfinite
         before : Built, optional
             What was made when they were others, of the same run.
         """
+        if before is None and not any(group["params"] for group in self.param_groups):
+            return  # as long as there are none
         names = [group.get("param_names") for group in self.param_groups]
         try:
             if before is not None:
@@ -269,6 +271,7 @@ meta_first, skip_nonfinite
         take_keys(param_group, own, hyper, state)
         before = list(self.param_groups)
         super().add_param_group(param_group)
+        _without_duplicates(param_group)
         try:
             check_groups(self.param_groups)
             if self._built is not None:
@@ -290,7 +293,12 @@ meta_first, skip_nonfinite
 
     @property
     def _ready(self) -> Built:
-        assert self._built is not None
+        if self._built is None:
+            msg = (
+                f"`params` holds no parameter yet, in {len(self.param_groups)} groups, and there "
+                "are step sizes for parameters alone. Add some by `add_param_group`."
+            )
+            raise ValueError(msg)
         return self._built
 
     @property
@@ -376,6 +384,11 @@ meta_first, skip_nonfinite
             device, a group's option is wrong, or what `curvature` needs is missing. Nothing is
             changed then.
         """
+        if self._built is None:
+            self._build()
+        if self._built is None:  # there is nothing to step
+            with torch.enable_grad():
+                return None if closure is None else closure()
         exact = self._ready.plan.curvature == "exact" and hvp is None
         if exact and self._hvp == "central" and closure is None:
             msg = '`step` needs a closure for `hvp="central"`: gradients of displaced parameters.'
@@ -469,6 +482,8 @@ meta_first, skip_nonfinite
             As `metaopt.MetaOptimize.step_sizes`; on the device, float32 or wider.
         """
         self._refresh(decay=False)
+        if self._built is None:
+            return {}
         beta = map_leaves(torch.clone, self._per_block("beta"))  # which some maps return as it is
         return dict(self._by_name(self._ready.config.slopes(beta)[0]))
 
@@ -581,6 +596,8 @@ meta_first, skip_nonfinite
         The state of parameters that have left the groups is not in it.
         """
         self._refresh(decay=False)
+        if self._built is None:
+            return super().state_dict()
         whole, here = self.state, {id(leaf.param) for leaf in self._ready.leaves.values()}
         if all(id(param) in here for param in whole):
             return super().state_dict()
@@ -608,6 +625,9 @@ meta_first, skip_nonfinite
             Nothing is changed then.
         """
         self._refresh()
+        if self._built is None:
+            super().load_state_dict(state_dict)
+            return
         before = {"param_groups": self.param_groups, "state": self.state}
         leaves, found = list(self._ready.leaves.values()), []
 
@@ -667,7 +687,8 @@ meta_first, skip_nonfinite
         """Return what a copy or a pickle consists of."""
         own = ("_given", "_hvp", "_rounding", "_compile")
         kept = {name: self.__dict__[name] for name in own}
-        groups = {leaf.part.group for leaf in self._ready.leaves.values()} - {None}
+        leaves = () if self._built is None else self._built.leaves.values()
+        groups = {leaf.part.group for leaf in leaves} - {None}
         # a copied parameter does not say any more that it is a part
         name = next(iter(groups)).group_name if len(groups) == 1 else None
         return super().__getstate__() | kept | {"_process_group": name}
@@ -704,6 +725,18 @@ meta_first, skip_nonfinite
 
     def _refresh(self, *, decay: bool = True) -> None:
         """See what was done to groups and state, and, with `decay`, to the groups' weight decay."""
+        if self._built is None:
+            self._build()
+            return
         edited = self._watch.differs(self.param_groups, self.state)
         if edited or self._ready.counts.edited() or (decay and self._ready.outdated()):
             self._build(self._built)
+
+
+def _without_duplicates(group: dict[str, Any]) -> None:
+    """Keep parameters that a group has twice, of which torch warns, in their first place alone."""
+    places = {id(param): index for index, param in reversed([*enumerate(group["params"])])}
+    if len(places) < len(group["params"]):
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = [group[key][index] for index in sorted(places.values())]
