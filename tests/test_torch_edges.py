@@ -1,10 +1,10 @@
 """Layouts that change, packs that part, states that do not fit: the core's step, or an error."""
 
 import copy
-import sys
-import types
 import random
 import shutil
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -433,7 +433,7 @@ def test_parts_that_deepspeed_puts_in_place_of_parameters_are_refused(
     module.__dict__["ZeROOptimizer"] = ZeROOptimizer
     monkeypatch.setitem(sys.modules, module.__name__, module)
     opt = MetaOptimizer([torch.ones(6, requires_grad=True)], **OPTIONS)
-    with pytest.raises(ValueError, match="DeepSpeed's ZeRO has put parts .* `process_group=`"):
+    with pytest.raises(ValueError, match=r"DeepSpeed's ZeRO has put parts .* `process_group=`"):
         ZeROOptimizer(opt)
 
 

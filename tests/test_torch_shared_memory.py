@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import torch.multiprocessing  # noqa: E402
+import torch.multiprocessing  # noqa: E402, F811
 from metaopt_torch import MetaOptimizer  # noqa: E402
 
 import metaopt as mo  # noqa: E402

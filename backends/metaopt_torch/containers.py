@@ -37,14 +37,11 @@ class Containers:
     ----------
     given : ProcessGroup or None
         That of all plain tensors which do not say it themselves.
-    optimizer : Optimizer
-        Which others may have wrapped.
     """
 
-    def __init__(self, given: Any, optimizer: Any) -> None:
-        self._given, self._optimizer = given, optimizer
+    def __init__(self, given: Any) -> None:
+        self._given = given
         self._handles: list[Any] | None = None
-        self._zero: Any = None
 
     def group_of(self, name: str, param: Tensor) -> Any:
         """Return the processes that hold the other parts of a parameter; None if it is whole here.
@@ -111,12 +108,12 @@ def _several() -> bool:
 def _caller(module: str, name: str) -> Any:
     """Return the object of a class one of whose methods has led here, or None."""
     kind = getattr(sys.modules.get(module), name, None)
-    frame = sys._getframe() if kind is not None else None
-    while frame is not None:
+    frame = sys._getframe()
+    while kind is not None and frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, kind):
             return owner
-        frame = frame.f_back
+        frame = frame.f_back  # type: ignore[assignment]
     return None
 
 
@@ -173,7 +170,7 @@ def check_agreement(group: Any, blocks: Any) -> None:
 def group_called(name: str) -> Any:
     """Return the process group of this name, which is the same in all of its processes."""
     try:
-        return distributed_c10d._resolve_process_group(name)
+        return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     except (LookupError, RuntimeError, ValueError) as error:
         msg = f"This optimizer's parameters are parts over process group {name!r}, unknown here."
         raise ValueError(msg) from error

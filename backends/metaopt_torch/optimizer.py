@@ -205,7 +205,7 @@ meta_first, skip_nonfinite
                     self.state,
                     kahan=self._rounding == "kahan",
                     before=before,
-                    containers=Containers(self._process_group, self),
+                    containers=Containers(self._process_group),
                 )
         except Exception:
             for group, kept in zip(self.param_groups, names, strict=True):

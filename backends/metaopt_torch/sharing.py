@@ -17,15 +17,13 @@ def shared(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.is_shared()
 
 
-def joined(parts: Sequence[Tensor], starts: Sequence[int], like: Tensor) -> Tensor | None:
+def joined(parts: Sequence[tuple[Tensor, int]], like: Tensor) -> Tensor | None:
     """Return the very memory of parts, which lie side by side, as one tensor.
 
     Parameters
     ----------
-    parts : sequence of tensor
-        Slices of the whole along its last axis.
-    starts : sequence of int
-        Where each begins.
+    parts : sequence of (tensor, int)
+        Slices of the whole along its last axis, and where each begins.
     like : tensor
         Of the shape and dtype of the whole.
 
@@ -33,7 +31,7 @@ def joined(parts: Sequence[Tensor], starts: Sequence[int], like: Tensor) -> Tens
     -------
     tensor, or None where they are not parts of such a whole
     """
-    full = [(part, start) for part, start in zip(parts, starts, strict=True) if part.numel() > 0]
+    full = [(part, start) for part, start in parts if part.numel() > 0]
     if not full:
         return like
     part, start = full[0]

@@ -163,12 +163,8 @@ class Vectors:
                 continue
             sizes = self._sizes[self._kinds[name]]
             starts = [sum(sizes[:index]) for index in range(len(groups))]
-            given = [
-                (part, start)
-                for part, start in zip(parts, starts, strict=True)
-                if isinstance(part, Tensor)
-            ]
-            whole = joined(*zip(*given, strict=True), vector)
+            pairs = zip(parts, starts, strict=True)
+            whole = joined([(part, at) for part, at in pairs if part is not None], vector)
             if whole is None:
                 msg = (
                     f"`{name}` of the groups is in shared memory, but in pieces or of other "
