@@ -319,7 +319,7 @@ def test_what_is_not_finite_never_reaches_the_step_sizes(blocks: str) -> None:
     assert np.sum(opt.state.restarts) == 1
     for array in (opt.state.trace, opt.step_sizes(), opt.params):
         map_leaves(lambda a: np.testing.assert_array_equal(np.isfinite(a), True), array)
-    with pytest.warns(UserWarning, match="cannot be traced"):
+    with pytest.warns(UserWarning, match="says no `scope`"):
         slow = run(Opaque(BASES["SGDm"]))
     assert_close((opt.params, opt.state), (slow.params, slow.state), "float64", steps=8)
 
