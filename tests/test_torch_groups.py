@@ -243,6 +243,32 @@ def test_parameters_come_go_and_are_replaced(edit: Any, blocks: str) -> None:
     opt.state_dict()
 
 
+@every_partition
+def test_rows_whose_state_is_filled_with_zeros_are_new(blocks: str) -> None:
+    """As a script does that adds points, and knows of no state that starts elsewhere."""
+    nets = [[parameter(3, 2, seed=1), parameter(2, seed=2)] for _ in "ab"]
+    opts = [MetaOptimizer(params, compile=False, blocks=blocks, **OPTIONS) for params in nets]
+    rows = normal(2, 2, seed=3)
+    for opt, knows in zip(opts, (False, True), strict=True):
+        stepped(opt, None, range(4))
+        group = opt.param_groups[0]
+        entry = opt.state.pop(group["params"][0])
+        group["params"][0] = torch.cat([group["params"][0].detach(), rows]).requires_grad_()
+        for key, value in entry.items():
+            more = torch.zeros_like(rows)
+            if knows and key == "average":
+                more = rows
+            if knows and key == "beta":
+                more = torch.full_like(rows, OPTIONS["step_size"]).log()
+            entry[key] = value if key == "step" else torch.cat([value, more])
+        opt.state[group["params"][0]] = entry
+        stepped(opt, None, range(4, 8))
+    for a, b in zip(*(opt.param_groups[0]["params"] for opt in opts), strict=True):
+        assert relative_error(a.detach().numpy(), b.detach().numpy()) < 1e-12
+    for name, size in opts[1].step_sizes().items():
+        assert relative_error(opts[0].step_sizes()[name].numpy(), size.numpy()) < 1e-12
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(("blocks", "small"), [("tensor", 0), ("node", 2**16)])

@@ -216,6 +216,8 @@ def build(
             begin = {key: window(values[leaf.name], leaf.part) for key, values in start.items()}
             narrow = kahan and leaf.param.dtype != leaf.dtype
             _complete(leaf, specs[leaf.name], begin, kahan=narrow, columns=by_block)
+            if before is not None and _is_another(leaf, continued.get(leaf.name)):
+                _begin_zeros(leaf, specs[leaf.name], begin)
     if before is not None:
         _forget(before, leaves, states)
         _bound(config, plan, vectors, leaves)
@@ -478,6 +480,32 @@ def _complete(
         whole = torch.empty(spec.shape, device="meta")
         stride = whole.stride() if lead or own else leaf.param.stride()
         leaf.state[key] = leaf.part.wrap(new, spec.shape, stride)
+
+
+def _is_another(leaf: Leaf, former: Leaf | None) -> bool:
+    """Say whether a parameter is new, or of another shape than it was."""
+    if former is None or former.param is not leaf.param:
+        return True
+    return former.part.shape != leaf.part.shape
+
+
+def _begin_zeros(
+    leaf: Leaf, specs: Sequence[tuple[str, Spec]], begin: Mapping[str, Tensor]
+) -> None:
+    """Have entries whose state is zero throughout start as those of new parameters do.
+
+    Scripts that add rows to a parameter fill its state with zeros, whatever it holds.
+    """
+    first = dict(begin)
+    if "average" in leaf.state:
+        first["average"] = local(leaf.param)
+    held = {key: local(leaf.state[key]) for key, _ in specs if key != "step"}
+    held = {key: value for key, value in held.items() if value.shape == leaf.part.shape}
+    if not first.keys() & held.keys():
+        return
+    new = torch.stack([value == 0 for value in held.values()]).all(dim=0)
+    for key in first.keys() & held.keys():
+        held[key].copy_(torch.where(new, first[key].to(held[key].dtype), held[key]))
 
 
 def _fits(value: Any, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> bool:
