@@ -274,8 +274,8 @@ def _idle(state: Mapping[str, Any], part: Part) -> bool:
 
     FullyShardedDataParallel may wrap a model whose optimizer exists already.
     """
-    trace = state.get("trace")
-    if trace is None or part.group is None or tuple(trace.shape) == part.shape:
+    arrays = [value for key, value in state.items() if key != "step"]
+    if part.group is None or all(tuple(array.shape) == part.shape for array in arrays):
         return False
     return int(state.get("step", 0)) == 0
 

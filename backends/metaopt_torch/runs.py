@@ -206,7 +206,7 @@ class Leaf:
     @property
     def shared(self) -> bool:
         """Whether other processes have its state too, which then has to stay where it is."""
-        return shared(local(self.state["trace"]))
+        return shared(local(self.state[self.buffered[0]]))
 
     @property
     def buffered(self) -> tuple[str, ...]:
