@@ -59,7 +59,7 @@ def round_trips(opt: MetaOptimizer, fresh: MetaOptimizer) -> list[MetaOptimizer]
 
 def test_keys_of_the_users_own_stay_in_their_groups() -> None:
     net = model()
-    own: dict[str, Any] = {"name": "head", "lr_scale": 0.5, "rho": 0.05, "foreach": True}
+    own: dict[str, Any] = {"name": "head", "lr_scale": 0.5, "rho": 0.05, "sigma": 1.0}
     groups = [{"params": net[0].parameters()}, {"params": net[2].parameters(), **own}]
     opt = MetaOptimizer(groups, **OPTIONS)
     trained(net, opt, 2)
@@ -181,7 +181,7 @@ REFUSED = {
     "bound": "unknown option 'bound'; is it `bounds`",
     "meta_rl": "unknown option 'meta_rl'; is it `meta_lr`",
     "meta_lr": "`meta_lr` 0.5, which all groups have in common; give it to the optimizer",
-    "base": "`base` 0.5, which all groups have in common",
+    "discount": "`discount` 0.5, which all groups have in common",
     "beta": "'beta', a name of this optimizer's state",
     "made_with": "'made_with', a name of this optimizer's state",
 }

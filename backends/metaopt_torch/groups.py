@@ -3,7 +3,7 @@
 import glob
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from numbers import Real
 from typing import Any
@@ -119,7 +119,11 @@ def check_options(group: Group) -> None:
 
 
 def take_keys(
-    group: Group, own: Mapping[str, Any], hyper: Iterable[str], state: Collection[str]
+    group: Group,
+    config: mo.MetaOptimize,
+    own: Mapping[str, Any],
+    hyper: Iterable[str],
+    state: Collection[str],
 ) -> None:
     """Take from a new group what is the whole optimizer's, and raise for misspelt options.
 
@@ -129,7 +133,10 @@ def take_keys(
     Parameters
     ----------
     group : dict
+    config : MetaOptimize
+        As it was given to the optimizer.
     own : mapping of argument of the constructor to value
+        Those that are not in `config`.
     hyper : iterable of str
         Names of the rules' hyperparameters.
     state : collection of str
@@ -138,14 +145,18 @@ def take_keys(
     Raises
     ------
     ValueError
-        If a key is misspelt, has another value than the optimizer, or is the name of its state.
+        If a key is misspelt, is the optimizer's with another value that it could have, or the name
+        of its state.
     """
+    own = {field.name: getattr(config, field.name) for field in fields(config)} | own
     options = {*OPTIONS, *hyper}
     for key in list(group):
         if key in own and same(group[key], own[key]):
             del group[key]
         elif key in options or not isinstance(key, str):
             continue
+        elif key in own and not _could_be(config, key, group[key], own[key]):
+            continue  # the same word for something else
         elif key in own:
             msg = (
                 f"`params` has a group with `{key}` {group[key]!r}, which all groups have in "
@@ -161,6 +172,17 @@ def take_keys(
         elif close := get_close_matches(key, options | own.keys(), n=1, cutoff=0.85):
             msg = f"`params` has a group with the unknown option {key!r}; is it `{close[0]}`?"
             raise ValueError(msg)
+
+
+def _could_be(config: mo.MetaOptimize, key: str, value: Any, own: Any) -> bool:
+    """Say whether an argument of the constructor could have this value in place of its own."""
+    if not hasattr(config, key):
+        return type(value) is type(own)
+    try:
+        replace(config, **{key: value})
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def warn_of_unused_decay(base: Any, weight_decay: float | None, groups: Sequence[Group]) -> None:

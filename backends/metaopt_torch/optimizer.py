@@ -4,7 +4,6 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -263,12 +262,11 @@ meta_first, skip_nonfinite
         ValueError, TypeError
             If an option is misspelt or wrong; nothing is changed then.
         """
-        own = {field.name: getattr(self._given, field.name) for field in fields(self._given)}
-        own |= {"hvp": self._hvp, "rounding": self._rounding, "compile": self._compile}
+        own = {"hvp": self._hvp, "rounding": self._rounding, "compile": self._compile}
         own["process_group"] = self._process_group
         hyper = {name for rule in self._rules for name in hyperparameters(rule)}
         state = {MADE_WITH, *names_of_vectors(self._given.meta)}
-        take_keys(param_group, own, hyper, state)
+        take_keys(param_group, self._given, own, hyper, state)
         before = list(self.param_groups)
         super().add_param_group(param_group)
         _without_duplicates(param_group)
