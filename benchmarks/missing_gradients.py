@@ -7,6 +7,7 @@ times, and of the ratios, step by step, to `torch.optim.AdamW(fused=True)`.
 """
 
 import argparse
+import functools
 import random
 import statistics
 import time
@@ -37,8 +38,8 @@ MAKE: dict[str, Callable[[Sequence[Any]], Any]] = {
     "AdamW, fused": lambda params: torch.optim.AdamW(params, fused=True),
     "AdamW": torch.optim.AdamW,
     **{
-        f"AdamW + Lion, {blocks}": lambda params, blocks=blocks: MetaOptimizer(
-            params, base=mo.AdamW(weight_decay=0.1), meta=mo.Lion(), blocks=blocks
+        f"AdamW + Lion, {blocks}": functools.partial(
+            MetaOptimizer, base=mo.AdamW(weight_decay=0.1), meta=mo.Lion(), blocks=blocks
         )
         for blocks in ("scalar", "tensor")
     },

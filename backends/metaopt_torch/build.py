@@ -229,7 +229,7 @@ def build(
         step = leaf.state.get("step")
         if name in known and before is not None and before.counts.holds(known[name], step):
             leaf.history = known[name].history
-        elif name not in fresh:  # of which a device need not be asked
+        elif step is not None and name not in fresh:  # 0 there, which no device need be asked for
             leaf.history = int(step)
     return Built(
         config=config,
