@@ -429,3 +429,73 @@ def test_a_multiplier_that_is_none_is_told_as_number_and_as_tensor(lr: float, ma
     with pytest.raises(ValueError, match="`lr` must be a finite number and at least 0"):
         opt.step()
     assert torch.equal(param.detach(), torch.ones(2))
+
+
+# --- monitors and trainers
+
+
+@pytest.mark.filterwarnings("ignore")  # of the framework, about itself
+def test_lightning_logs_what_groups_hold(tmp_path: Any) -> None:
+    lightning: Any = pytest.importorskip("lightning")
+    monitor = lightning.pytorch.callbacks.LearningRateMonitor(
+        logging_interval="step", log_momentum=True, log_weight_decay=True
+    )
+
+    class Module(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            named = list(self.net.named_parameters())
+            groups = [
+                {"params": named[:1], "name": "weight"},
+                {"params": named[1:], "name": "bias", "weight_decay": 0.0},
+            ]
+            opt = MetaOptimizer(groups, **(OPTIONS | {"base": mo.AdamW(weight_decay=0.1)}))
+            return [opt], [schedulers.OneCycleLR(opt, 1.0, total_steps=4)]
+
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=lightning.pytorch.loggers.CSVLogger(tmp_path),
+        callbacks=[monitor],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(4, 2)))
+    assert monitor.last_weight_decay_values == {
+        "lr-MetaOptimizer/weight-weight_decay": 0.1,
+        "lr-MetaOptimizer/bias-weight_decay": 0.0,
+    }
+    assert monitor.last_momentum_values["lr-MetaOptimizer/weight-momentum"] == 0.95
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.02])
+def test_the_groups_of_transformers_trainer_say_the_weight_decay(
+    weight_decay: float, tmp_path: Any
+) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path), weight_decay=weight_decay, report_to=[], use_cpu=True
+    )
+    trainer = transformers.Trainer(
+        model=torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)),
+        args=args,
+        optimizer_cls_and_kwargs=(
+            MetaOptimizer,
+            OPTIONS | {"base": mo.AdamW(weight_decay=0.1)},
+        ),
+    )
+    with pytest.warns(UserWarning, match=r"TrainingArguments\(weight_decay=\.\.\.\)"):
+        opt = trainer.create_optimizer()
+    config: Any = opt.config
+    rules = config.base.values() if isinstance(config.base, dict) else [config.base]
+    assert {rule.weight_decay for rule in rules} == {weight_decay, 0.0}
+    assert {group["weight_decay"] for group in opt.param_groups} == {weight_decay, 0.0}
