@@ -711,6 +711,7 @@ class MetaOptimize:
             block (at weight level by leaf); "skipped", the steps left out.
         """
         plan, xp = self._plan_of(state), namespace(state.step)
+        inputs.check_copies(copies or {}, plan.shapes)
         blocks = plan.blocks
         squares = {
             name: plan.layout.square(trace, name, plan.beta_dtype)

@@ -551,3 +551,32 @@ def test_diagnostics_count_restarts_and_skipped_steps(level: str) -> None:
     assert int(told["skipped"]) == 2
     assert int(state.step) == 2
     assert all(not np.any(value) for value in told["restarts"].values())
+
+
+@pytest.mark.parametrize("blocks", ["scalar", "tensor"])
+def test_diagnostics_of_parts_are_those_of_the_whole(blocks: str) -> None:
+    """Two devices have halves of one leaf each, and both the whole of the other."""
+    rng = np.random.default_rng(0)
+    params = {"cut": rng.normal(size=6), "copied": rng.normal(size=3)}
+    opt = configured("SGD", "SGD", blocks=blocks)
+    state = opt.init(params)
+    for _ in range(3):
+        params, state = opt.step(params, params, state)
+    halves = []
+    for part in (slice(0, 2), slice(2, 6)):
+        own = opt.init(params | {"cut": params["cut"][part]})
+        trace = state.trace | {"cut": state.trace["cut"][part]}
+        halves.append(replace(own, trace=trace))
+    sums: list[Any] = []
+
+    def told(half: Any, reduce: Any) -> Any:
+        return opt.diagnostics(half, reduce=reduce, copies={"copied": 2})["trace_norm"]
+
+    for half in halves:
+        told(half, lambda arrays: sums.append(arrays[0]) or arrays)
+    want = opt.diagnostics(state)["trace_norm"]
+    for half in halves:
+        for key, norm in told(half, lambda arrays: [sum(sums)]).items():  # noqa: ARG005
+            assert relative_error(norm, want[key]) <= rounding(norm.dtype, 20)
+    with pytest.raises(ValueError, match=r"`copies` has unknown leaf 'other'"):
+        opt.diagnostics(state, copies={"other": 2})
