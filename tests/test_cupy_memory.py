@@ -15,6 +15,7 @@ from metaopt_cupy.memory import (
     overlaps_itself,
     span,
 )
+from metaopt_cupy.sharing import device_of
 
 BUFFER = np.arange(24.0)
 WINDOWS: dict[str, Any] = {
@@ -33,7 +34,8 @@ WINDOWS: dict[str, Any] = {
     "overlapping": np.lib.stride_tricks.as_strided(BUFFER, (3, 4), (16, 8)),
     "touching": np.lib.stride_tricks.as_strided(BUFFER, (3, 4), (32, 8)),
     "interleaved": np.lib.stride_tricks.as_strided(BUFFER, (3, 4), (8, 24)),
-    "no rows that overlap": np.lib.stride_tricks.as_strided(BUFFER, (1, 4), (8, 8)),
+    "one row, again and again": np.lib.stride_tricks.as_strided(BUFFER, (1, 4), (0, 8)),
+    "no row, again and again": np.lib.stride_tricks.as_strided(BUFFER, (3, 0), (0, 8)),
 }
 
 
@@ -132,3 +134,15 @@ def test_chunks_have_every_weight_once(
 )
 def test_kernels_follow_the_longer_run(shape: Any, view: Any, want: bool) -> None:
     assert lies_per_weight(shape, view) is want
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(1, "cpu"), (2, "cuda:1"), (3, "cpu"), (10, "rocm:1"), (11, "cpu"), (13, "cuda:1")],
+)
+def test_memory_of_the_host_is_the_cpus_whoever_pinned_it(kind: int, name: str) -> None:
+    class Exported:
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return kind, 1
+
+    assert device_of(Exported()) == name
