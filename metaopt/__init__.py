@@ -3,7 +3,7 @@
 from metaopt import blocks, curvature, numerics, passes, presets, rules
 from metaopt.checkpoint import load, save
 from metaopt.metaoptimize import MetaOptimize
-from metaopt.rules import SGD, AdamW, FastStart, Lion, RMSprop
+from metaopt.rules import SGD, AdamW, FastStart, Lion, RMSprop, Rule
 from metaopt.state import State
 from metaopt.step_sizes import Exp, Identity, Sigmoid, Softplus
 
@@ -18,6 +18,7 @@ __all__ = [
     "Lion",
     "MetaOptimize",
     "RMSprop",
+    "Rule",
     "Sigmoid",
     "Softplus",
     "State",

@@ -5,15 +5,16 @@ yields how its result changes along every direction that its arguments carry: th
 docs/mathematics.md section 3 are such derivatives, carried along a run.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic
+from typing import Any, ClassVar, Generic, Never
 
-from metaopt.arrays import ArrayT
+from metaopt.arrays import ArrayT, namespace
 
 __all__ = ["Jet"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Jet(Generic[ArrayT]):
     """A value and its first, and on demand second, derivatives along some directions.
 
@@ -90,6 +91,46 @@ class Jet(Generic[ArrayT]):
     def __rtruediv__(self, other: Any) -> "Jet[ArrayT]":
         return lift(other) / self
 
+    def __abs__(self) -> "Jet[ArrayT]":
+        sign = namespace(self.value).sign(self.value)
+        return chained(self, abs(self.value), sign)  # type: ignore[call-overload]
+
+    def __pow__(self, other: Any) -> "Jet[ArrayT]":
+        base, power = self.value, lift(other).value
+        if isinstance(other, Jet) and other.first is not None:
+            return exponential(other * logarithm(self))
+        fixed = isinstance(power, int | float)
+        if fixed and power == 0:  # else 0 times an infinite slope, at 0
+            return Jet(base**power, order=self.order)
+        slope, turn = power * base ** (power - 1), power * (power - 1)
+        if fixed and turn == 0:
+            return chained(self, base**power, slope)
+        bend = lambda _: turn * base ** (power - 2) * outer(self.first, self.first)  # noqa: E731
+        jet = chained(self, base**power, slope, bend)
+        return Jet(jet.value, jet.first, jet.second, max(jet.order, lift(other).order))
+
+    def __rpow__(self, other: Any) -> "Jet[ArrayT]":
+        if self.first is None and self.second is None:
+            return Jet(other**self.value, order=self.order)
+        return exponential(self * math.log(other))
+
+    def __bool__(self) -> Never:
+        msg = (
+            "a jet is neither true nor false: a branch has no derivative. In place of "
+            "`x if condition else y` write metaopt.numerics.where(condition, x, y)."
+        )
+        raise TypeError(msg)
+
+    def _compared(self, other: Any) -> Never:  # noqa: ARG002
+        msg = (
+            "a jet cannot be compared. In place of `x if a > b else y` write "
+            "metaopt.numerics.where(a - b, x, y): x where a - b is positive, y elsewhere."
+        )
+        raise TypeError(msg)
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _compared  # type: ignore[assignment]
+    __hash__ = object.__hash__
+
 
 def lift(value: Any) -> Jet[Any]:
     """Return `value` as a jet; one that is not yet a jet has no derivative."""
@@ -108,6 +149,18 @@ def chained(x: Jet[Any], value: Any, slope: Any, bend: Any = None) -> Jet[Any]:
         if bend is not None and first is not None:
             second = total(second, bend(first))
     return Jet(value, first, second, x.order)
+
+
+def exponential(x: Jet[Any]) -> Jet[Any]:
+    """Return exp(x)."""
+    value = namespace(x.value).exp(x.value)
+    return chained(x, value, value, lambda first: outer(first, x.first))
+
+
+def logarithm(x: Jet[Any]) -> Jet[Any]:
+    """Return log(x), of what is positive."""
+    value = namespace(x.value).log(x.value)
+    return chained(x, value, 1.0 / x.value, lambda first: -outer(first, first))
 
 
 def scaled(derivative: Any, factor: Any) -> Any:

@@ -3,23 +3,32 @@
 Update rules call these and not the namespace's own, so that the same formula takes both.
 """
 
+import builtins
 import math
 from typing import Any
 
-from metaopt.arrays import ArrayT, namespace
-from metaopt.jets import Jet, chained, crossed, lift, outer
+from array_api_compat import is_torch_array
+
+from metaopt.arrays import Array, ArrayT, namespace
+from metaopt.jets import Jet, chained, crossed, exponential, lift, logarithm, outer
 
 #: The smallest normal number of float32; libraries that flush to zero know none below it.
 SMALLEST = 2.0**-126
 
 __all__ = [
+    "abs",
     "divide",
+    "exp",
+    "log",
+    "maximum",
+    "minimum",
     "one_minus_power",
-    "only_where_positive",
     "positive",
+    "power",
     "reciprocal",
     "sign",
     "sqrt",
+    "where",
 ]
 
 
@@ -48,7 +57,10 @@ def sign(x: ArrayT) -> ArrayT:
     """
     if isinstance(x, Jet):
         return _as(x, Jet(sign(x.value), order=x.order))
-    return namespace(x).sign(x)
+    xp = namespace(x)
+    if is_torch_array(x):  # whose NaN the wrapper assigns by a mask, which no graph can at shape ()
+        return xp.where(xp.isnan(x), x, x.sign())
+    return xp.sign(x)
 
 
 def positive(x: ArrayT) -> ArrayT:
@@ -60,7 +72,7 @@ def positive(x: ArrayT) -> ArrayT:
     """
     if isinstance(x, Jet):
         return _as(x, Jet(positive(x.value), order=x.order))
-    return only_where_positive(x, namespace(x).ones_like(x))
+    return where(x, namespace(x).ones_like(x), 0.0)
 
 
 def reciprocal(x: ArrayT) -> ArrayT:
@@ -95,23 +107,115 @@ def divide(numerator: ArrayT, denominator: ArrayT, eps: Any = 0.0) -> ArrayT:
     return numerator / (denominator + eps)
 
 
-def only_where_positive(condition: ArrayT, x: ArrayT) -> ArrayT:
-    """Return x where `condition` is positive, and 0 elsewhere; the derivative likewise.
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """Return x where `condition` is positive, and y elsewhere; the derivative likewise.
+
+    In place of a comparison: `where(a - b, x, y)` is x where a > b.
 
     Parameters
     ----------
     condition : array or jet
-        A jet's value is what counts.
-    x : array or jet, of the same shape
+        Floating, or boolean for an array; no derivative passes through it.
+    x, y : arrays, jets or numbers
+        One of them no number.
+
+    Raises
+    ------
+    TypeError
+        If both are numbers, which have no dtype: multiply one by `positive(condition)`.
     """
-    if isinstance(x, Jet):
-        value, first, second = (
-            None if part is None else only_where_positive(condition, part)
-            for part in (x.value, x.first, x.second)
-        )
-        return _as(x, Jet(value, first, second, x.order))
-    xp = namespace(x)
-    return xp.where(lift(condition).value > 0.0, x, 0.0)
+    if not hasattr(lift(x).value, "dtype") and not hasattr(lift(y).value, "dtype"):
+        msg = f"`x` or `y` must be an array; got {x!r} and {y!r}. See metaopt.numerics.positive."
+        raise TypeError(msg)
+    value = lift(condition).value
+    xp = namespace(value)
+    return _chosen(value if value.dtype == xp.bool else value > 0.0, x, y)
+
+
+def maximum(x: Any, y: Any) -> Any:
+    """Return the larger of x and y, with its derivative; that of x where they are equal.
+
+    Parameters
+    ----------
+    x, y : arrays, jets or numbers
+        One of them no number. NaN in either is NaN in the result.
+    """
+    one, other = lift(x).value, lift(y).value
+    return _chosen((one >= other) | (one != one), x, y)
+
+
+def minimum(x: Any, y: Any) -> Any:
+    """Return the smaller of x and y; all else as `maximum` has it.
+
+    Parameters
+    ----------
+    x, y : arrays, jets or numbers
+    """
+    one, other = lift(x).value, lift(y).value
+    return _chosen((one <= other) | (one != one), x, y)
+
+
+def _chosen(mask: Array, x: Any, y: Any) -> Any:
+    """Return x where the mask is set, else y."""
+    xp = namespace(mask)
+    if not isinstance(x, Jet) and not isinstance(y, Jet):
+        return xp.where(mask, x, y)
+    one, other = lift(x), lift(y)
+
+    def part(own: Any, others: Any) -> Any:
+        if own is None and others is None:
+            return None
+        return xp.where(mask, 0.0 if own is None else own, 0.0 if others is None else others)
+
+    return Jet(
+        xp.where(mask, one.value, other.value),
+        part(one.first, other.first),
+        part(one.second, other.second),
+        max(one.order, other.order),
+    )
+
+
+def abs(x: ArrayT) -> ArrayT:
+    """Return the absolute value; its derivative is the sign, 0 at 0.
+
+    Parameters
+    ----------
+    x : array or jet
+    """
+    value: Any = x
+    return builtins.abs(value)
+
+
+def exp(x: ArrayT) -> ArrayT:
+    """Return e to the power of x.
+
+    Parameters
+    ----------
+    x : array or jet
+    """
+    return _as(x, exponential(x)) if isinstance(x, Jet) else namespace(x).exp(x)
+
+
+def log(x: ArrayT) -> ArrayT:
+    """Return the natural logarithm.
+
+    Parameters
+    ----------
+    x : array or jet, positive
+    """
+    return _as(x, logarithm(x)) if isinstance(x, Jet) else namespace(x).log(x)
+
+
+def power(x: Any, y: Any) -> Any:
+    """Return x to the power of y, as `x ** y` does.
+
+    Parameters
+    ----------
+    x, y : arrays, jets or numbers
+        One of them no number. Where y is none, x is to be positive. For 1 - x**y see
+        `one_minus_power`.
+    """
+    return x**y
 
 
 def one_minus_power(beta: Any, count: ArrayT) -> ArrayT:

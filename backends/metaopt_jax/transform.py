@@ -102,6 +102,10 @@ def metaoptimize(
     is needed. Leaves are named by their key paths, joined by "." ("layers.0.kernel"): what patterns
     match and `step_sizes` is keyed by. None is no leaf. docs/mathematics.md sections 2 to 11.
 
+    It takes gradients, clipped or averaged perhaps, and not the updates of another optimizer: in
+    `chain(optax.adamw(1e-3), metaoptimize(...))` steps go uphill, to NaN. The optimizer whose step
+    size is to be learned is `base`, one of your own by docs/your_own_rule.md.
+
     Parameters
     ----------
     base, meta, step_size, meta_lr, discount, blocks, sigma, bounds, approximation, curvature, \

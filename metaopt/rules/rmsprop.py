@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from metaopt.arrays import ArrayT
-from metaopt.numerics import divide, one_minus_power, only_where_positive, reciprocal, sqrt
+from metaopt.numerics import divide, one_minus_power, reciprocal, sqrt, where
 from metaopt.rules.rule import Slots, decay_rate, not_negative, refuse_delayed, settle
 
 __all__ = ["RMSprop"]
@@ -70,7 +70,7 @@ class RMSprop:
             mean_sq = used * reciprocal(one_minus_power(self.beta2, steps))
         direction = divide(grad, sqrt(mean_sq), self.eps)
         if self.delayed:
-            direction = only_where_positive(used, direction)
+            direction = where(used, direction, 0.0)
         return direction, {"exp_avg_sq": exp_avg_sq}
 
     def without_momentum(self) -> "RMSprop":

@@ -9,7 +9,7 @@ import numpy as np
 from metaopt.arrays import ArrayT, Shape, is_number
 from metaopt.jets import Jet
 
-__all__ = ["Rule", "Slots"]
+__all__ = ["Rule", "Slots", "scope_of", "slot_shapes"]
 
 Slots: TypeAlias = Mapping[str, ArrayT]
 
@@ -76,7 +76,7 @@ class Rule(Protocol):
 
 
 def scope_of(rule: Rule) -> str:
-    """Return the scope of a rule: "leaf" where it does not say."""
+    """Return the scope of a rule, "weight" or "leaf"; the latter where it does not say."""
     return getattr(rule, "scope", "leaf")
 
 
