@@ -1,0 +1,88 @@
+"""The text of a kernel for NumPy, run by Python itself: the core's numbers to the last bit."""
+
+import ctypes
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from metaopt_cupy.cpu import source
+from metaopt_cupy.memory import address
+from metaopt_cupy.programs import GIVEN, ROW, Spec, trace
+
+import metaopt as mo
+from metaopt.passes import Leaf, one_pass
+
+
+def carray(at: int, length: int, dtype: Any) -> Any:
+    """Return what lies at an address as numba's function of this name does."""
+    size = np.dtype(dtype).itemsize * length
+    return np.frombuffer((ctypes.c_char * size).from_address(at), dtype)
+
+
+@pytest.mark.parametrize("per_weight", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rule", [mo.SGD(momentum=0.9, weight_decay=0.1), mo.Lion()], ids=str)
+def test_the_text_says_what_the_core_does(rule: Any, dtype: str, per_weight: bool) -> None:
+    spec = Spec(rule, dtype, dtype, dtype, dtype, per_weight, "update")
+    traced = trace(spec)
+    names = {"np": np, "math": math, "carray": carray, "pointer": int}
+    exec(source(traced, dtype, per_weight=per_weight), names)
+    rng = np.random.default_rng(0)
+    n, start, stop, first = 12, 3, 10, 5  # the chunk of weights, and its first block
+
+    def drawn(size: int) -> Any:
+        return rng.normal(size=size).astype(dtype)
+
+    arrays = {name: drawn(n) for name in traced.arrays if name not in GIVEN}
+    grad, lr, discount = drawn(n), 0.3, 0.7
+    of_blocks = {part: drawn(first + n) for part in ("value", "rate", "meta_grad")}
+    product, count = np.zeros(n, dtype), np.array([4, 6], "int32")
+
+    at = slice(start, stop)
+    blocks = slice(first, first + stop - start) if per_weight else slice(first, first + 1)
+    slots = {slot: f"slot{index}" for index, slot in enumerate(rule.slots)}
+    leaf = Leaf(
+        arrays["param"][at].copy(),
+        grad[at],
+        {slot: arrays[name][at].copy() for slot, name in slots.items()},
+        np.asarray(count[1]),
+        arrays["trace"][at].copy(),
+    )
+    param, products, step = one_pass(
+        rule,
+        leaf,
+        *(of_blocks[part][blocks] for part in ("value", "rate")),
+        lr=np.asarray(lr, dtype),
+        meta_grad=of_blocks["meta_grad"][blocks],
+        discount=np.asarray(discount, dtype),
+    )
+    before = {name: array.copy() for name, array in arrays.items()}
+
+    given = np.zeros(2, ROW)
+    given["lr"] = (9.0, lr)
+    told = {"grad": grad, "product": product} | of_blocks
+    for name, array in told.items():
+        given[name][1] = address(array)
+    fixed = np.array([[0, address(arrays[name])] for name in arrays], np.int64)
+    arguments = (fixed, given.view(np.recarray), count, discount)
+    total = names["block"](*arguments, 1, start, stop, first)  # type: ignore[operator]
+
+    want = {"param": param, "trace": step.trace}
+    want |= {name: step.slots[slot] for slot, name in slots.items()}
+    for name, array in want.items():
+        np.testing.assert_array_equal(arrays[name][at], array)
+        for outside in (slice(0, start), slice(stop, n)):
+            np.testing.assert_array_equal(arrays[name][outside], before[name][outside])
+    if per_weight:
+        np.testing.assert_array_equal(product[at], products)
+        assert not product[:start].any()
+        assert not product[stop:].any()
+    else:
+        assert total == float(sum(products[1:], products[0]))
+
+    given["grad"][1] = 0  # it rests
+    held = {name: array.copy() for name, array in arrays.items()}
+    assert names["block"](*arguments, 1, start, stop, first) == 0.0  # type: ignore[operator]
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, held[name])
