@@ -35,7 +35,7 @@ def test_the_text_says_what_the_core_does(rule: Any, dtype: str, per_weight: boo
         return rng.normal(size=size).astype(dtype)
 
     arrays = {name: drawn(n) for name in traced.arrays if name not in GIVEN}
-    grad, lr, discount = drawn(n), 0.3, 0.7
+    grad, lr, discount = drawn(n), 0.3, np.float64(0.7)
     of_blocks = {part: drawn(first + n) for part in ("value", "rate", "meta_grad")}
     product, count = np.zeros(n, dtype), np.array([4, 6], "int32")
 
