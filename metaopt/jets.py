@@ -92,8 +92,8 @@ class Jet(Generic[ArrayT]):
         return lift(other) / self
 
     def __abs__(self) -> "Jet[ArrayT]":
-        sign = namespace(self.value).sign(self.value)
-        return chained(self, abs(self.value), sign)  # type: ignore[call-overload]
+        xp = namespace(self.value)
+        return chained(self, xp.abs(self.value), xp.sign(self.value))
 
     def __pow__(self, other: Any) -> "Jet[ArrayT]":
         base, power = self.value, lift(other).value
@@ -128,7 +128,7 @@ class Jet(Generic[ArrayT]):
         )
         raise TypeError(msg)
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _compared  # type: ignore[assignment]
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _compared
     __hash__ = object.__hash__
 
 

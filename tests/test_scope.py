@@ -141,11 +141,11 @@ def by_jax(params: Any, **options: Any) -> Any:
         params = jax.tree.map(jax.numpy.asarray, params)
         state = tx.init(params)
 
-        @jax.jit
-        def step(grads: Any, state: Any, params: Any) -> Any:
+        def update(grads: Any, state: Any, params: Any) -> Any:
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
+        step = jax.jit(update)
         for _ in range(STEPS):
             params, state = step(grads_of(params), state, params)
         return params, tx.step_sizes(state)
@@ -195,7 +195,8 @@ def test_a_rule_that_sees_whole_leaves_equals_the_core(
 
 
 def test_a_checkpoint_holds_slots_of_their_own_shape(tmp_path: Any) -> None:
-    opt = mo.MetaOptimize(base=Factored(), **OPTIONS)
+    rule: Any = Factored()
+    opt = mo.MetaOptimize(base=rule, **OPTIONS)
     params = start("float32")
     params, state = opt.step(params, grads_of(params), opt.init(params))
     mo.save(tmp_path / "run", opt, state)
@@ -217,7 +218,8 @@ def test_torch_keeps_slots_of_their_own_shape() -> None:
 
     def made(dtype: Any = torch.float64) -> Any:
         leaves = [torch.tensor(p, dtype=dtype).requires_grad_() for p in start("float64").values()]
-        return MetaOptimizer(leaves, base=Factored(), compile=False, **OPTIONS), leaves
+        rule: Any = Factored()
+        return MetaOptimizer(leaves, base=rule, compile=False, **OPTIONS), leaves
 
     opt, leaves = made()
     trained(3, opt, leaves)
@@ -238,12 +240,15 @@ def test_torch_keeps_slots_of_their_own_shape() -> None:
     assert narrow.state[leaves[0]]["row"].dtype == torch.float32
 
 
+MetaOptimize: Any = mo.MetaOptimize  # these rules have no `without_momentum`
+
+
 @dataclass(frozen=True)
 class Made:
     """A rule of one expression."""
 
     function: Any
-    scope: str = "leaf"
+    scope: Any = "leaf"
     slots: tuple[str, ...] = ("m",)
     weight_decay: float = 0.0
 
@@ -277,9 +282,9 @@ def test_what_a_rule_returns_is_checked(scope: str, what: str) -> None:
     rule: Any = Made(function, scope)
     if scope == "weight":
         with pytest.raises(ValueError, match=rf"Made.*{message}"):
-            mo.MetaOptimize(base=rule, meta=mo.SGD())
+            MetaOptimize(base=rule, meta=mo.SGD())
         return
-    opt = mo.MetaOptimize(base=rule, meta=mo.SGD())
+    opt = MetaOptimize(base=rule, meta=mo.SGD())
     params = {"w": np.ones((2, 3), "float32")}
     state = opt.init(params)
     with pytest.raises(ValueError, match=rf"Made.*{message}"):
@@ -301,12 +306,12 @@ def test_what_is_not_provably_elementwise_is_refused(what: str) -> None:
     rule: Any = Made(NOT_ELEMENTWISE[what], "weight")
     for options in ({"base": rule}, {"base": {"w": mo.SGD(), "*": rule}}):
         with pytest.raises(ValueError, match='has the `scope` "weight", but is not provably'):
-            mo.MetaOptimize(meta=mo.SGD(), **options)
+            MetaOptimize(meta=mo.SGD(), **options)
     for meta in (rule, mo.FastStart(rule)):
         with pytest.raises(ValueError, match='`meta` has the `scope` "weight", but is not'):
-            mo.MetaOptimize(base=mo.SGD(), meta=meta)
+            MetaOptimize(base=mo.SGD(), meta=meta)
     if what in ("norm", "shape", "order"):  # and as what they are they run
-        opt = mo.MetaOptimize(base=Made(NOT_ELEMENTWISE[what]), meta=mo.SGD())
+        opt = MetaOptimize(base=Made(NOT_ELEMENTWISE[what]), meta=mo.SGD())
         params = {"w": np.ones((2, 3), "float32")}
         opt.step(params, params, opt.init(params))
 
@@ -314,19 +319,19 @@ def test_what_is_not_provably_elementwise_is_refused(what: str) -> None:
 def test_scopes_go_with_what_they_can() -> None:
     leaf, elementwise = Made(lambda g, s, c: (g, s)), Made(lambda g, s, c: (g, s), "weight")
     with pytest.raises(ValueError, match='`curvature` other than "none" needs rules of the scope'):
-        mo.MetaOptimize(base=leaf, meta=mo.SGD(), curvature="exact")
+        MetaOptimize(base=leaf, meta=mo.SGD(), curvature="exact")
     with pytest.raises(
         ValueError, match='needs rules of the scope "weight", but `meta` sees whole'
     ):
-        mo.MetaOptimize(base=mo.SGD(), meta=leaf, curvature="exact", approximation="2x2")
-    mo.MetaOptimize(base=mo.SGD(), meta=leaf, curvature="exact")
-    mo.MetaOptimize(base=elementwise, meta=elementwise, curvature="exact", approximation="2x2")
+        MetaOptimize(base=mo.SGD(), meta=leaf, curvature="exact", approximation="2x2")
+    MetaOptimize(base=mo.SGD(), meta=leaf, curvature="exact")
+    MetaOptimize(base=elementwise, meta=elementwise, curvature="exact", approximation="2x2")
     with pytest.raises(ValueError, match='`base` must have the `scope` "weight" or "leaf"; got 1'):
-        mo.MetaOptimize(base=Made(None, 1), meta=mo.SGD())  # type: ignore[arg-type]
+        MetaOptimize(base=Made(None, 1), meta=mo.SGD())
     with pytest.raises(ValueError, match="`meta` must have no `uses_param`"):
-        mo.MetaOptimize(base=mo.SGD(), meta=Trusting())
+        MetaOptimize(base=mo.SGD(), meta=Trusting())
     with pytest.raises(ValueError, match="`meta` must have no `slot_shapes`"):
-        mo.MetaOptimize(base=mo.SGD(), meta=Factored())
+        MetaOptimize(base=mo.SGD(), meta=Factored())
 
 
 @pytest.mark.parametrize(
@@ -342,8 +347,8 @@ def test_shapes_of_slots_are_checked(shapes: Any, message: str) -> None:
         def slot_shapes(self, shape: Any) -> Any:  # noqa: ARG002
             return shapes
 
-    opt = mo.MetaOptimize(base=Shaped(lambda g, s, c: (g, s)), meta=mo.SGD())
+    opt = MetaOptimize(base=Shaped(lambda g, s, c: (g, s)), meta=mo.SGD())
     with pytest.raises(ValueError, match=message):
         opt.init({"w": np.ones(3)})
     with pytest.raises(ValueError, match='has `slot_shapes`, which go with the `scope` "leaf"'):
-        mo.MetaOptimize(base=Shaped(lambda g, s, c: (g, s), "weight"), meta=mo.SGD())
+        MetaOptimize(base=Shaped(lambda g, s, c: (g, s), "weight"), meta=mo.SGD())

@@ -132,20 +132,22 @@ class Pulled:
 def test_traces_follow_the_weights_through_a_rule_that_uses_them(kind: str) -> None:
     """The trace is the derivative of the weights by beta: central differences of whole runs."""
 
+    rule: Any = Pulled()
+
     def run(beta: float) -> Any:
         opt = mo.MetaOptimize(
-            base=Pulled(), meta=mo.SGD(), step_size=np.exp(beta), meta_lr=0.0, curvature=kind
+            base=rule, meta=mo.SGD(), step_size=np.exp(beta), meta_lr=0.0, curvature=kind
         )
         params = start("float64")
         state = opt.init(params)
         for _ in range(STEPS):
             curved = {name: np.cos(p) for name, p in params.items()}
+
+            def hvp(tangents: Any, curved: Any = curved) -> Any:
+                return {name: curved[name] * t for name, t in tangents.items()}
+
             params, state = opt.step(
-                params,
-                grads_of(params),
-                state,
-                hvp=lambda tangents, curved=curved: {n: curved[n] * t for n, t in tangents.items()},
-                hessian_diagonal=curved,
+                params, grads_of(params), state, hvp=hvp, hessian_diagonal=curved
             )
         return params, state.trace
 

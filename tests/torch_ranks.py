@@ -554,7 +554,7 @@ def whole_leaves() -> None:
     for t in range(STEPS):
         train(twin, twin_opt, t, lambda x: x, 5)
         for param, same in zip(net.parameters(), twin.parameters(), strict=True):
-            whole = same.grad.clone()
+            whole: Any = same.grad
             distributed = isinstance(param, DTensor)
             param.grad = distribute_tensor(whole, mesh, [Replicate()]) if distributed else whole
         opt.step()

@@ -122,7 +122,7 @@ class _Declared(dict[str, Any]):
 
 def direction_of(
     rule: Rule, grad: Any, slots: Mapping[str, Any], count: Any, param: Any = None
-) -> tuple[Any, Mapping[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """Return what `direction` of a rule does, handing it the weights if it takes them.
 
     What a rule of scope "leaf" returns is checked here, in every step; of scope "weight" it has
@@ -135,7 +135,7 @@ def direction_of(
 
 def checked(
     rule: Rule, result: Any, grad: Any, slots: Mapping[str, Any]
-) -> tuple[Any, Mapping[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """Return a direction and the next slots, or raise ResultError unless they fit these."""
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
         msg = f"`direction` of {rule!r} must return a direction and a mapping of slots."
@@ -153,7 +153,7 @@ def checked(
         if want != got:
             msg = f"`direction` of {rule!r} must return {what} as {want}; got {got}."
             raise ResultError(msg)
-    return direction, new
+    return direction, dict(new)
 
 
 def _outline(value: Any) -> str:
