@@ -197,7 +197,7 @@ FAULTS = {
     ),
     "momentum injected as the gradient": Fault(
         "passes.py",
-        "followed, _ = rule.without_momentum().direction(grad, leaf.slots, count)",
+        "followed, _ = direction_of(plain, grad, kept, count, param)",
         "followed = direction",
     ),
     "nodes along the other axis": Fault(
