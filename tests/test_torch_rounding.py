@@ -49,7 +49,8 @@ def test_noise_carries_into_the_upper_half(
 
 
 def test_what_is_not_finite_stays_as_it_is() -> None:
-    value = torch.tensor([math.inf, -math.inf, math.nan])
+    full = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(torch.float32)  # NaN, all bits set
+    value = torch.cat([torch.tensor([math.inf, -math.inf, math.nan]), full])
     got = rounding.rounded(value, torch.bfloat16, "stochastic")
     torch.testing.assert_close(got.float(), value, rtol=0.0, atol=0.0, equal_nan=True)
 
