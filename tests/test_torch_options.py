@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from metaopt_conformance.tolerances import relative_error  # noqa: E402
 from metaopt_torch import MetaOptimizer  # noqa: E402
+from torch.optim import Optimizer  # noqa: E402
 from torch.optim import lr_scheduler as schedulers  # noqa: E402
 
 import metaopt as mo  # noqa: E402
@@ -41,7 +42,8 @@ def trained(net: Any, opt: Any, steps: int, scheduler: Any = None) -> None:
             scheduler.step()
 
 
-def assert_equal_params(one: Any, other: Any, allowed: float = 1e-12) -> None:
+def assert_equal_params(nets: Any, allowed: float = 1e-12) -> None:
+    one, other = nets
     for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
         assert relative_error(a.detach().numpy(), b.detach().numpy()) < allowed, name
 
@@ -96,7 +98,7 @@ def test_layer_decay_by_a_scale_in_each_group() -> None:
             group["lr"] = group["lr_scale"] * 0.5**t
         for net, opt in zip(nets, opts, strict=True):
             trained(net, opt, 1)
-    assert_equal_params(*nets, allowed=1e-15)
+    assert_equal_params(nets, allowed=1e-15)
 
 
 def test_groups_are_found_by_name_and_their_tensors_replaced() -> None:
@@ -119,7 +121,7 @@ def test_groups_are_found_by_name_and_their_tensors_replaced() -> None:
     assert torch.all(before[1] > after[1])
 
 
-class Sharpness(torch.optim.Optimizer):
+class Sharpness(Optimizer):
     """Steps of another optimizer with gradients from where the loss is higher.
 
     Like sharpness-aware minimization in common use, it is an optimizer itself, whose groups hold
@@ -131,7 +133,7 @@ class Sharpness(torch.optim.Optimizer):
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
         self.param_groups = self.base_optimizer.param_groups
 
-    def step(self, closure: Any) -> Any:  # type: ignore[override]
+    def step(self, closure: Any) -> Any:
         closure()
         params = [param for group in self.param_groups for param in group["params"]]
         norm = torch.stack([param.grad.norm() for param in params]).norm()
@@ -168,7 +170,7 @@ def test_a_wrapper_may_hand_its_own_groups_over() -> None:
                 for param, grad in zip(net.parameters(), grads, strict=True):
                     param.grad = grad
                 plain.step()
-    assert_equal_params(*nets, allowed=1e-15)
+    assert_equal_params(nets, allowed=1e-15)
     assert sam.param_groups[0]["rho"] == 0.05
     torch.save(sam.state_dict(), file := io.BytesIO())
     file.seek(0)
@@ -232,7 +234,7 @@ def test_groups_have_hyperparameters_of_their_own(name: str, extra: dict[str, An
     ]
     for net, opt in zip(nets, opts, strict=True):
         trained(net, opt, 5)
-    assert_equal_params(*nets)
+    assert_equal_params(nets)
     for group, expected in zip(opts[0].param_groups, (other, rule), strict=True):
         for field in own:
             assert group[field] == getattr(expected, field)
@@ -250,7 +252,7 @@ def test_hyperparameters_may_change_in_mid_training() -> None:
             opt.param_groups[0]["betas"] = (0.9 - 0.1 * t, 0.999)
             opt.param_groups[0]["eps"] = 10.0**-t
             trained(net, opt, 1)
-    assert_equal_params(*nets)
+    assert_equal_params(nets)
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -394,7 +396,7 @@ def test_every_scheduler_does_what_it_does_to_torchs_own(name: str, base: str) -
         for scheduler in both:
             scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
     assert ours.param_groups[0]["lr"] == pytest.approx(group["lr"], abs=1e-12)
-    assert_equal_params(*nets)
+    assert_equal_params(nets)
 
 
 @pytest.mark.parametrize("tensor", [False, True])

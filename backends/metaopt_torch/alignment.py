@@ -46,7 +46,8 @@ def aligned(
         group has not the shape of its blocks.
     """
     given = state_dict["param_groups"]
-    ours, theirs = ([group.get("param_names") for group in some] for some in (groups, given))
+    ours: list[Any] = [group.get("param_names") for group in groups]
+    theirs: list[Any] = [group.get("param_names") for group in given]
     if any(names is None for names in (*ours, *theirs)) or ours == theirs:
         return {**state_dict, "param_groups": _renamed(given, ours)}
     if {frozenset(names) for names in ours} != {frozenset(names) for names in theirs}:

@@ -148,7 +148,7 @@ def take_keys(
         If a key is misspelt, is the optimizer's with another value that it could have, or the name
         of its state.
     """
-    own = {field.name: getattr(config, field.name) for field in fields(config)} | own
+    own = {field.name: getattr(config, field.name) for field in fields(config)} | dict(own)
     options = {*OPTIONS, *hyper}
     for key in list(group):
         if key in own and same(group[key], own[key]):

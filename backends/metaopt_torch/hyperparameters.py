@@ -1,7 +1,7 @@
 """The numbers of a base rule that parameter groups hold: weight decay, betas, momentum, eps."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import Field, fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +21,9 @@ def hyperparameters(rule: Rule) -> dict[str, Any]:
     -------
     dict of field name to float or tuple of float
     """
-    found = {"weight_decay": rule.weight_decay}
-    for field in fields(rule) if is_dataclass(rule) else ():
+    found: dict[str, Any] = {"weight_decay": rule.weight_decay}
+    known: tuple[Field[Any], ...] = fields(rule) if is_dataclass(rule) else ()
+    for field in known:
         value = getattr(rule, field.name)
         if isinstance(value, float) or (
             isinstance(value, tuple) and all(isinstance(number, float) for number in value)
@@ -82,7 +83,7 @@ def adjusted(rule: Rule, group: Mapping[str, Any], made: dict[Any, Rule]) -> Rul
 
 def as_numbers(changed: Mapping[str, Any]) -> dict[str, float]:
     """Return hyperparameters as single numbers, under the names that `with_arrays` looks for."""
-    found = {}
+    found: dict[str, float] = {}
     for name, value in changed.items():
         if isinstance(value, tuple):
             found |= {f"{PREFIX}{name}.{index}": float(part) for index, part in enumerate(value)}
