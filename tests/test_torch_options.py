@@ -133,7 +133,7 @@ class Sharpness(Optimizer):
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
         self.param_groups = self.base_optimizer.param_groups
 
-    def step(self, closure: Any) -> Any:
+    def step(self, closure: Any = None) -> Any:
         closure()
         params = [param for group in self.param_groups for param in group["params"]]
         norm = torch.stack([param.grad.norm() for param in params]).norm()
