@@ -137,6 +137,16 @@ def test_a_model_of_flax_trains_as_a_plain_loop(curvature: str) -> None:
     assert int(state.count) == STEPS
 
 
+def test_leaves_of_a_flax_model_have_the_names_of_their_paths() -> None:
+    """Not those of what is within the variables that flax holds them in."""
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    tx = metaoptimize(mo.AdamW(), mo.AdamW(), blocks="tensor")
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda model: (model(jnp.ones((2, 3))) ** 2).mean())(model))
+    assert set(tx.step_sizes(optimizer.opt_state)) == {"kernel", "bias"}
+
+
 def test_the_page_runs_as_it_is_printed() -> None:
     """Block after block, in one process of its own, where warnings are errors."""
     pytest.importorskip("orbax.checkpoint")
