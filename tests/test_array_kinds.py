@@ -88,7 +88,7 @@ def test_multipliers_of_another_byte_order_reach_every_library(backend: Any) -> 
     np.testing.assert_array_equal(backend.to_numpy(got)["w"], np.full(3, 0.75, "float32"))
 
 
-OTHERS = {
+OTHERS: dict[str, Any] = {
     "matrix": np.matrix,
     "MaskedArray": lambda array: np.ma.array(array, mask=np.asarray(array) > 0.5),
 }
@@ -106,10 +106,11 @@ def test_matrices_and_masked_arrays_are_refused(kind: str, argument: str) -> Non
     )
     arguments: dict[str, Any] = {"params": params, "grads": params, "state": opt.init(params)}
     arguments |= {"hessian_diagonal": params, "hvp": lambda tangents: tangents}
-    calls = {
+    calls: dict[str, Any] = {
         "init": lambda: opt.init(theirs),
-        # of one column: a matrix has two axes whatever it is made of
-        "hvp": lambda: opt.step(**(arguments | {"hvp": lambda _: {"w": Masked3(params["w"])}})),
+        "hvp": lambda: opt.step(
+            **(arguments | {"hvp": lambda _: {"w": masked_column(params["w"])}})
+        ),
     }
     if argument == "hvp" and kind == "matrix":
         pytest.skip("no matrix has the three axes of a product")
@@ -119,14 +120,15 @@ def test_matrices_and_masked_arrays_are_refused(kind: str, argument: str) -> Non
         call()
 
 
-def Masked3(array: Any) -> Any:  # noqa: N802
+def masked_column(array: Any) -> Any:
     """Return a masked product of one column."""
-    return np.ma.array(array[None], mask=array[None] > 0.5)
+    return OTHERS["MaskedArray"](array[None])
 
 
 @pytest.mark.parametrize("argument", ["step_size", "lr", "meta_lr", "discount"])
 def test_masked_numbers_are_refused(argument: str) -> None:
-    masked, params = np.ma.array(0.5, mask=True), {"w": PARAMS["w"]}
+    masked: Any = np.ma.array(0.5, mask=True)
+    params = {"w": PARAMS["w"]}
     numbers: dict[str, Any] = {argument: {"all": masked} if argument == "step_size" else masked}
 
     def run() -> None:
@@ -156,8 +158,9 @@ class Almost:
 
 def test_a_library_that_lacks_something_is_named() -> None:
     opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD())
+    almost: Any = Almost()
     with pytest.raises(TypeError, match=r"follows the array API standard; almost does not: .*'dev"):
-        opt.init({"w": Almost()})
+        opt.init({"w": almost})
 
 
 def test_dtypes_are_changed_by_the_function_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """How parameters narrower than the state are rounded, bit by bit."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ NARROW = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("choice", ["nearest", "kahan", "stochastic"])
-def test_what_is_not_stochastic_is_nearest(dtype: torch.dtype, choice: str) -> None:
+def test_what_is_not_stochastic_is_nearest(dtype: Any, choice: str) -> None:
     """Of float16 as well: the noise is that of a bfloat16's bits."""
     if choice == "stochastic" and dtype == torch.bfloat16:
         pytest.skip("that is what is stochastic")
@@ -32,7 +33,7 @@ def test_noise_carries_into_the_upper_half(
     """It is up with the probability low / 2**16: in as many of the cases of the noise."""
     asked: list[tuple[int, int]] = []
 
-    def drawn(start: int, stop: int, shape: torch.Size, **options: object) -> torch.Tensor:
+    def drawn(start: int, stop: int, shape: Any, **options: Any) -> Any:
         asked.append((start, stop))
         return torch.full(shape, noise, **options)
 
@@ -56,7 +57,7 @@ def test_what_is_not_finite_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_what_is_lost_makes_up_for_the_rounding(dtype: torch.dtype) -> None:
+def test_what_is_lost_makes_up_for_the_rounding(dtype: Any) -> None:
     value = torch.tensor([1.0 + 2.0**-12, -1.0 / 3.0, 1.0, 3.4e38, math.inf, math.nan])
     narrow = value.to(dtype)
     got = rounding.lost(value, narrow)
