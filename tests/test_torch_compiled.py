@@ -174,12 +174,13 @@ def made(monkeypatch: Any) -> list[Any]:
 
 def test_steps_and_sizes_and_schedules_do_not_recompile(monkeypatch: Any) -> None:
     net = network()
-    options = options_of("tensor") | {"weight_decay": 0.1}
+    options = options_of("tensor") | {"weight_decay": 0.2}  # another than the rule's: an argument
     opt = MetaOptimizer(net.named_parameters(), compile=True, **options)
     trained(opt, net, 2)
     graphs = made(monkeypatch)
-    opt.param_groups[0]["weight_decay"] = 0.05
-    trained(opt, net, 2)
+    for decay in (0.05, 0.0):
+        opt.param_groups[0]["weight_decay"] = decay
+        trained(opt, net, 2)
     assert not graphs
     wider = torch.nn.Sequential(torch.nn.Linear(20, 301), torch.nn.Linear(301, 3))
     other = MetaOptimizer(wider.named_parameters(), compile=True, **options)
