@@ -187,7 +187,8 @@ def test_dtypes_are_changed_by_the_function_for_it(monkeypatch: pytest.MonkeyPat
 def test_matrices_and_masked_arrays_are_refused_in_place(kind: str, fused: bool | None) -> None:
     if fused is None:
         pytest.importorskip("numba")
-    metaopt_cupy, made = pytest.importorskip("metaopt_cupy"), OTHERS[kind]
+    metaopt_cupy: Any = pytest.importorskip("metaopt_cupy")
+    made = OTHERS[kind]
     params = {"w": PARAMS["w"].copy()}
     theirs = {"w": made(params["w"])}
     with pytest.raises(TypeError, match=rf"`params\['w'\]` must be an array .*; got {kind}\."):

@@ -281,7 +281,8 @@ def test_compiled_steps_follow_edits_as_eager_ones_do(
         MetaOptimizer(params, compile=flag, blocks=blocks, **OPTIONS)
         for params, flag in zip(nets, (True, False), strict=True)
     ]
-    for t, edit in enumerate([*EDITS, _clear, lambda opt: opt.param_groups[0]["beta"].sub_(0.5)]):
+    edits: list[Any] = [*EDITS, _clear, lambda opt: opt.param_groups[0]["beta"].sub_(0.5)]
+    for t, edit in enumerate(edits):
         for opt in opts:
             if opt.param_groups[0]["params"][0].shape == (3, 2) or edit not in ROWS:
                 edit(opt)
