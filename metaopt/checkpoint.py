@@ -65,7 +65,7 @@ def save(path: str | os.PathLike[str], opt: MetaOptimize, state: State) -> None:
     header = {
         "format": _FORMAT,
         "version": _VERSION,
-        "leaves": list(state.trace),
+        "leaves": list(state.count),
         "config": config,
     }
     tensors = {key: to_numpy(array) for key, array in _flat(vars(state))} | arrays
@@ -97,7 +97,8 @@ def load(
     path : path
     params : mapping of leaf name to array
         The parameters the state belongs to: of any library and device, on which its arrays are
-        placed, and in any order.
+        placed, and in any order. Where they are of another dtype than at `save`, and traces are
+        kept in place of averages or the reverse, these are made of the values of the parameters.
     opt : MetaOptimize, optional
         The configuration expected. Needed where it holds a class of your own; refused where it
         differs from the file's. To go on with other settings, load without it and change the
@@ -138,6 +139,7 @@ def load(
         msg = f"{path} does not fit `params`: {error}"
         raise ValueError(msg) from error
     template = dict(_flat(vars(fresh)))
+    _exchange(tensors, template, params)
     if template.keys() != tensors.keys():
         which = sorted(template.keys() ^ tensors.keys())[0]
         how = "missing" if which in template else "unknown"
@@ -211,6 +213,21 @@ def _rebuild(key: str, value: Any, placed: Any) -> Any:
             (name, _rebuild(f"{key}/{name}", item, placed)) for name, item in value.items()
         )
     return placed(key, value)
+
+
+def _exchange(
+    tensors: dict[str, Any], template: Mapping[str, Any], params: Mapping[str, Any]
+) -> None:
+    """Make of traces the averages that they are the distances to, or the reverse, as needed."""
+    for old, new in (("trace", "average"), ("average", "trace")):
+        for name, param in params.items():
+            kept = tensors.get(f"{old}/{name}")
+            if kept is None or kept.shape != tuple(param.shape) or f"{new}/{name}" not in template:
+                continue
+            weights = to_numpy(param).astype(kept.dtype)
+            moved = tensors.get(f"count/{name}", 1) > 0  # before the first step the trace is 0
+            tensors[f"{new}/{name}"] = np.where(moved, weights - kept, np.zeros_like(kept))
+            del tensors[f"{old}/{name}"]
 
 
 def _config(opt: MetaOptimize) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:

@@ -395,6 +395,18 @@ def check_library(params: Mapping[str, Any], state: State) -> None:
         raise TypeError(msg)
 
 
+def averages_and_traces(state: State) -> Leaves[Any]:
+    """Return for each leaf its average or its trace, or raise ValueError where it has neither."""
+    for name in state.count:
+        if name not in state.average and name not in state.trace:
+            msg = f"`state` must have a `trace` or an `average` of leaf {name!r}; got neither."
+            raise ValueError(msg)
+    return per_leaf(
+        (name, state.average[name] if name in state.average else state.trace[name])
+        for name in state.count
+    )
+
+
 def check_state(state: State, plan: Plan) -> None:
     """Raise unless `state` is what `init` makes for leaves and a configuration like these."""
     for name, spec in plan.state.items():

@@ -3,7 +3,7 @@
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from metaopt.arrays import (
 )
 from metaopt.blocks import Blocks, Partition, partition
 from metaopt.curvature import Curvature, Diagonal, curvature
-from metaopt.passes import Leaf, MetaStep, leaf_pass, meta_pass, usable
+from metaopt.passes import Leaf, MetaStep, has_average, leaf_pass, meta_pass, usable
 from metaopt.plan import Following, Plan, following, make_plan, rules_by_leaf
 from metaopt.rules.rule import Rule
 from metaopt.rules.sgd import SGD
@@ -227,10 +227,17 @@ class MetaOptimize:
     def _rules(self) -> list[Rule]:
         return list(self.base.values()) if isinstance(self.base, Mapping) else [self.base]
 
-    def plan(self, params: Mapping[str, Array]) -> Plan:
+    def plan(self, params: Mapping[str, Array], traced: Iterable[str] = ()) -> Plan:
         """Return what this configuration means for `params`: their rules, blocks and dtypes.
 
         Only names, shapes and dtypes are looked at; the result is kept for the next call.
+
+        Parameters
+        ----------
+        params : mapping of leaf name to array
+        traced : iterable of str, default none
+            Leaves of which a state has traces even where averages could stand for them: that of
+            narrower weights, which are handed over in the compute dtype.
 
         Raises
         ------
@@ -243,10 +250,13 @@ class MetaOptimize:
             inputs.library(params),
             per_leaf((name, tuple(param.shape)) for name, param in params.items()),
             per_leaf((name, param.dtype) for name, param in params.items()),
+            frozenset(traced),
         )
 
-    def _plan(self, xp: Any, shapes: Leaves[Any], dtypes: Leaves[Any]) -> Plan:
-        key = (xp.__name__, tuple(shapes.items()), tuple(dtypes.values()))
+    def _plan(
+        self, xp: Any, shapes: Leaves[Any], dtypes: Leaves[Any], traced: frozenset[str]
+    ) -> Plan:
+        key = (xp.__name__, tuple(shapes.items()), tuple(dtypes.values()), traced)
         if key not in self._plans:
             rules = rules_by_leaf(self.base, shapes)
             plan = make_plan(
@@ -257,26 +267,32 @@ class MetaOptimize:
                 meta=self.meta,
                 partition=self._partition,
                 follow=self._following(rules),
+                traced=traced,
             )
             inputs.check_blocks("bounds", self.bounds, plan.blocks.families)
             self._plans[key] = plan
         return self._plans[key]
 
     def _following(self, rules: Leaves[Rule]) -> Following:
-        return following(rules, self.meta, self._curvature, self.approximation, self.discount)
+        point = np.zeros(())
+        value = self._sigma.value(point)
+        return following(
+            rules,
+            self.meta,
+            self._curvature,
+            self.approximation,
+            self.discount,
+            whole=self.trace == "update" and self._sigma.first(point, value) is value,
+        )
 
     def _plan_of(self, state: State) -> Plan:
         """Return the plan of the params that `state` belongs to, or raise if it is not of this."""
         inputs.check_is_state(state)
-        dense = self._following(rules_by_leaf(self.base, state.trace)).curvature == "exact"
-        plan = self._plan(
-            namespace(state.step),
-            per_leaf(
-                (name, tuple(trace.shape[1:] if dense else trace.shape))
-                for name, trace in state.trace.items()
-            ),
-            per_leaf((name, trace.dtype) for name, trace in state.trace.items()),
-        )
+        kept = inputs.averages_and_traces(state)
+        columns = self._following(rules_by_leaf(self.base, kept)).curvature == "exact"
+        shapes = per_leaf((name, tuple(array.shape[columns:])) for name, array in kept.items())
+        dtypes = per_leaf((name, array.dtype) for name, array in kept.items())
+        plan = self._plan(namespace(state.step), shapes, dtypes, frozenset(state.trace))
         inputs.check_state(state, plan)
         return plan
 
@@ -445,9 +461,9 @@ class MetaOptimize:
             As `step` does.
         """
         inputs.check_is_state(state)
-        inputs.check_names("params", params, state.trace)
-        params_in_order = per_leaf((name, params[name]) for name in state.trace)
-        plan = self.plan(params_in_order)
+        inputs.check_names("params", params, state.count)
+        params_in_order = per_leaf((name, params[name]) for name in state.count)
+        plan = self.plan(params_in_order, traced=state.trace)
         for name, param in params.items():
             if param.dtype != plan.dtypes[name]:  # those of the state are right, below
                 inputs.check_array(f"params[{name!r}]", param)
@@ -500,7 +516,10 @@ class MetaOptimize:
             for name, lr in inputs.multipliers(lr, plan.shapes).items()
         )
         awake = parts.awake_leaves(grads, lrs)
-        z = parts.product_with_trace(plan, state.trace, awake, grads, copies)
+        present = [name for name in plan.shapes if grads[name] is not None]
+        traces = parts.traces(plan, params, state, present)
+        follow = parts.with_trace(plan, state, awake)
+        z = parts.product_with_trace(plan, traces, follow, grads, copies)
         if z is None:
             z = map_leaves(xp.zeros_like, state.beta)
         lost = lost_products = None
@@ -555,16 +574,16 @@ class MetaOptimize:
         count: Leaves[Any] = OrderedDict()
         slots: Leaves[Any] = OrderedDict()
         trace: Leaves[Any] = OrderedDict()
+        average: Leaves[Any] = OrderedDict()
         slot_traces: Leaves[Any] = OrderedDict()
         third_trace: Leaves[Any] = OrderedDict()
         for name, rule in plan.rules.items():
             if grads[name] is None:
                 deltas[name] = None
-                count[name], slots[name], trace[name] = (
-                    state.count[name],
-                    state.slots[name],
-                    state.trace[name],
-                )
+                count[name], slots[name] = state.count[name], state.slots[name]
+                for kept, old in ((trace, state.trace), (average, state.average)):
+                    if name in old:
+                        kept[name] = old[name]
                 if name in state.slot_traces:
                     slot_traces[name] = state.slot_traces[name]
                 if plan.third:
@@ -583,7 +602,8 @@ class MetaOptimize:
                 grads[name],
                 state.slots[name],
                 state.count[name],
-                hats[name].trace if hats else state.trace[name],
+                hats[name].trace if hats else traces[name],
+                state.average.get(name),
                 hats[name].slot_traces if hats else {},
                 seconds.get(name),
             )
@@ -597,7 +617,7 @@ class MetaOptimize:
                 discount=1.0
                 if hats
                 else parts.leaf_discount(plan, name, awake[name], self.discount),
-                keep=None if hats else plan.layout.columns(finite, name, ndim),
+                keep=None if hats else parts.goes_on(plan, state, finite, name),
                 inject=self.trace,
                 rectified=cast(hessian_diagonal[name], dtype) if rectified else None,
                 grad_second=grad_seconds.get(name),
@@ -608,7 +628,10 @@ class MetaOptimize:
             deltas[name] = result.delta
             count[name] = state.count[name] + 1
             slots[name] = per_leaf((slot, result.slots[slot]) for slot in state.slots[name])
-            trace[name] = result.trace
+            if result.average is None:
+                trace[name] = result.trace
+            else:
+                average[name] = result.average
             if name in state.slot_traces:
                 slot_traces[name] = per_leaf(
                     (slot, result.slot_traces[slot]) for slot in state.slot_traces[name]
@@ -623,6 +646,7 @@ class MetaOptimize:
             meta_slots=meta.meta_slots,
             slots=slots,
             trace=trace,
+            average=average,
             slot_traces=slot_traces,
             beta_trace=meta.beta_trace,
             third_trace=third_trace,
@@ -656,7 +680,7 @@ class MetaOptimize:
         """Return `state` after the meta update of a step without curvature.
 
         For adapters that step the leaves themselves, by `metaopt.passes.one_pass`: all but the
-        leaves' own state (`count`, `slots` and `trace`) is that of the next step.
+        leaves' own state (`count`, `slots`, `trace` and `average`) is that of the next step.
 
         Parameters
         ----------
@@ -691,6 +715,7 @@ class MetaOptimize:
     def diagnostics(
         self,
         state: State,
+        params: Mapping[str, Array],
         *,
         reduce: parts.Reduce | None = None,
         copies: Mapping[str, int] | None = None,
@@ -700,6 +725,8 @@ class MetaOptimize:
         Parameters
         ----------
         state : State
+        params : mapping of leaf name to array
+            The leaves as they are now; those that keep an average have no trace without them.
         reduce, copies : optional
             As for `step`, where several devices hold parts of the leaves.
 
@@ -709,14 +736,23 @@ class MetaOptimize:
             "beta", "meta_grad" and "trace_norm" (root of the sum of squares of a block's trace),
             each a mapping like `step_sizes`; "restarts", meta-gradients that were not finite, by
             block (at weight level by leaf); "skipped", the steps left out.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If `state` is not one of this configuration, or `params` are not its leaves.
         """
         plan, xp = self._plan_of(state), namespace(state.step)
         inputs.check_copies(copies or {}, plan.shapes)
+        inputs.check_names("params", params, plan.shapes)
+        inputs.check_leaves("params", params, inputs.averages_and_traces(state), plan.shapes)
         blocks = plan.blocks
         squares = {
             name: plan.layout.square(trace, name, plan.beta_dtype)
-            for name, trace in state.trace.items()
+            for name, trace in parts.traces(plan, params, state, plan.shapes).items()
         }
+        for name in plan.averaged:
+            squares[name] = xp.where(has_average(state.count[name]), squares[name], 0.0)
         if not blocks.partition.per_leaf:
             squares = {
                 name: square / (copies or {}).get(name, 1) for name, square in squares.items()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from metaopt.arrays import Array, cast, map_leaves, namespace
 from metaopt.blocks import Blocks
 from metaopt.jets import Jet
-from metaopt.rules.move import hat, move, move_second
+from metaopt.rules.move import averaged, chosen, hat, move, move_second
 from metaopt.rules.rule import Rule, direction_of
 
 __all__ = [
@@ -41,8 +41,10 @@ class Leaf(NamedTuple):
         Like `param`, or of the shapes that the rule gives them.
     count : array, shape (), int32
         Steps made before this one.
-    trace : array like `param`, compute dtype
-        It may have a leading axis of columns.
+    trace : array like `param`, compute dtype, or None
+        It may have a leading axis of columns. None where the leaf keeps an average in its place.
+    average : array like `param`, in the dtype of both, optional
+        Average of the weights, of which the trace is their distance (section 10).
     slot_traces : mapping of slot to array like `trace`, default empty
         Of the slots whose traces are kept.
     third_trace : array with two leading axes of columns, optional
@@ -54,8 +56,14 @@ class Leaf(NamedTuple):
     slots: Mapping[str, Any]
     count: Any
     trace: Any
+    average: Any = None
     slot_traces: Mapping[str, Any] = {}
     third_trace: Any = None
+
+    @property
+    def dtype(self) -> Any:
+        """The compute dtype."""
+        return (self.trace if self.average is None else self.average).dtype
 
 
 class LeafStep(NamedTuple):
@@ -64,13 +72,14 @@ class LeafStep(NamedTuple):
     Parameters
     ----------
     delta : array like the leaf, compute dtype
-    slots, trace, slot_traces, third_trace
+    slots, trace, average, slot_traces, third_trace
         As in `Leaf`.
     """
 
     delta: Any
     slots: dict[str, Any]
     trace: Any
+    average: Any
     slot_traces: dict[str, Any]
     third_trace: Any
 
@@ -138,9 +147,27 @@ def fused_pass(
     discount, inject
         As in `leaf_pass`.
     """
-    leaf = leaf._replace(trace=hat(leaf.trace, 1.0, keep))
-    product = leaf_product(leaf.trace, cast(leaf.grad, leaf.trace.dtype))
+    if leaf.average is None:
+        leaf = leaf._replace(trace=hat(leaf.trace, 1.0, keep))
+    else:
+        keep = has_average(leaf.count) if keep is None else keep & has_average(leaf.count)
+        average = chosen(keep, leaf.average, leaf.param)
+        leaf = leaf._replace(trace=leaf.param - average, average=average)
+    product = leaf_product(leaf.trace, cast(leaf.grad, leaf.dtype))
     return product, leaf_pass(rule, leaf, lr, lr_trace, discount=discount, inject=inject)
+
+
+def has_average(count: Any) -> Any:
+    """Say whether the average of a leaf holds: from its first step on.
+
+    Until then its trace is 0, whatever is done to the weights: most are loaded in that time.
+
+    Parameters
+    ----------
+    count : array, shape (), int32
+        Steps that the leaf has made.
+    """
+    return count > 0
 
 
 def one_pass(
@@ -180,7 +207,7 @@ def one_pass(
     product : array, compute dtype
     step : LeafStep
     """
-    dtype, xp = leaf.trace.dtype, namespace(lr)
+    dtype, xp = leaf.dtype, namespace(lr)
     awake = lr != 0.0
     product, step = fused_pass(
         rule,
@@ -221,7 +248,8 @@ def leaf_pass(
     lr : array broadcastable to the leaf, compute dtype
         Step size taken, :math:`\alpha`.
     lr_trace : array broadcastable to the trace, compute dtype
-        Its derivative; pass `lr` itself where the two are equal, and they share a product.
+        Its derivative; pass `lr` itself where the two are equal, and they share a product. Where
+        the leaf keeps an average they are, and it is not looked at.
     grad_trace : array like the trace, optional
         Derivative of the gradient: Hessian times the discounted trace. Where it is given, the
         leaf's traces are discounted and restarted already (`metaopt.rules.move.hat`).
@@ -241,7 +269,7 @@ def leaf_pass(
     LeafStep
         In the compute dtype.
     """
-    dtype = leaf.trace.dtype
+    dtype = leaf.dtype
     param, grad, count = (
         cast(leaf.param, dtype),
         cast(leaf.grad, dtype),
@@ -273,6 +301,11 @@ def leaf_pass(
         followed, _ = direction_of(plain, grad, kept, count, param)
     if rectified is not None:
         retain = namespace(param).clip(1.0 - lr * (rule.weight_decay + rectified), min=0.0)
+    if leaf.average is not None:
+        delta = move(param, direction, lr, rule.weight_decay).delta
+        trace = param - leaf.average if leaf.trace is None else leaf.trace
+        average = averaged(leaf.average, trace, lr, rule.weight_decay, discount)
+        return LeafStep(delta, slots, None, chosen(keep, average, param), {}, None)
     moved_param = move(
         param,
         direction,
@@ -299,7 +332,7 @@ def leaf_pass(
             direction_second=direction_second,
             lr_second=lr_second,
         )
-    return LeafStep(moved_param.delta, slots, moved_param.trace, slot_traces, third_trace)
+    return LeafStep(moved_param.delta, slots, moved_param.trace, None, slot_traces, third_trace)
 
 
 def meta_pass(

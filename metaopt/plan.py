@@ -44,6 +44,9 @@ class Plan:
         Keys of `State.beta_trace`, empty where Y stays E.
     third : bool
         Whether `State.third_trace` is kept.
+    averaged : frozenset of str
+        Leaves whose trace is the distance from their weights to an average of them, which is kept
+        in its place (section 10).
     state : mapping of field to Spec or (nested) mapping of them
         What a `State` consists of.
     """
@@ -58,6 +61,7 @@ class Plan:
     feeding: Leaves[tuple[str, ...]]
     beta_feeding: tuple[str, ...]
     third: bool
+    averaged: frozenset[str]
     state: dict[str, Any]
 
 
@@ -68,17 +72,28 @@ class Following:
     curvature: str
     beta: bool = False
     third: bool = False
+    average: bool = False
 
 
 def following(
-    rules: Leaves[Rule], meta: Rule, curvature: Curvature, approximation: str, discount: Any
+    rules: Leaves[Rule],
+    meta: Rule,
+    curvature: Curvature,
+    approximation: str,
+    discount: Any,
+    *,
+    whole: bool,
 ) -> Following:
-    """Return the curvature that the traces need, and which of Y and Z are kept."""
+    """Return the curvature that the traces need, and which of Y and Z are kept.
+
+    `whole` says whether a change of the step size multiplies the whole step that it makes: without
+    curvature the traces are then distances to averages of the weights.
+    """
     if (isinstance(discount, float) and discount == 0.0) or curvature.kind == "none":
-        return Following("none")
+        return Following("none", average=whole)
     beta = approximation != "l" and follows_weights(meta)
     if not beta and not any(map(follows_weights, _distinct(rules).values())):
-        return Following("none")  # no direction depends on the weights
+        return Following("none", average=whole)  # no direction depends on the weights
     return Following(curvature.kind, beta, third=beta and approximation == "full")
 
 
@@ -96,8 +111,9 @@ def make_plan(
     meta: Rule,
     partition: Partition,
     follow: Following,
+    traced: frozenset[str],
 ) -> Plan:
-    """Return the plan for leaves of these shapes and dtypes.
+    """Return the plan for leaves of these shapes and dtypes; those in `traced` keep their traces.
 
     Raises
     ------
@@ -126,6 +142,12 @@ def make_plan(
         feeding=feeding,
         beta_feeding=beta_feeding,
         third=follow.third,
+        # a difference of narrower weights would have no more digits than they have
+        averaged=frozenset(
+            name
+            for name, dtype in dtypes.items()
+            if follow.average and dtype == compute[name] and name not in traced
+        ),
         state={},
     )
     return replace(plan, state=_state(plan, meta, xp.int32))
@@ -163,7 +185,14 @@ def _state(plan: Plan, meta: Rule, integer: Any) -> dict[str, Any]:
             for name, rule in plan.rules.items()
         ),
         "trace": per_leaf(
-            (name, Spec(layout.shape(shape), dtypes[name])) for name, shape in shapes.items()
+            (name, Spec(layout.shape(shape), dtypes[name]))
+            for name, shape in shapes.items()
+            if name not in plan.averaged
+        ),
+        "average": per_leaf(
+            (name, Spec(shape, dtypes[name]))
+            for name, shape in shapes.items()
+            if name in plan.averaged
         ),
         "slot_traces": per_leaf(
             (name, traces(slots, name)) for name, slots in plan.feeding.items() if slots

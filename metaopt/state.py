@@ -34,7 +34,11 @@ class State:
         Moments of the base update.
     trace : mapping of leaf to array
         How the leaf depends on past meta-parameters, docs/mathematics.md section 3: of the leaf's
-        shape where condensed; (m, *shape), one column per block, where dense.
+        shape where condensed; (m, *shape), one column per block, where dense. Of the leaves that
+        have no average.
+    average : mapping of leaf to array of the leaf's shape
+        Where the trace is the distance from the weights to a moving average of them, that average
+        in its place (section 10); of no meaning before the leaf's first step.
     slot_traces : mapping of leaf to mapping of slot to array like the leaf's trace
         The same of the moments; only of those that feed back.
     beta_trace : mapping of "beta" or slot to blocks
@@ -58,6 +62,7 @@ class State:
     meta_slots: Leaves[Any]
     slots: Leaves[Leaves[Any]]
     trace: Leaves[Any]
+    average: Leaves[Any]
     slot_traces: Leaves[Leaves[Any]]
     beta_trace: Leaves[Any]
     third_trace: Leaves[Any]

@@ -1,13 +1,14 @@
 """The parts of a step that look at several leaves; docs/mathematics.md sections 2, 3, 7 and 11."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from metaopt.arrays import Leaves, cast, filled, kind_of, map_leaves, namespace, per_leaf
 from metaopt.inputs import check_products
 from metaopt.jets import outer
+from metaopt.passes import has_average
 from metaopt.plan import Plan
 from metaopt.rules.move import hat
 from metaopt.state import State
@@ -42,6 +43,38 @@ def awake_families(plan: Plan, awake: Leaves[Any], like: Any) -> Any:
             for flag in flags.values()
         ]
     )
+
+
+def traces(
+    plan: Plan, params: Mapping[str, Any], state: State, names: Iterable[str]
+) -> Leaves[Any]:
+    """Return the traces of leaves as a step begins, of one with an average the distance to it.
+
+    Taken anew in every step, it has in it whatever was done to the weights since the last one.
+    """
+    return per_leaf(
+        (name, params[name] - state.average[name] if name in plan.averaged else state.trace[name])
+        for name in names
+    )
+
+
+def with_trace(plan: Plan, state: State, awake: Leaves[Any]) -> Leaves[Any]:
+    """Say for each leaf whether it moves and has a trace: see `metaopt.passes.has_average`."""
+    return per_leaf(
+        (
+            name,
+            has_average(state.count[name]) & moves
+            if name in plan.averaged and moves is not False
+            else moves,
+        )
+        for name, moves in awake.items()
+    )
+
+
+def goes_on(plan: Plan, state: State, finite: Any, name: str) -> Any:
+    """Say where the trace of a leaf does not restart, in a shape that goes with it."""
+    keep = plan.layout.columns(finite, name, len(plan.shapes[name]))
+    return keep & has_average(state.count[name]) if name in plan.averaged else keep
 
 
 def product_with_trace(

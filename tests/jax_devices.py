@@ -165,7 +165,7 @@ def jit(kind: str, configuration: str) -> None:
     known = kind != "auto" or configuration == "node"
     with jax.set_mesh(mesh_of(kind)) if known else contextlib.nullcontext():
         state = tx.init(params)
-        assert lies_like(state.trace, params)
+        assert lies_like(state.trace_or_average, params)
         assert all(lies_like(tree, params) for tree in state.slots.values())
         if kind == "explicit":
             inside = jax.jit(tx.init)(params)
@@ -311,7 +311,7 @@ def orbax(configuration: str, folder: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         params, state = checkpointer.restore(path, target)
     assert type(state) is type(saved[1])
-    assert lies_like(state.trace, params)
+    assert lies_like(state.trace_or_average, params)
     for name, got in by_name((params, state)).items():
         assert np.asarray(got).tobytes() == by_name(saved)[name].tobytes(), name
     params, state = train(compiled(tx), params, state)

@@ -246,8 +246,8 @@ def test_loaded_torch_tensors_can_be_written_to(tmp_path: Path) -> None:
     params = {name: torch.asarray(value) for name, value in start().items()}
     mo.save(tmp_path / "state", opt, opt.init(params))
     _, loaded = mo.load(tmp_path / "state", params)
-    loaded.trace["w"].add_(1.0)
-    assert float(loaded.trace["w"].sum()) == 12.0
+    loaded.average["w"].add_(1.0)
+    assert float(loaded.average["w"].sum()) == 12.0
 
 
 @pytest.mark.parametrize("blocks", ["scalar", "weight"])
@@ -261,9 +261,9 @@ def test_arrays_in_another_memory_order_are_saved_as_what_they_hold(
         params, state = opt.step(params, {n: p + 1.0 for n, p in params.items()}, state)
     mo.save(tmp_path / "state", opt, state)
     _, loaded = mo.load(tmp_path / "state", params)
-    assert state.trace["w"].flags.f_contiguous
-    for name, trace in state.trace.items():
-        np.testing.assert_array_equal(loaded.trace[name], trace)
+    assert state.average["w"].flags.f_contiguous
+    for name, average in state.average.items():
+        np.testing.assert_array_equal(loaded.average[name], average)
 
 
 @pytest.mark.parametrize(

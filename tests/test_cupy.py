@@ -317,7 +317,7 @@ def test_what_is_not_finite_never_reaches_the_step_sizes(blocks: str) -> None:
 
     opt = run(BASES["SGDm"], fused=True)
     assert np.sum(opt.state.restarts) == 1
-    for array in (opt.state.trace, opt.step_sizes(), opt.params):
+    for array in (opt.state.average, opt.step_sizes(), opt.params):
         map_leaves(lambda a: np.testing.assert_array_equal(np.isfinite(a), True), array)
     with pytest.warns(UserWarning, match="says no `scope`"):
         slow = run(Opaque(BASES["SGDm"]))
@@ -589,7 +589,7 @@ def test_the_state_is_the_cores() -> None:
     core = mo.MetaOptimize(**options)
     assert opt.config == core
     assert contents(opt.step_sizes()) == contents(core.step_sizes(state))
-    assert contents(opt.diagnostics()) == contents(core.diagnostics(state))
+    assert contents(opt.diagnostics()) == contents(core.diagnostics(state, params))
     core.step(params, gradient(0, params), state)  # takes it as one of its own
 
 

@@ -309,7 +309,7 @@ def test_the_suite_passes_on_the_host() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("per_weight", [False, True])
 def test_nvcc_takes_the_source(dtype: str, per_weight: bool, tmp_path: Path) -> None:
-    spec = Spec(RULES["AdamW"], dtype, dtype, "float32", "float64", per_weight, "update")
+    spec = Spec(RULES["AdamW"], dtype, dtype, "float32", "float64", per_weight, "update", "trace")
     text = gpu.source(trace(spec), "float32", per_weight=per_weight)
     gather = gpu.GATHER.format(beta="double", threads=gpu.THREADS)
     (tmp_path / "kernel.cu").write_text(text + gather)

@@ -777,11 +777,14 @@ STEP: dict[str, BadStep] = {
         options={"curvature": mo.curvature.Diagonal(rectified=True)},
     ),
     "dense state in a condensed run": of_another(
-        {}, EXACT, "`state.trace['w']` has shape (1, 2, 3); expected (2, 3). Pass the state"
+        MOMENTUM | DIAGONAL,
+        MOMENTUM | EXACT,
+        "`state.trace['w']` has shape (1, 2, 3); expected (2, 3). Pass the state",
+        hessian_diagonal=start(),
     ),
     "condensed state in a dense run": of_another(
-        EXACT,
-        {},
+        MOMENTUM | EXACT,
+        MOMENTUM | DIAGONAL,
         "`state.trace['w']` has shape (2, 3); expected (1, 2, 3). Pass the state",
         hvp=lambda tangents: tangents,
     ),

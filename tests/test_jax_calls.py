@@ -47,7 +47,7 @@ def test_an_injected_discount_is_no_part_of_the_structure(discount: Any) -> None
 
 def test_a_discount_that_is_an_array_is_kept_in_files(tmp_path: Path) -> None:
     tx = plain(discount=jnp.float32(0.5))
-    mo.save(tmp_path / "x", tx.opt, tx.core_state(tx.init(params())))
+    mo.save(tmp_path / "x", tx.opt, tx.core_state(tx.init(params()), params()))
     opt, _ = mo.load(tmp_path / "x", tx.named(params()))
     assert opt.discount == 0.5
 

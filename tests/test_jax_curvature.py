@@ -119,7 +119,7 @@ def test_derivatives_are_those_of_the_loss(name: str) -> None:
     for _ in range(STEPS):
         leaves, core = tx.opt.step(leaves, grad(leaves), core, hvp=hvp(leaves), third=third(leaves))
     close(by_name(params), by_name(leaves), STEPS)
-    close(vars(tx.core_state(state)), vars(core), STEPS)
+    close(vars(tx.core_state(state, params)), vars(core), STEPS)
 
 
 @pytest.mark.parametrize("name", ["2x2", "full"])
@@ -166,7 +166,9 @@ def test_products_are_taken_in_the_precision_of_the_traces() -> None:
     grads, before = jax.grad(quartic)(params), tx.init(params)
     _, state = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=noted))(grads, before, params)
     assert seen == {"float32"}
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.trace)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.trace_or_average)} == {
+        jnp.dtype("float32")
+    }
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_a_model_of_flax_trains_as_a_plain_loop(curvature: str) -> None:
     found = tx.step_sizes(optimizer.opt_state)
     same(found.values(), sizes.values())
     assert list(found) == list(sizes) == ["inner", "outer"]
-    assert float(tx.diagnostics(optimizer.opt_state)["trace_norm"]["inner"]) > 0.0
+    assert float(tx.diagnostics(optimizer.opt_state, arrays(model))["trace_norm"]["inner"]) > 0.0
     assert int(state.count) == STEPS
 
 

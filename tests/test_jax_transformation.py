@@ -64,9 +64,9 @@ def equals_the_core(tx: Any, params: Any, state: Any) -> None:
             hessian_diagonal=curved,
         )
     close(by_name(params), leaves, STEPS)
-    close(vars(tx.core_state(state)), vars(core), STEPS)
+    close(vars(tx.core_state(state, params)), vars(core), STEPS)
     close(tx.step_sizes(state), tx.opt.step_sizes(core), STEPS)
-    close(tx.diagnostics(state), tx.opt.diagnostics(core), STEPS)
+    close(tx.diagnostics(state, params), tx.opt.diagnostics(core, leaves), STEPS)
     sizes = [size for size in tx.opt.step_sizes(core).values() if size.size]
     assert max(float(abs(np.log(size) - np.log(1e-2)).max()) for size in sizes) > 1e-4
 
@@ -146,7 +146,7 @@ def test_lr_multiplies_the_learned_step_sizes(lr: str) -> None:
         leaves, core = opt.step(leaves, grads, core, lr=expected(t))
         params, state = step(params, state)
     close(by_name(params), leaves, STEPS)
-    close(vars(tx.core_state(state)), vars(core), STEPS)
+    close(vars(tx.core_state(state, params)), vars(core), STEPS)
 
 
 # --- what transformations of functions ask for
@@ -251,7 +251,7 @@ def test_a_run_goes_on_from_a_file_of_the_core(name: str, tmp_path: Path) -> Non
     tx, params = metaopt_jax.metaoptimize(**options_of(name)), start()
     step = jax.jit(lambda params, state: update(tx, params, state))
     params, state = step(params, tx.init(params))
-    mo.save(tmp_path / "run.safetensors", tx.opt, tx.core_state(state))
+    mo.save(tmp_path / "run.safetensors", tx.opt, tx.core_state(state, params))
     opt, core = mo.load(tmp_path / "run.safetensors", tx.named(params))
     again = metaopt_jax.transformation(opt).from_core_state(core, params)
     assert jax.tree.map(jax.typeof, again) == jax.tree.map(jax.typeof, state)
@@ -330,7 +330,7 @@ def test_parameters_without_a_leaf(name: str) -> None:
     assert updates == params
     assert int(after.count) == 1
     assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert tx.step_sizes(after) == tx.diagnostics(after) == {}
+    assert tx.step_sizes(after) == tx.diagnostics(after, params) == {}
     assert all(leaf.size for leaf in jax.tree.leaves(after))  # else orbax does not save it
 
 

@@ -75,13 +75,13 @@ def test_after_clipping() -> None:
 def test_the_state_is_found_within_others() -> None:
     tx = ours("tensor")
     wrapped = optax.chain(optax.clip_by_global_norm(1.0), optax.chain(tx, optax.identity()))
-    _, state = train(wrapped, start())
+    params, state = train(wrapped, start())
     beta, sizes = (optax.tree.get(state, name) for name in ("beta", "learned_step_sizes"))
     assert beta.shape == sizes.shape == (5,)
     assert relative_error(sizes, np.exp(beta)) < rounding("float32", operations=4)
     found = tx.step_sizes(state)
     assert [float(size) for size in found.values()] == [float(size) for size in sizes]
-    assert set(tx.diagnostics(state)) >= {"beta", "meta_grad", "trace_norm", "skipped"}
+    assert set(tx.diagnostics(state, params)) >= {"beta", "meta_grad", "trace_norm", "skipped"}
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -89,12 +89,12 @@ def test_step_sizes_are_found_by_name_in_every_configuration(name: str) -> None:
     tx, params = ours(name), start()
     wrapped = optax.chain(optax.clip_by_global_norm(1.0), tx)
     _, state = update(wrapped, params, wrapped.init(params))
-    core = tx.core_state(state)
+    core = tx.core_state(state, params)
     for field, want in (
         ("learned_step_sizes", tx.opt.slopes(core.beta)[0]),
         ("beta", core.beta),
         ("meta_grad", core.meta_grad),
-        ("trace", core.trace),
+        ("trace_or_average", core.trace or core.average),
     ):
         found = optax.tree.get(state, field)
         close(jax.tree.leaves(found), jax.tree.leaves(want), 1)
@@ -148,11 +148,11 @@ def test_what_is_not_finite_is_skipped_whole() -> None:
     state = guarded.init(params)
     grads = jax.grad(loss)(params)
     _, state = update(grads, state, params)
-    before = tx.core_state(state)
+    before = tx.core_state(state, params)
     broken = grads | {"scale": jnp.asarray(jnp.nan)}
     updates, state = update(broken, state, params)
     assert all(float(jnp.abs(u).sum()) == 0.0 for u in jax.tree.leaves(updates))
-    close(vars(tx.core_state(state)), vars(before), 1)
+    close(vars(tx.core_state(state, params)), vars(before), 1)
     assert int(state.total_notfinite) == 1
 
 
@@ -214,7 +214,7 @@ def test_parts_like_the_parameters_are_found(name: str) -> None:
         is_leaf=lambda node: isinstance(node, optax.MaskedNode),  # what a rule has no slot for
     )
     shapes = jax.tree.map(jnp.shape, params)
-    assert marked.trace == shapes
+    assert marked.trace_or_average == shapes
     assert marked.count is marked.restarts is None
     assert (marked.beta == shapes) == (name == "weight")
 
@@ -253,4 +253,6 @@ def test_dtypes_may_differ_among_parameters() -> None:
         "a": jnp.dtype("bfloat16"),
         "b": jnp.dtype("float32"),
     }
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.trace)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.trace_or_average)} == {
+        jnp.dtype("float32")
+    }

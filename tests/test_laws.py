@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from metaopt_conformance.tolerances import relative_error, rounding
+from metaopt_conformance.translate import traces, with_traces
 
 import metaopt as mo
 
@@ -286,9 +287,10 @@ def test_diagonal_curvature_equals_exact_with_a_diagonal_hessian(
     assert_same(runs[0], runs[1])
     (_, _, condensed), (_, _, dense) = runs[0][-1], runs[1][-1]
     follows = base != "Lion" or (approximation == "2x2" and meta != "Lion")
-    for name, trace in condensed.trace.items():
-        assert np.ndim(dense.trace[name]) == np.ndim(trace) + follows
-        columns = dense.trace[name].sum(axis=0) if follows else dense.trace[name]
+    for name, trace in (condensed.trace or condensed.average).items():
+        kept = (dense.trace or dense.average)[name]
+        assert np.ndim(kept) == np.ndim(trace) + follows
+        columns = kept.sum(axis=0) if follows else kept
         assert relative_error(columns, trace) < ALLOWED
 
 
@@ -332,7 +334,7 @@ def test_discount_zero_asks_for_no_hessian() -> None:
         opt = configured(discount=0.0, curvature=curvature)
         params = {"w": np.ones(3)}
         state = opt.init(params)
-        assert state.trace["w"].shape == (3,)
+        assert state.average["w"].shape == (3,)
         opt.step(params, params, state)
 
 
@@ -436,7 +438,7 @@ def test_params_in_another_order_give_the_same() -> None:
                     hessian_diagonal={name: np.cos(params[name]) for name in sorted(params)},
                 )
                 assert list(params) == list(ordered(start, turned))
-                assert list(state.trace) == list(start)
+                assert list(state.trace or state.average) == list(start)
             return params, state
 
         (params, state), (turned, turned_state) = run(False), run(True)
@@ -476,7 +478,7 @@ def test_diagnostics_say_what_the_state_holds(backend: Any, level: str, curvatur
     for _ in range(3):
         previous, at = state, params
         params, state = opt.step(params, params, state, hvp=lambda t: t)
-    told = opt.diagnostics(state)
+    told = opt.diagnostics(state, params)
     assert list(told) == ["beta", "meta_grad", "trace_norm", "restarts", "skipped"]
     sizes = backend.to_numpy(opt.step_sizes(state))
     for part in ("beta", "meta_grad", "trace_norm"):
@@ -487,7 +489,6 @@ def test_diagnostics_say_what_the_state_holds(backend: Any, level: str, curvatur
 
     def by_hand(entries: Any) -> dict[str, Any]:
         """Sum entries, per weight and in dense layout per column, by block."""
-        entries = backend.to_numpy(entries)
         if curvature == "exact":
             columns = sum(
                 value.reshape(value.shape[0], -1).sum(axis=1) for value in entries.values()
@@ -512,8 +513,9 @@ def test_diagnostics_say_what_the_state_holds(backend: Any, level: str, curvatur
         }
         return sums[level]()
 
-    squares = {name: trace * trace for name, trace in state.trace.items()}
-    products = {name: trace * at[name] for name, trace in previous.trace.items()}
+    values = backend.to_numpy(at)
+    squares = {name: trace**2 for name, trace in traces(params, state).items()}
+    products = {name: trace * values[name] for name, trace in traces(at, previous).items()}
     for part, want in (
         ("trace_norm", {k: np.sqrt(v) for k, v in by_hand(squares).items()}),
         ("meta_grad", by_hand(products)),
@@ -532,9 +534,9 @@ def test_diagnostics_count_restarts_and_skipped_steps(level: str) -> None:
     bad = params | {"w0": np.array([[np.inf, 1.0], [1.0, 1.0]])}
     opt = configured("Lion", "Lion", blocks=LEVELS[level])
     _, state = opt.step(params, params, opt.init(params))
-    state = replace(state, trace=state.trace | {"w0": np.full((2, 2), np.nan)})
+    state = with_traces(params, state, {"w0": np.full((2, 2), np.nan)})
     _, state = opt.step(params, params, state)
-    told = opt.diagnostics(state)["restarts"]
+    told = opt.diagnostics(state, params)["restarts"]
     want = {
         "scalar": {"all": 1},
         "tensor": {"w0": 1, "w1": 0, "w2": 0},
@@ -547,7 +549,7 @@ def test_diagnostics_count_restarts_and_skipped_steps(level: str) -> None:
     state = opt.init(params)
     for grads in (params, bad, bad, params):
         _, state = opt.step(params, grads, state)
-    told = opt.diagnostics(state)
+    told = opt.diagnostics(state, params)
     assert int(told["skipped"]) == 2
     assert int(state.step) == 2
     assert all(not np.any(value) for value in told["restarts"].values())

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from metaopt_conformance.tolerances import LITERATURE, relative_error
+from metaopt_conformance.translate import traces
 
 import metaopt as mo
 from metaopt import presets
@@ -311,7 +312,7 @@ def test_algorithm_2(approximation: str, gamma: float) -> None:
         params, state = opt.step(
             params, {"w": gradient(step, params["w"])}, state, hvp=products_with(hessian)
         )
-        trace = state.trace["w"].reshape(6)
+        trace = traces(params, state)["w"].reshape(6)
         rows = state.beta_trace.get("beta", np.ones((1, 1))).reshape(())
         if gamma == 0.0:  # Y is 1 then, and is not kept
             assert not state.beta_trace
@@ -368,7 +369,7 @@ def test_algorithm_3(base: str, meta: str) -> None:
                     (
                         np.concatenate(list(params.values())),
                         np.stack(list(opt.step_sizes(state).values())),
-                        np.concatenate(list(state.trace.values())),
+                        np.concatenate(list(traces(params, state).values())),
                     )
                 )
             assert_run(got, want)

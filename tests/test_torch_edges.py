@@ -397,7 +397,7 @@ def test_a_state_takes_the_dtype_that_goes_with_the_parameters(of: str, into: st
     opts = [MetaOptimizer(net.parameters(), **OPTIONS) for net in nets]
     opts[1].load_state_dict(opts[0].state_dict())
     for param in nets[1].parameters():
-        assert opts[1].state[param]["trace"].dtype == getattr(torch, into)
+        assert opts[1].state[param]["average"].dtype == getattr(torch, into)
         param.grad = torch.ones_like(param)
     opts[1].step()
     assert opts[1].step_sizes()["all"].dtype == getattr(torch, into)

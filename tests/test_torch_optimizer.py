@@ -115,9 +115,9 @@ def test_without_gradients_nothing_moves(base: str, blocks: str) -> None:
     opt = made(net.parameters(), base, blocks=blocks)
     trained(net, opt, 2)
     opt.zero_grad()
-    before = bits([net.state_dict(), opt.core_state().beta, opt.core_state().trace])
+    before = bits([net.state_dict(), opt.core_state().beta, opt.core_state().average])
     opt.step()
-    assert bits([net.state_dict(), opt.core_state().beta, opt.core_state().trace]) == before
+    assert bits([net.state_dict(), opt.core_state().beta, opt.core_state().average]) == before
 
 
 @every_base
@@ -128,10 +128,10 @@ def test_lr_0_freezes_params_traces_and_step_sizes(base: str, blocks: str) -> No
     trained(net, opt, 3)
     opt.param_groups[0]["lr"] = 0.0
     state = opt.core_state()
-    before = bits([net.state_dict(), state.beta, state.trace, state.meta_slots])
+    before = bits([net.state_dict(), state.beta, state.average, state.meta_slots])
     trained(net, opt, 3)
     after = opt.core_state()
-    assert bits([net.state_dict(), after.beta, after.trace, after.meta_slots]) == before
+    assert bits([net.state_dict(), after.beta, after.average, after.meta_slots]) == before
     assert all(int(count) == 6 for count in after.count.values())
 
 
@@ -185,7 +185,8 @@ def test_params_of_several_dtypes(base: str, blocks: str) -> None:
         assert relative_error(param.detach().double().numpy(), wide.detach().numpy()) < 12 * eps
         state = opts[0].state[param]
         want = torch.float64 if dtype == torch.float64 else torch.float32
-        assert {state[key].dtype for key in ("trace", *BASES[base].slots)} == {want}
+        kept = "average" if dtype == want else "trace"
+        assert {state[key].dtype for key in (kept, *BASES[base].slots)} == {want}
 
 
 @every_meta
@@ -368,7 +369,7 @@ def test_frozen_parameters_have_no_state_until_they_thaw() -> None:
     trained(net, opt, 2)
     frozen, live = net[0].weight, net[2].weight
     assert frozen not in opt.state
-    assert "trace" in opt.state[live]
+    assert "average" in opt.state[live]
     before = bits(frozen)
     net[0].requires_grad_(True)
     trained(net, opt, 2)
@@ -460,11 +461,11 @@ def test_a_checkpoint_without_newer_keys_loads() -> None:
     for key in ("restarts", "meta_grad", "skipped", "block", "bounds", "maximize"):
         del state["param_groups"][0][key]
     for entry in state["state"].values():
-        del entry["trace"]
+        del entry["average"]
     fresh = made(net.parameters(), blocks="tensor")
     fresh.load_state_dict(state)
     assert bits(fresh.step_sizes()) == bits(opt.step_sizes())
-    assert all(not torch.any(trace) for trace in fresh.core_state().trace.values())
+    assert not torch.any(fresh.diagnostics()["trace_norm"]["0.weight"])
     trained(net, fresh, 2)
 
 

@@ -265,7 +265,7 @@ def test_the_step_of_a_rule_reads_like_the_formula() -> None:
     def number(name: str, dtype: str = "float32") -> Scalar:
         return program.variable(name, dtype, varies=False)
 
-    leaf = Leaf(array("w"), array("g"), {}, number("count", "int32"), array("h"))
+    leaf = Leaf(array("w"), array("g"), {}, number("count", "int32"), None, array("a"))
     param, product, step = one_pass(
         mo.SGD(weight_decay=0.5),
         leaf,

@@ -131,7 +131,7 @@ class MetaOptimizer:
     def _pooled(self, state: mo.State) -> Pool:
         own = {
             part: map_leaves(lambda array: self._xp.array(array, order="C"), getattr(state, part))
-            for part in ("slots", "trace")
+            for part in ("slots", "trace", "average")
         }
         engine: Any
         if self._xp is np:
@@ -280,7 +280,7 @@ class MetaOptimizer:
     def diagnostics(self) -> dict[str, Any]:
         """Return how the adaptation is doing, as `metaopt.MetaOptimize.diagnostics`."""
         with self._device():
-            return self.config.diagnostics(self.state)
+            return self.config.diagnostics(self.state, self._params)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write configuration and state, not the parameters, to a file; see `metaopt.save`.

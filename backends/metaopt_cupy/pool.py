@@ -37,7 +37,7 @@ class Group:
         Of all its leaves.
     spec : Spec
     fixed : integers (arrays, leaves)
-        Addresses of the leaves' parameters, traces and slots.
+        Addresses of the leaves' parameters, slots, and traces or averages.
     counts : int32 (leaves,)
         `State.count` is views of it.
     chunks : integers (chunks, 4)
@@ -155,6 +155,7 @@ class Pool:
             per_weight=plan.blocks.partition.per_leaf
             or lies_per_weight(plan.shapes[name], plan.blocks.views[name]),
             inject=self._config.trace,
+            kept="average" if name in plan.averaged else "trace",
         )
 
     def _group(
@@ -173,7 +174,8 @@ class Pool:
             if not contiguous(param):
                 param = self._buffers[name] = xp.empty_like(param, order="C")
             slots = state.slots[name].values()
-            fixed.append([address(array) for array in (param, *slots, state.trace[name])])
+            kept = getattr(state, spec.kept)[name]
+            fixed.append([address(array) for array in (param, *slots, kept)])
             family = plan.blocks.families[plan.blocks.family_of[name]]
             view = plan.blocks.views[name]
             pieces = cut(plan.shapes[name], view, engine.chunk, per_weight=spec.per_weight)
@@ -183,7 +185,7 @@ class Pool:
             starts.append(family.start)
             products.append(0)
             if spec.per_weight:
-                self._products[name] = xp.zeros_like(state.trace[name])
+                self._products[name] = xp.zeros_like(kept)
                 products[row] = address(self._products[name])
         table, addresses = np.concatenate(chunks), np.asarray(fixed, dtype=np.int64).T
         return Group(
@@ -309,7 +311,14 @@ class Pool:
         )
         return one_pass(
             plan.rules[name],
-            Leaf(param, grad, state.slots[name], state.count[name], state.trace[name]),
+            Leaf(
+                param,
+                grad,
+                state.slots[name],
+                state.count[name],
+                state.trace.get(name),
+                state.average.get(name),
+            ),
             value,
             rate,
             lr=xp.asarray(lr, dtype=dtype),
@@ -322,7 +331,9 @@ class Pool:
         """Write the step of a leaf; return its part of the meta-gradient."""
         state = self.state
         self._params[name][...] = param
-        state.trace[name][...] = step.trace
+        for kept, new in ((state.trace, step.trace), (state.average, step.average)):
+            if name in kept:
+                kept[name][...] = new
         for slot, array in state.slots[name].items():
             array[...] = step.slots[slot]
         state.count[name][...] += 1

@@ -30,6 +30,8 @@ class Spec:
         Whether step sizes differ from weight to weight.
     inject : {"update", "gradient"}
         As in `metaopt.passes.one_pass`.
+    kept : {"trace", "average"}
+        Which of them the state has.
     """
 
     rule: Any
@@ -39,6 +41,7 @@ class Spec:
     beta: str
     per_weight: bool
     inject: str
+    kept: str
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,13 @@ def trace(spec: Spec) -> Traced:
         grad=of_weight("grad", spec.grad),
         slots={slot: of_weight(name, spec.compute) for slot, name in slots.items()},
         count=of_block("count", "int32"),
-        trace=of_weight("trace", spec.compute),
+        **{"trace": None, spec.kept: of_weight(spec.kept, spec.compute)},
     )
     inputs = {name: of_blocks(name, spec.beta) for name in ("value", "rate", "meta_grad")}
     more = {name: of_block(name, spec.compute) for name in ("lr", "discount")}
     try:
         param, product, step = one_pass(spec.rule, leaf, **inputs, **more, inject=spec.inject)
-        written = {"param": param, "trace": step.trace} | {
+        written = {"param": param, spec.kept: getattr(step, spec.kept)} | {
             name: step.slots[slot] for slot, name in slots.items()
         }
         for name, result in (written | {"product": product}).items():
@@ -112,4 +115,5 @@ def trace(spec: Spec) -> Traced:
         raise UntraceableError(str(error)) from error
     used = program.prune([*written.values(), product])
     shared = {name: dtype for name, dtype in shared.items() if name in used}
+    arrays = {name: dtype for name, dtype in arrays.items() if name in used or name not in GIVEN}
     return Traced(program, arrays, shared, written, product)

@@ -51,7 +51,7 @@ def in_order(update: Update, grads: Any, state: MetaOptimizeState, params: Any) 
     _, before, _ = tree.unflatten(jaxpr.invars)
     outputs = outcome.unflatten(jaxpr.outvars)
     steps, after = outputs
-    traces, moments = _variables(after.trace), _replaceable(jaxpr, before, after, steps)
+    traces, moments = _variables(after.trace_or_average), _replaceable(jaxpr, before, after, steps)
     late = {*traces, *_variables(after.slots)} - moments
 
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *inputs], strict=True))
@@ -103,7 +103,7 @@ def _replaceable(
     old = {new: old for old, new in pairs if isinstance(new, Var)}
     found = set(old)
     while True:
-        _, read = _path(jaxpr, found, [*_variables(after.trace), *_variables(steps)])
+        _, read = _path(jaxpr, found, [*_variables(after.trace_or_average), *_variables(steps)])
         still = {new for new in found if old[new] not in read}
         if still == found:
             return found

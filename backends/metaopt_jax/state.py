@@ -1,6 +1,6 @@
 """The state of a run as optax carries it: pytrees like the parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,9 +30,10 @@ class MetaOptimizeState(NamedTuple):
         Step sizes sigma(beta) after the last update, before the multiplier `lr`.
     beta : blocks
         Meta-parameters; the next step is taken with these.
-    trace : pytree like the parameters
+    trace_or_average : pytree like the parameters
         How they depend on past meta-parameters; with curvature "exact" each with a leading axis,
-        one column per block.
+        one column per block. Where that is the distance to an average of the parameters, as for
+        float32 ones it is by default, this average (docs/mathematics.md section 10).
     slots : mapping of slot to pytree like the parameters
         Moments of the base update; `optax.MaskedNode()` for leaves whose rule has no such slot.
     meta_grad : blocks
@@ -47,17 +48,17 @@ class MetaOptimizeState(NamedTuple):
         Meta-gradients that were not finite, one per block; with "weight" one per leaf.
     skipped : array, shape (), int32
         Updates left out by `skip_nonfinite`.
-    slot_traces : mapping of slot to pytree like `trace`
+    slot_traces : mapping of slot to pytree like the traces
     beta_trace : blocks, with a leading axis where there is one column per block; or empty
     meta_slot_traces : mapping of slot to blocks like `beta_trace`
-    third_trace : pytree like `trace` with one leading axis more, or empty
+    third_trace : pytree like the traces with one leading axis more, or empty
         As in `metaopt.State`, whose `beta_trace` is both of these; empty where nothing feeds back.
     """
 
     count: Any
     learned_step_sizes: Any
     beta: Any
-    trace: Any
+    trace_or_average: Any
     slots: Any
     meta_grad: Any
     meta_slots: Any
@@ -99,7 +100,7 @@ def from_core(
             blocks(state.beta),
         ),
         beta=blocks(state.beta),
-        trace=structure.pytree(state.trace),
+        trace_or_average=structure.pytree({**state.trace, **state.average}),
         slots=by_slot(
             {
                 name: {
@@ -123,9 +124,18 @@ def from_core(
     return spelled_out(new)
 
 
-def to_core(state: MetaOptimizeState, opt: mo.MetaOptimize, structure: Structure) -> mo.State:
-    """Return the state as the core takes it: the inverse of `from_core`."""
+def to_core(
+    state: MetaOptimizeState,
+    opt: mo.MetaOptimize,
+    structure: Structure,
+    averaged: Container[str] = (),
+) -> mo.State:
+    """Return the state as the core takes it: the inverse of `from_core`.
+
+    `averaged` are the leaves that keep averages, see `metaopt.plan.Plan`.
+    """
     per_weight = mo.blocks.partition(opt.blocks).per_leaf
+    kept = structure.leaves(state.trace_or_average, "state")
 
     def blocks(values: Any) -> Any:
         return structure.leaves(values, "state") if per_weight else values
@@ -137,7 +147,8 @@ def to_core(state: MetaOptimizeState, opt: mo.MetaOptimize, structure: Structure
         beta=blocks(state.beta),
         meta_slots=per_leaf((slot, blocks(values)) for slot, values in state.meta_slots.items()),
         slots=structure.by_leaf(state.slots),
-        trace=structure.leaves(state.trace, "state"),
+        trace=per_leaf((name, kept[name]) for name in kept if name not in averaged),
+        average=per_leaf((name, kept[name]) for name in kept if name in averaged),
         slot_traces=per_leaf(
             (name, traces)
             for name, traces in structure.by_leaf(state.slot_traces).items()
@@ -176,7 +187,7 @@ def without_leaves(opt: mo.MetaOptimize, structure: Structure) -> MetaOptimizeSt
         count=number(),
         learned_step_sizes=blocks(),
         beta=blocks(),
-        trace=nothing,
+        trace_or_average=nothing,
         slots={slot: nothing for rule in rules for slot in rule.slots},
         meta_grad=blocks(),
         meta_slots={slot: blocks() for slot in opt.meta.slots},

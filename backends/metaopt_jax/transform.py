@@ -39,17 +39,25 @@ class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
     def step_sizes(self, state: Any) -> dict[str, Any]:
         """Return the learned step sizes by block, as `metaopt.MetaOptimize.step_sizes` does."""
         own = _own(state)
-        return self.opt.step_sizes(self.core_state(own)) if jax.tree.leaves(own.trace) else {}
+        structure = Structure.of(own.trace_or_average)
+        return self.opt.step_sizes(to_core(own, self.opt, structure)) if structure.names else {}
 
-    def diagnostics(self, state: Any) -> dict[str, Any]:
-        """Return how the adaptation is doing, as `metaopt.MetaOptimize.diagnostics` does."""
-        own = _own(state)
-        return self.opt.diagnostics(self.core_state(own)) if jax.tree.leaves(own.trace) else {}
+    def diagnostics(self, state: Any, params: Any) -> dict[str, Any]:
+        """Return how the adaptation is doing, as `metaopt.MetaOptimize.diagnostics` does.
 
-    def core_state(self, state: Any) -> mo.State:
-        """Return the state, of at least one parameter, as the core has it: by names of leaves."""
-        own = _own(state)
-        return to_core(own, self.opt, Structure.of(own.trace))
+        `params` are the parameters as they are now.
+        """
+        named = self.named(params)
+        return self.opt.diagnostics(self.core_state(state, params), named) if named else {}
+
+    def core_state(self, state: Any, params: Any) -> mo.State:
+        """Return the state, of at least one parameter, as the core has it: by names of leaves.
+
+        Of `params` only names, shapes and dtypes are looked at.
+        """
+        structure = Structure.of(params)
+        plan = self.opt.plan(_arrays(structure, params, "params"))
+        return to_core(_own(state), self.opt, structure, plan.averaged)
 
     def from_core_state(self, state: mo.State, params: Any) -> MetaOptimizeState:
         """Return a state of the core, of these parameters, as this transformation's."""
@@ -253,7 +261,7 @@ def transformation(
             deltas, new = (replace(opt, **traced) if traced else opt).update(
                 leaves,
                 _arrays(structure, grads, "updates"),
-                to_core(state, opt, structure),
+                to_core(state, opt, structure, plan.averaged),
                 lr=options["lr"],
                 hessian_diagonal=None
                 if diagonal is None

@@ -20,7 +20,7 @@ from metaopt_torch.containers import Containers
 from metaopt_torch.groups import MADE_WITH, configured, named, narrowed, same, started, starts
 from metaopt_torch.hyperparameters import agreed, hyperparameters, overrides
 from metaopt_torch.places import paths, place
-from metaopt_torch.runs import Leaf, order_of
+from metaopt_torch.runs import KEPT, Leaf, order_of
 from metaopt_torch.shards import Part, local, part_of, window
 from metaopt_torch.sharing import shared
 from metaopt_torch.vectors import Vectors
@@ -452,6 +452,7 @@ def _complete(
     of all that there is. Dense traces have their columns in the order of the blocks.
     """
     memory = local(leaf.param)
+    _exchange(leaf, [key for key, _ in specs])
     old = leaf.state.get("compensation")
     if kahan and not _fits(old, memory.dtype, leaf.part.shape, memory.device):
         zeros = torch.zeros_like(memory, memory_format=torch.preserve_format)
@@ -472,6 +473,8 @@ def _complete(
             new = torch.zeros(shape, dtype=spec.dtype, device=memory.device)
         if key in begin:
             new.copy_(begin[key])
+        elif key == "average" and old is None:
+            new.copy_(memory)
         if isinstance(old, Tensor) and local(old).shape[len(lead) :] == shape[len(lead) :]:
             if lead:
                 moved(local(old), new, columns, range(len(lead)))
@@ -514,3 +517,19 @@ def _fits(value: Any, dtype: torch.dtype, shape: tuple[int, ...], device: torch.
         return False
     part = local(value)
     return part.dtype == dtype and tuple(part.shape) == shape and part.device == device
+
+
+def _exchange(leaf: Leaf, keys: Sequence[str]) -> None:
+    """Make of a trace the average that it is the distance to, or the reverse, where keys say so.
+
+    What is kept depends on the dtype of a parameter, which may have changed.
+    """
+    for old, new in (KEPT, KEPT[::-1]):
+        if old in leaf.state and old not in keys and new in keys:
+            kept = leaf.state.pop(old)
+            if int(leaf.state.get("step", 0)):  # before the first step the trace is 0
+                weights = local(leaf.param).detach().to(kept.dtype)
+                whole = torch.empty(leaf.param.shape, device="meta")
+                leaf.state[new] = leaf.part.wrap(
+                    weights - local(kept), whole.shape, leaf.param.stride()
+                )

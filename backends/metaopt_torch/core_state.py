@@ -10,9 +10,9 @@ from torch import Tensor
 import metaopt as mo
 from metaopt.passes import usable
 from metaopt.plan import Spec
-from metaopt.rules.move import hat
 from metaopt_torch.build import Built
 from metaopt_torch.places import Path, paths, place
+from metaopt_torch.runs import KEPT
 from metaopt_torch.shards import gathered, local, window
 
 __all__ = ["assemble", "take", "whole", "write"]
@@ -63,9 +63,10 @@ def whole(built: Built, *, restarts: bool) -> mo.State:
         if key not in leaf.state:
             return torch.zeros(spec.shape, dtype=spec.dtype, device=leaf.param.device)
         value = gathered(leaf.state[key])
-        if key == "trace" and keep is not None:
-            columns = built.plan.layout.columns(keep, name, len(spec.shape))
-            value = hat(value, 1.0, columns.to(value.device))
+        if key in KEPT and keep is not None:
+            columns = built.plan.layout.columns(keep, name, len(spec.shape)).to(value.device)
+            begin = gathered(leaf.param.detach()) if key == "average" else 0.0
+            value = torch.where(columns, value, begin)
         return value
 
     return _state(built, tensor)

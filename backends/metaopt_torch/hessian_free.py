@@ -186,7 +186,7 @@ class HessianFree:
             run.ready, run.kernels = None, {}
             param, grad = run.buffers(own)
             if self.two_passes:
-                self._kernel(products, run, {"grad": grad, "trace": run.state["trace"]})
+                self._kernel(products, run, _of_product(run, param, grad))
             arrays = self._arrays(run, param, grad, self._rates(run, sizes, keep, rates), refused)
             self._kernel(make, run, arrays)
             run.ready = ready
@@ -214,8 +214,8 @@ class HessianFree:
         # of a copy, for with sigma="identity" step sizes are beta itself
         sizes = self._config.slopes(self._vectors["beta"].clone())
         sums, lost = [], []
-        for run, _, grad in self._buffers(grads):
-            arrays = {"grad": grad, "trace": run.state["trace"]}
+        for run, param, grad in self._buffers(grads):
+            arrays = _of_product(run, param, grad)
             total, flag = self._kernel(products, run, arrays)(*arrays.values())
             sums.append((run, total, self._moves(run.leaves[0].group)))
             lost.append((run, flag))
@@ -416,6 +416,14 @@ class HessianFree:
 
 def _pair(leaf: Leaf) -> tuple[int, int]:
     return id(leaf.rule), id(leaf.group)
+
+
+def _of_product(run: Run, param: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Return what the pass `products` takes."""
+    if "trace" in run.state:
+        return {"grad": grad, "trace": run.state["trace"]}
+    count = run.leaves[0].state["step"]
+    return {"grad": grad, "param": param, "average": run.state["average"], "count": count}
 
 
 def _meta(config: mo.MetaOptimize, blocks: Blocks) -> Pass:

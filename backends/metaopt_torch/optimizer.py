@@ -48,8 +48,8 @@ from metaopt_torch.groups import (
 )
 from metaopt_torch.hessian_free import HessianFree
 from metaopt_torch.hyperparameters import agreed, hyperparameters
-from metaopt_torch.runs import Leaf
-from metaopt_torch.shards import placed
+from metaopt_torch.runs import KEPT, Leaf
+from metaopt_torch.shards import gathered, placed
 from metaopt_torch.sharing import shared
 from metaopt_torch.vectors import names_of_vectors
 from metaopt_torch.watch import Watch
@@ -500,6 +500,7 @@ meta_first, skip_nonfinite
         leaves = self._ready.leaves
         return self._ready.config.diagnostics(
             self._whole(),
+            {name: gathered(leaf.param.detach()) for name, leaf in leaves.items()},
             reduce=reduction(leaves, groups=True),
             copies=copies(leaves, groups=True),
         )
@@ -646,7 +647,7 @@ meta_first, skip_nonfinite
                 self.state[leaf.param] = {
                     key: torch.as_tensor(value).detach().to(leaf.param.device, copy=True)
                     for key, value in found[0]["state"].get(number, {}).items()
-                    if key in leaf.state or not leaf.state
+                    if key in leaf.state or key in KEPT or not leaf.state
                 }
             self._build()
         except Exception:

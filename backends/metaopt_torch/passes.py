@@ -12,14 +12,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from metaopt.passes import Leaf, fused_pass, leaf_pass, leaf_product
+from metaopt.passes import Leaf, fused_pass, has_average, leaf_pass, leaf_product
 from metaopt.rules import Rule
 from metaopt_torch.hyperparameters import with_arrays
 from metaopt_torch.rounding import lost, rounded
 
 __all__ = ["Arrays", "Kind", "Pass", "fused", "moved", "products"]
 
-#: Buffers and step sizes, by name: "param", "grad", "trace", the rule's slots, and so on.
+#: Buffers and step sizes, by name: "param", "grad", the rule's slots, "average" or else "trace",
+#: and so on.
 Arrays: TypeAlias = Mapping[str, Tensor]
 #: From a rule and arrays to sums; writes into the buffers among them.
 Pass: TypeAlias = Callable[[Rule, Arrays], Any]
@@ -52,16 +53,16 @@ class Kind:
 def fused(kind: Kind) -> Pass:
     """Return the pass that moves the parameters and sums h * g by block.
 
-    It takes "param", "grad", the slots, "trace", "count", "lr", "keep" and "discount"; "lr_trace"
-    and hyperparameters (`with_arrays`) where they are others than `lr` and the rule's;
+    It takes "param", "grad", the slots, "average" or "trace", "count", "lr", "keep" and "discount";
+    "lr_trace" and hyperparameters (`with_arrays`) where they are others than `lr` and the rule's;
     "compensation" for Kahan's rounding.
     """
 
     def run(rule: Rule, arrays: Arrays) -> Tensor:
         given = _given(kind, rule, arrays)
         product, step = fused_pass(*given, **_options(kind, arrays))
-        # In memory of its own, in name: the compiler then sums it in the loop that overwrites the
-        # trace, and never stores it. Without this the sum is a second loop over memory.
+        # In memory of its own, in name: the compiler then sums it in the loop that overwrites what
+        # it is made of, and never stores it. Without this the sum is a second loop over memory.
         product = product.as_strided(product.shape, product.stride())
         _write(kind, arrays, given[1], step)
         return _by_block(kind, product)
@@ -72,11 +73,16 @@ def fused(kind: Kind) -> Pass:
 def products(kind: Kind) -> Pass:
     """Return the pass that sums h * g and says whether a gradient is not finite.
 
-    It takes "grad" and "trace".
+    It takes "grad" and "trace", or "param", "average" and "count".
     """
 
     def run(rule: Rule, arrays: Arrays) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-        product = leaf_product(arrays["trace"], _gradient(kind, arrays))
+        if "average" in arrays:
+            trace = arrays["param"] - arrays["average"]
+            trace = torch.where(has_average(arrays["count"]), trace, 0.0)
+        else:
+            trace = arrays["trace"]
+        product = leaf_product(trace, _gradient(kind, arrays))
         refused = torch.any(torch.logical_not(torch.isfinite(arrays["grad"])))
         return _by_block(kind, product), refused
 
@@ -90,8 +96,10 @@ def moved(kind: Kind) -> Pass:
     """
 
     def run(rule: Rule, arrays: Arrays) -> None:
-        given = _given(kind, rule, arrays)
-        _write(kind, arrays, given[1], leaf_pass(*given, **_options(kind, arrays)))
+        given, options = _given(kind, rule, arrays), _options(kind, arrays)
+        if "average" in arrays:
+            options["keep"] = options["keep"] & has_average(arrays["count"])
+        _write(kind, arrays, given[1], leaf_pass(*given, **options))
 
     return run
 
@@ -104,18 +112,24 @@ def _by_block(kind: Kind, product: Tensor) -> Tensor:
 
 
 def _gradient(kind: Kind, arrays: Arrays) -> Tensor:
-    grad = arrays["grad"].to(arrays["trace"].dtype)
+    grad = arrays["grad"].to(_kept(arrays).dtype)
     return -grad if kind.maximize else grad
+
+
+def _kept(arrays: Arrays) -> Tensor:
+    """Return the average or the trace, in the compute dtype."""
+    return arrays["average"] if "average" in arrays else arrays["trace"]
 
 
 def _given(kind: Kind, rule: Rule, arrays: Arrays) -> tuple[Any, ...]:
     """Return the positional arguments of the core's passes."""
-    wide = arrays["param"].to(arrays["trace"].dtype)
+    wide = arrays["param"].to(_kept(arrays).dtype)
     if "compensation" in arrays:
         wide = wide + arrays["compensation"]
     rule = with_arrays(rule, arrays)
     slots = {slot: arrays[slot] for slot in rule.slots}
-    leaf = Leaf(wide, _gradient(kind, arrays), slots, arrays["count"], arrays["trace"])
+    kept = arrays.get("trace"), arrays.get("average")
+    leaf = Leaf(wide, _gradient(kind, arrays), slots, arrays["count"], *kept)
     return rule, leaf, arrays["lr"], arrays.get("lr_trace", arrays["lr"])
 
 
@@ -128,7 +142,8 @@ def _write(kind: Kind, arrays: Arrays, leaf: Leaf, step: Any) -> None:
     param, accepted = arrays["param"], arrays.get("accepted")
     new = leaf.param - step.delta
     narrow = rounded(new, param.dtype, kind.rounding)
-    pairs = [(param, narrow), (arrays["trace"], step.trace)]
+    kept = step.trace if step.average is None else step.average
+    pairs = [(param, narrow), (_kept(arrays), kept)]
     pairs += [(arrays[slot], value) for slot, value in step.slots.items()]
     if "compensation" in arrays:
         pairs.append((arrays["compensation"], lost(new, narrow)))

@@ -30,7 +30,7 @@ def place(path: Path, *, per_leaf: bool) -> tuple[str | None, str]:
         return rest[0], rest[1]
     if field == "slot_traces":
         return rest[0], f"{rest[1]}_trace"
-    if field in ("trace", "third_trace"):
+    if field in ("trace", "average", "third_trace"):
         return rest[0], field
     if field in ("meta_slots", "beta_trace"):
         key = f"meta_{rest[0]}" if field == "meta_slots" else name_of_trace(rest[0])

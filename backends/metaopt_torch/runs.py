@@ -26,11 +26,13 @@ from metaopt_torch.memory import PLAIN, check_memory, layout, stored
 from metaopt_torch.shards import Part, local
 from metaopt_torch.sharing import shared
 
-__all__ = ["Leaf", "Order", "Run", "Runs", "order_of"]
+__all__ = ["KEPT", "Leaf", "Order", "Run", "Runs", "order_of"]
 
 #: Leaves of fewer numbers are packed, into runs of so many: on a CPU, and elsewhere.
 SMALL, PACK = {"cpu": 2**16}, {"cpu": 2**18}
 SMALL_ELSEWHERE, PACK_ELSEWHERE = 2**20, 2**23
+#: What a leaf keeps one of: its trace, or the average that it is the distance to.
+KEPT = ("trace", "average")
 #: Row of a pack of leaves with a block each; they are padded to whole rows.
 ROW = 64
 
@@ -193,6 +195,8 @@ class Leaf:
         for key, value in state.items() if self.state else ():
             if key == "compensation" and key not in self.state:
                 continue  # of a run with another rounding
+            if key in KEPT and key not in self.state:
+                key = KEPT[1 - KEPT.index(key)]  # of parameters of another dtype
             if key not in self.state:
                 return f"{self.name!r} has {key!r}, which is not of {type(self.rule).__name__}"
             shape = () if isinstance(value, int | float) else tuple(getattr(value, "shape", (-1,)))
@@ -211,7 +215,7 @@ class Leaf:
     @property
     def buffered(self) -> tuple[str, ...]:
         """Keys of what a pass reads and writes of the state, of the part's shape."""
-        kept = ("trace", "compensation") if "compensation" in self.state else ("trace",)
+        kept = [key for key in (*KEPT, "compensation") if key in self.state]
         return (*self.rule.slots, *kept)
 
 

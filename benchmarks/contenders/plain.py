@@ -58,7 +58,7 @@ class PlainSteps:
         self._group = Group(
             names=list(grads),
             weights=sum(grad.size for grad in grads.values()),
-            spec=Spec(rule, "float32", "float32", "float32", "float32", False, "update"),
+            spec=Spec(rule, "float32", "float32", "float32", "float32", False, "update", "trace"),
             fixed=engine.table(np.ascontiguousarray(fixed)),
             counts=xp.zeros(leaves, dtype=xp.int32),
             chunks=engine.table(table),

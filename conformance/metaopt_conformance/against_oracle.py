@@ -29,21 +29,21 @@ def trajectory(under: Under, case: Case) -> float:
             scale[key] = max(scale.get(key, 0.0), float(np.max(np.abs(value), initial=0.0)))
             error = tolerances.relative_error(got, value, scale[key])
             worst = judged(worst, error, allowed, where)
-    for what, key, got, value in _reported(under, case, state, run[-1]):
+    for what, key, got, value in _reported(under, case, params, state, run[-1]):
         got, value = finite_alike(got, value, what)
         error = tolerances.relative_error(got, value, scale.get(key, 0.0))
         worst = judged(worst, error, allowed, what)
     return worst
 
 
-def _reported(under: Under, case: Case, state: mo.State, want: oracle.State) -> Any:
+def _reported(under: Under, case: Case, params: Any, state: mo.State, want: oracle.State) -> Any:
     """Yield what a user is told of a state by the names of blocks, and what the oracle has.
 
     Beside what it is called, the quantity of the state that it is made of.
     """
     opt = case.opt()
     _, names = block_index(opt.blocks, case.subject.shapes)
-    told = opt.diagnostics(state)
+    told = opt.diagnostics(state, params)
     sizes = sigmas.sigma(config(case).sigma, want.beta)
     norms = np.sqrt(np.sum(want.H**2, axis=0))
     for what, key, by_name, values in (
@@ -78,8 +78,10 @@ def single_steps(under: Under, case: Case) -> float:
             firm_of |= dict.fromkeys(("beta", "against", "B"), blocks)
             for key, got in found.items():
                 value, where = wanted(case, want, key), f"{key} in step {t - 1}"
-                if key == "w":
-                    slack = _rounding(case, before.w, got, value, adapter=under.adapter)
+                if key in ("w", "H"):
+                    slack = _rounding(case, before.w, found["w"], want.w, adapter=under.adapter)
+                    if key == "H":
+                        slack = (slack + _of_average(case, state, want))[:, None]
                     got = tolerances.without(slack, got, value)
                 firm = firm_of.get(key, ...)
                 got, value = np.asarray(got)[firm], np.asarray(value)[firm]
@@ -108,7 +110,8 @@ def _see_dtypes(case: Case, params: Any, state: mo.State) -> None:
         own = case.dtype_of(name)
         expected.append((f"params[{name!r}]", param, own))
         wide = "float64" if own == "float64" else "float32"
-        expected.append((f"the trace of {name!r}", state.trace[name], wide))
+        kept = state.average if name in state.average else state.trace
+        expected.append((f"the trace of {name!r}", kept[name], wide))
     for what, array, dtype in expected:
         if array.dtype != getattr(namespace(array), dtype):
             msg = f"{what} has dtype {array.dtype}; expected {dtype}"
@@ -129,6 +132,15 @@ def _rounding(case: Case, before: Any, got: Any, want: Any, *, adapter: bool) ->
             slack[at] += 0.5 * tolerances.spacing(dtype, largest[at])
         if adapter:
             slack[at] += 0.5 * tolerances.spacing(own, np.abs(want - before)[at])
+    return slack
+
+
+def _of_average(case: Case, state: mo.State, want: oracle.State) -> Any:
+    """Return what the last rounding of an average may do to each weight's trace."""
+    slack = np.zeros_like(want.w)
+    for name, at in slices(case.subject.shapes).items():
+        if name in state.average:
+            slack[at] = tolerances.distance(case.dtype_of(name), want.w[at], want.H[at].sum(axis=1))
     return slack
 
 

@@ -63,7 +63,7 @@ class Optimizer:
 
     def state(self) -> mo.State:
         """Return the state as the core has it."""
-        return self.transformation.core_state(self.kept)
+        return self.transformation.core_state(self.kept, self.own)
 
 
 def _as_array(function: Callable[..., Any], params: Any, axes: int) -> Any:

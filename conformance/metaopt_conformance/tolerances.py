@@ -82,6 +82,15 @@ def spacing(dtype: str, values: Any) -> Any:
     return np.ldexp(eps(dtype), exponents - 1)
 
 
+def distance(dtype: str, weights: Any, trace: Any) -> Any:
+    """Return what rounding may do to a trace that is the distance from weights to their average.
+
+    Half a spacing each of the weights and of the average, whatever the size of the trace; the
+    average is at most their sum.
+    """
+    return spacing(dtype, np.abs(weights) + np.abs(trace))
+
+
 def without(slack: Any, got: Any, want: Any) -> Any:
     """Return what was got, moved towards what was wanted by as much as each entry's slack."""
     error = got - want

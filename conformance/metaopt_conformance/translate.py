@@ -22,7 +22,9 @@ __all__ = [
     "flat",
     "from_dense",
     "slices",
+    "traces",
     "tree",
+    "with_traces",
 ]
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -182,6 +184,7 @@ def dense(
     `expected` returns the oracle's value of a key. Nothing here is the state's own memory.
     """
     m, block_of = config.blocks, config.block_of
+    of_weights = traces(params, state, to_numpy)
     state = mo.State(
         **{
             name: map_leaves(lambda array: np.array(to_numpy(array)), value)
@@ -199,7 +202,7 @@ def dense(
         ),
         "H": np.concatenate(
             [
-                _columns(state.trace[name], shapes[name], block_of[at], m)
+                _columns(of_weights[name], shapes[name], block_of[at], m)
                 for name, at in slices(shapes).items()
             ]
         ),
@@ -234,6 +237,40 @@ def dense(
             f"restarts/{name}": count for name, count in zip(shapes, state.restarts, strict=True)
         }
     return found
+
+
+def traces(
+    params: Mapping[str, Any], state: mo.State, to_numpy: Any = to_numpy
+) -> dict[str, Vector]:
+    """Return the traces of the weights; where an average is kept they are the distance to it."""
+
+    def trace(name: str) -> Vector:
+        if name in state.trace:
+            return np.array(to_numpy(state.trace[name]))
+        weights, average = (
+            to_numpy(array).astype(np.float64) for array in (params[name], state.average[name])
+        )
+        return np.where(to_numpy(state.count[name]) > 0, weights - average, 0.0)
+
+    return {name: trace(name) for name in state.count}
+
+
+def with_traces(
+    params: Mapping[str, Any],
+    state: mo.State,
+    traces: Mapping[str, Any],
+    asarray: Any = np.asarray,
+    to_numpy: Any = to_numpy,
+) -> mo.State:
+    """Return the state with these traces of some leaves, in its own dtypes: see `traces`."""
+    own, averages = dict(state.trace), dict(state.average)
+    for name, trace in traces.items():
+        if name in own:
+            own[name] = asarray(np.asarray(trace, to_numpy(own[name]).dtype))
+        else:
+            average = to_numpy(params[name]).astype(np.float64) - trace
+            averages[name] = asarray(average.astype(to_numpy(averages[name]).dtype))
+    return replace(state, trace=own, average=averages)
 
 
 def expected(state: State, key: str, shapes: Shapes) -> Any:

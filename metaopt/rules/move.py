@@ -7,7 +7,7 @@ import numpy as np
 from metaopt.arrays import Array, namespace
 from metaopt.jets import crossed, scaled, total
 
-__all__ = ["Move", "hat", "move", "move_second"]
+__all__ = ["Move", "averaged", "chosen", "hat", "move", "move_second"]
 
 
 class Move(NamedTuple):
@@ -127,6 +127,30 @@ def move_second(
     return (1.0 - weight_decay * lr) * third_trace - change
 
 
+def averaged(average: Any, trace: Any, lr: Any, weight_decay: Any, discount: Any) -> Any:
+    r"""Return the next average of the weights, of which the trace is their distance.
+
+    docs/mathematics.md section 10. What `move` does to the trace :math:`h = w - a`, where
+    :math:`\dot\alpha = \alpha` and nothing else depends on the past, is
+
+    .. math:: a' = a + (1 - \gamma (1 - \kappa \alpha))\, h .
+
+    The step itself has no part in it. At a discount of 1 without weight decay, a stays as it is.
+
+    Parameters
+    ----------
+    average, trace : arrays of one shape and dtype
+    lr : array broadcastable to them, or float
+    weight_decay, discount : float or array, shape ()
+    """
+    share = 1.0 - discount
+    if not isinstance(weight_decay, int | float) or weight_decay != 0.0:
+        share = share + discount * (weight_decay * lr)
+    if isinstance(share, float) and share == 0.0:
+        return average
+    return average + share * trace
+
+
 def hat(trace: Any, factor: Any, keep: Any) -> Any:
     """Return `factor` times `trace` where `keep`, and 0 elsewhere.
 
@@ -139,11 +163,14 @@ def hat(trace: Any, factor: Any, keep: Any) -> Any:
     factor : float or array broadcastable to `trace`
     keep : boolean array broadcastable to `trace`, or None for everywhere
     """
-    scaled = not (isinstance(factor, float) and factor == 1.0)
+    if isinstance(factor, float) and factor == 1.0:
+        return chosen(keep, trace, 0.0)
+    # one expression, here and where the result is used: NumPy then computes in the temporary
+    return chosen(keep, trace, 0.0) * factor
+
+
+def chosen(keep: Any, value: Any, otherwise: Any) -> Any:
+    """Return `value` where `keep`, which may be None for everywhere, and `otherwise` elsewhere."""
     if isinstance(keep, np.bool_):  # a value at hand and no array: NumPy makes scalars of 0-d
         keep = None if keep else np.asarray(keep)
-    if keep is None:
-        return trace * factor if scaled else trace
-    xp = namespace(trace)
-    # one expression, here and where the result is used: NumPy then computes in the temporary
-    return xp.where(keep, trace, 0.0) * factor if scaled else xp.where(keep, trace, 0.0)
+    return value if keep is None else namespace(value).where(keep, value, otherwise)

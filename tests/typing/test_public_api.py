@@ -109,7 +109,7 @@ def test_a_run_is_typed() -> None:
     assert_type(after, mo.State)
     assert_type(opt.step(params, params, state), tuple[dict[str, Any], mo.State])
     assert_type(opt.step_sizes(after), dict[str, Any])
-    assert_type(opt.diagnostics(after), dict[str, Any])
+    assert_type(opt.diagnostics(after, new), dict[str, Any])
 
 
 def test_what_is_made_is_frozen() -> None:
