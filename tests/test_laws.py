@@ -546,10 +546,10 @@ def test_diagnostics_count_restarts_and_skipped_steps(level: str) -> None:
     }[level]
     assert {key: np.asarray(value).tolist() for key, value in told.items()} == want
     opt = configured("Lion", "Lion", blocks=LEVELS[level], skip_nonfinite=True)
-    state = opt.init(params)
+    now, state = params, opt.init(params)
     for grads in (params, bad, bad, params):
-        _, state = opt.step(params, grads, state)
-    told = opt.diagnostics(state, params)
+        now, state = opt.step(now, grads, state)
+    told = opt.diagnostics(state, now)
     assert int(told["skipped"]) == 2
     assert int(state.step) == 2
     assert all(not np.any(value) for value in told["restarts"].values())

@@ -70,7 +70,7 @@ class Twin:
         self.config = mo.MetaOptimize(**self.options)
         new, plan = self.config.init(self.params), self.config.plan(self.params)
         fields: dict[str, Any] = {"step": old.step, "skipped": old.skipped}
-        for field in ("count", "trace", "slots"):
+        for field in ("count", "average", "slots"):
             mapping = dict(getattr(new, field))
             for name, change in kept.items():
                 part = getattr(old, field)[was[name]]
@@ -446,7 +446,7 @@ def test_moments_that_do_not_fit_are_refused_and_the_rest_starts_afresh() -> Non
     entry["exp_avg_sq"] = entry["exp_avg_sq"][:2]
     state = opt.core_state()
     assert torch.equal(state.slots["0"]["exp_avg"], kept)
-    assert not torch.any(state.trace["0"])
+    assert torch.equal(state.average["0"], new.detach())
     assert int(state.count["0"]) == 3
     stepped(opt, None, range(4, 6))
 
@@ -523,7 +523,7 @@ def test_a_state_that_was_elsewhere_goes_on(blocks: str, dtype: Any) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("blocks", ["scalar", "weight"])
-@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq", "trace"])
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq", "average"])
 def test_a_state_that_is_edited_in_place_is_the_one_that_is_used(key: str, blocks: str) -> None:
     """One of two leaves that are packed: after its count is set they part."""
     params = [parameter(5, seed=1), parameter(5, seed=2)]
@@ -533,7 +533,7 @@ def test_a_state_that_is_edited_in_place_is_the_one_that_is_used(key: str, block
     opt.state[params[0]][key].zero_()
     opt.state[params[1]][key].mul_(2)
     state = twin.state
-    held: dict[str, Any] = {"step": dict(state.count), "trace": dict(state.trace)}
+    held: dict[str, Any] = {"step": dict(state.count), "average": dict(state.average)}
     held |= {slot: {n: state.slots[n][slot] for n in "01"} for slot in ("exp_avg", "exp_avg_sq")}
     held[key]["0"].zero_()
     held[key]["1"].mul_(2)

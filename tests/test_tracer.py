@@ -276,15 +276,15 @@ def test_the_step_of_a_rule_reads_like_the_formula() -> None:
         discount=number("gamma"),
     )
     assert C.lines(program.each) == [
-        "const float t6 = t4 ? h : 0.0f;",
-        "const float t7 = t6 * g;",
-        "const float t10 = 0.5f * w;",
-        "const float t11 = g + t10;",
-        "const float t12 = t1 * t11;",
-        "const float t15 = t2 * t11;",
-        "const float t17 = t6 * t16;",
-        "const float t18 = t17 - t15;",
-        "const float t19 = w - t12;",
-        "const float t20 = t0 ? t7 : 0.0f;",
+        "const float t8 = t7 ? a : w;",
+        "const float t9 = w - t8;",
+        "const float t10 = t9 * g;",
+        "const float t13 = 0.5f * w;",
+        "const float t14 = g + t13;",
+        "const float t15 = t1 * t14;",
+        "const float t22 = t21 * t9;",
+        "const float t23 = t8 + t22;",
+        "const float t24 = w - t15;",
+        "const float t25 = t0 ? t10 : 0.0f;",
     ]
-    assert [result.name for result in (param, product, step.trace)] == ["t19", "t20", "t18"]
+    assert [result.name for result in (param, product, step.average)] == ["t24", "t25", "t23"]

@@ -473,7 +473,7 @@ def _complete(
             new = torch.zeros(shape, dtype=spec.dtype, device=memory.device)
         if key in begin:
             new.copy_(begin[key])
-        elif key == "average" and old is None:
+        elif key == "average":  # the trace begins at 0
             new.copy_(memory)
         if isinstance(old, Tensor) and local(old).shape[len(lead) :] == shape[len(lead) :]:
             if lead:
@@ -527,7 +527,8 @@ def _exchange(leaf: Leaf, keys: Sequence[str]) -> None:
     for old, new in (KEPT, KEPT[::-1]):
         if old in leaf.state and old not in keys and new in keys:
             kept = leaf.state.pop(old)
-            if int(leaf.state.get("step", 0)):  # before the first step the trace is 0
+            fits = isinstance(kept, Tensor) and local(kept).shape == leaf.part.shape
+            if fits and int(leaf.state.get("step", 0)):  # before the first step the trace is 0
                 weights = local(leaf.param).detach().to(kept.dtype)
                 whole = torch.empty(leaf.param.shape, device="meta")
                 leaf.state[new] = leaf.part.wrap(
