@@ -188,7 +188,7 @@ class Leaf:
 
     def mismatch(self, state: Mapping[str, Any]) -> str | None:
         """Return what in a state that was saved does not fit, None if everything does."""
-        for key in (*self.rule.slots, "trace") if not self.state else ():
+        for key in (*self.rule.slots, *KEPT) if not self.state else ():
             shape = tuple(getattr(state.get(key), "shape", self.param.shape))
             if shape[-self.param.dim() or len(shape) :] != tuple(self.param.shape):
                 return f"{key!r} of {self.name!r} has shape {shape}; expected {self.param.shape}"
