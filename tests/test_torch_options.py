@@ -415,7 +415,7 @@ def test_a_schedule_that_ends_below_0_by_rounding_ends_at_0(tensor: bool) -> Non
         before = param.detach().clone(), opt.core_state()
         opt.step()
         assert torch.equal(param.detach(), before[0])
-        assert torch.equal(opt.core_state().trace["0"], before[1].trace["0"])
+        assert torch.equal(opt.core_state().average["0"], before[1].average["0"])
     assert True in ends  # the input is what it is made for
 
 
