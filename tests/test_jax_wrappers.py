@@ -180,7 +180,8 @@ def test_injected_hyperparameters_can_be_set_and_scheduled() -> None:
     taken = []
     for meta_lr in (0.0, 0.0, 10.0):
         state.hyperparams["meta_lr"] = jnp.asarray(meta_lr, "float32")
-        updates, state = update(params, state, params)
+        updates, state = update({"w": jnp.ones(3)}, state, params)
+        params = optax.apply_updates(params, updates)
         taken.append(float(updates["w"][0]))
     assert update._cache_size() == 1
     assert taken == pytest.approx([-0.1, -0.05, -0.05], rel=rounding("float32", operations=4))

@@ -566,13 +566,13 @@ def test_diagnostics_of_parts_are_those_of_the_whole(blocks: str) -> None:
         params, state = opt.step(params, params, state)
     halves = []
     for part in (slice(0, 2), slice(2, 6)):
-        own = opt.init(params | {"cut": params["cut"][part]})
-        trace = state.trace | {"cut": state.trace["cut"][part]}
-        halves.append(replace(own, trace=trace))
+        own = params | {"cut": params["cut"][part]}
+        average = state.average | {"cut": state.average["cut"][part]}
+        halves.append((replace(opt.init(own), average=average, count=state.count), own))
     sums: list[Any] = []
 
     def told(half: Any, reduce: Any) -> Any:
-        return opt.diagnostics(half, reduce=reduce, copies={"copied": 2})["trace_norm"]
+        return opt.diagnostics(*half, reduce=reduce, copies={"copied": 2})["trace_norm"]
 
     def seen(arrays: Any) -> Any:
         sums.append(arrays[0])
@@ -580,9 +580,9 @@ def test_diagnostics_of_parts_are_those_of_the_whole(blocks: str) -> None:
 
     for half in halves:
         told(half, seen)
-    want = opt.diagnostics(state)["trace_norm"]
+    want = opt.diagnostics(state, params)["trace_norm"]
     for half in halves:
         for key, norm in told(half, lambda arrays: [sum(sums)]).items():  # noqa: ARG005
             assert relative_error(norm, want[key]) <= rounding(norm.dtype, 20)
     with pytest.raises(ValueError, match=r"`copies` has unknown leaf 'other'"):
-        opt.diagnostics(state, copies={"other": 2})
+        opt.diagnostics(state, params, copies={"other": 2})
