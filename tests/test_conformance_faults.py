@@ -52,7 +52,9 @@ FAULTS = {
     "beta updated from the new trace": Fault(
         "metaoptimize.py",
         "        new_state = State(\n            step=state.step + 1,",
-        "        late = parts.product_with_trace(plan, trace, awake, grads, copies)\n"
+        "        ends = {n: average[n] + deltas[n] for n in average if deltas[n] is not None}\n"
+        "        ends = trace | {n: params[n] - end for n, end in ends.items()}\n"
+        "        late = parts.product_with_trace(plan, ends, awake, grads, copies)\n"
         "        if late is not None:\n"
         "            z = late\n"
         "            meta = self._meta(\n"
@@ -326,8 +328,8 @@ FAULTS = {
     ),
     "no restart of the trace": Fault(
         "rules/move.py",
-        "return xp.where(keep, trace, 0.0) * factor if scaled else xp.where(keep, trace, 0.0)",
-        "return trace * factor if scaled else trace",
+        "return value if keep is None else namespace(value).where(keep, value, otherwise)",
+        "return value",
     ),
     "no restart of Y": Fault(
         "step.py",
@@ -382,8 +384,8 @@ FAULTS = {
     ),
     "plans kept whatever the dtypes": Fault(
         "metaoptimize.py",
-        "key = (xp.__name__, tuple(shapes.items()), tuple(dtypes.values()))",
-        "key = (xp.__name__, tuple(shapes.items()))",
+        "key = (xp.__name__, tuple(shapes.items()), tuple(dtypes.values()), traced)",
+        "key = (xp.__name__, tuple(shapes.items()), traced)",
     ),
     "literal bias correction": Fault(
         "numerics.py",
