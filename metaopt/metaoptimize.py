@@ -44,6 +44,10 @@ class MetaOptimize:
     docs/mathematics.md sections 2 to 11. An instance is a configuration; what changes is in the
     :class:`State` that `init` makes and `step` returns. Everything is pure: no input is changed.
 
+    Weights may be edited between steps (clipped, masked, restored) where an average of them is kept
+    in place of the trace: without curvature, with "exp", `trace="update"` and parameters of float32
+    or wider. Elsewhere edits are not followed (section 10).
+
     Parameters
     ----------
     base : Rule, or mapping of pattern to Rule
