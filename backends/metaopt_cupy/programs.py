@@ -92,8 +92,8 @@ def trace(spec: Spec) -> Traced:
         grad=of_weight("grad", spec.grad),
         slots={slot: of_weight(name, spec.compute) for slot, name in slots.items()},
         count=of_block("count", "int32"),
-        **{"trace": None, spec.kept: of_weight(spec.kept, spec.compute)},
-    )
+        trace=None,
+    )._replace(**{spec.kept: of_weight(spec.kept, spec.compute)})
     inputs = {name: of_blocks(name, spec.beta) for name in ("value", "rate", "meta_grad")}
     more = {name: of_block(name, spec.compute) for name in ("lr", "discount")}
     try:

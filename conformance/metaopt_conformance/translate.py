@@ -263,7 +263,7 @@ def with_traces(
     to_numpy: Any = to_numpy,
 ) -> mo.State:
     """Return the state with these traces of some leaves, in its own dtypes: see `traces`."""
-    own, averages = dict(state.trace), dict(state.average)
+    own, averages = state.trace.copy(), state.average.copy()
     for name, trace in traces.items():
         if name in own:
             own[name] = asarray(np.asarray(trace, to_numpy(own[name]).dtype))
