@@ -23,6 +23,7 @@ __all__ = [
     "LeafStep",
     "MetaStep",
     "fused_pass",
+    "has_average",
     "leaf_pass",
     "leaf_product",
     "meta_pass",

@@ -93,7 +93,9 @@ def trace(spec: Spec) -> Traced:
         slots={slot: of_weight(name, spec.compute) for slot, name in slots.items()},
         count=of_block("count", "int32"),
         trace=None,
-    )._replace(**{spec.kept: of_weight(spec.kept, spec.compute)})
+    )
+    kept: dict[str, Any] = {spec.kept: of_weight(spec.kept, spec.compute)}
+    leaf = leaf._replace(**kept)
     inputs = {name: of_blocks(name, spec.beta) for name in ("value", "rate", "meta_grad")}
     more = {name: of_block(name, spec.compute) for name in ("lr", "discount")}
     try:
