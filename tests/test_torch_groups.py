@@ -541,6 +541,84 @@ def test_a_state_that_is_edited_in_place_is_the_one_that_is_used(key: str, block
     agree(opt, twin)
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq", "average", "beta"])
+def test_memory_that_is_replaced_is_the_one_that_is_used(key: str) -> None:
+    """By `data`, which leaves the tensor the same object."""
+    params = [[parameter(5, seed=1), parameter(5, seed=2)] for _ in range(2)]
+    opts = [MetaOptimizer(some, compile=False, blocks="tensor", **OPTIONS) for some in params]
+    for opt, some in zip(opts, params, strict=True):
+        stepped(opt, None, range(3))
+        held = opt.param_groups[0] if key == "beta" else opt.state[some[0]]
+        if opt is opts[0]:
+            held[key].data = 2 * held[key]
+        else:
+            held[key].mul_(2)
+        stepped(opt, None, range(3, 6))
+    for a, b in zip(*params, strict=True):
+        assert torch.equal(a, b)
+    assert_same(frozen(opts[0]), frozen(opts[1]))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("key", ["step", "exp_avg", "average", "beta"])
+def test_memory_that_is_too_small_is_refused(key: str) -> None:
+    param = parameter(1000)
+    opt = MetaOptimizer([param], compile=False, blocks="node", **OPTIONS)
+    stepped(opt, None, range(2))
+    held = opt.param_groups[0] if key == "beta" else opt.state[param]
+    held[key].untyped_storage().resize_(2)
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match=key):
+        stepped(opt, None, range(2, 3))
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("step", None, "must be the number of its steps; got None"),
+        ("step", torch.zeros(3), "must be the number of its steps"),
+        ("exp_avg", torch.zeros(3).to_sparse(), "must be dense"),
+        ("exp_avg", None, r"shape \(3,\) on this device; got None"),
+    ],
+)
+def test_state_that_is_none_is_refused(key: str, value: Any, message: str) -> None:
+    param = parameter(3)
+    opt = MetaOptimizer([param], compile=False, **OPTIONS)
+    stepped(opt, None, range(2))
+    kept, before = opt.state[param][key], param.detach().clone()
+    opt.state[param][key] = value
+    with pytest.raises(ValueError, match=message):
+        stepped(opt, None, range(2, 3))
+    assert torch.equal(param, before)
+    opt.state[param][key] = kept
+    stepped(opt, None, range(2, 3))
+
+
+def test_a_moment_does_not_start_afresh_under_a_count_that_goes_on() -> None:
+    """Adam's second moment, not corrected for its start, makes steps 30 times as long."""
+    param = parameter(3)
+    opt = MetaOptimizer([param], compile=False, **OPTIONS)
+    stepped(opt, None, range(2))
+    del opt.state[param]["exp_avg_sq"]
+    with pytest.raises(ValueError, match="number of its steps, but no 'exp_avg_sq'"):
+        stepped(opt, None, range(2, 3))
+    opt.state[param] = {}
+    stepped(opt, None, range(2, 4))
+
+
+@pytest.mark.usefixtures("small")
+def test_parameters_of_one_memory_each_make_their_step() -> None:
+    first, other = parameter(5), parameter(5)
+    other.data = first.data
+    opt = MetaOptimizer([first, other], base=mo.SGD(), meta=mo.SGD(), step_size=0.5, compile=False)
+    want = first.detach() - 0.5 * 3.0
+    first.grad, other.grad = torch.full_like(first, 1.0), torch.full_like(other, 2.0)
+    opt.step()
+    torch.testing.assert_close(first.detach(), want)
+
+
 def test_a_count_may_be_put_as_a_number() -> None:
     params = [parameter(5, seed=1), parameter(5, seed=2)]
     opt = MetaOptimizer(params, compile=False, **OPTIONS)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from metaopt_torch.changes import Index, index_of, moved, predecessors
 from metaopt_torch.containers import Containers
 from metaopt_torch.groups import MADE_WITH, configured, named, narrowed, same, started, starts
 from metaopt_torch.hyperparameters import agreed, hyperparameters, overrides
+from metaopt_torch.memory import stored
 from metaopt_torch.places import paths, place
 from metaopt_torch.runs import KEPT, Leaf, order_of
 from metaopt_torch.shards import Part, local, part_of, window
@@ -44,6 +46,7 @@ class Counts:
         self._masks: dict[Any, list[Tensor]] = {}
         self._entries: dict[str, Tensor] = {}
         self._versions: list[int] = []
+        self._addresses: dict[str, int] = {}
         by_device: dict[torch.device, list[Leaf]] = defaultdict(list)
         for leaf in leaves:
             by_device[local(leaf.param).device].append(leaf)
@@ -62,6 +65,7 @@ class Counts:
             for leaf, entry in zip(members, vector.unbind(), strict=True):
                 leaf.state["step"] = self._entries[leaf.name] = entry
             self._vectors.append((vector, [leaf.name for leaf in members]))
+        self._addresses = {name: entry.data_ptr() for name, entry in self._entries.items()}
         self.settle()
 
     def settle(self) -> None:
@@ -74,7 +78,8 @@ class Counts:
 
     def holds(self, leaf: Leaf, step: Any) -> bool:
         """Say whether the number of steps of a leaf is still the entry that it was given."""
-        return step is not None and self._entries.get(leaf.name) is step
+        own = step is not None and self._entries.get(leaf.name) is step
+        return own and step.data_ptr() == self._addresses[leaf.name]
 
     def advance(self, names: Sequence[str], accepted: Tensor | None) -> None:
         """Count a step of these leaves, if it is accepted."""
@@ -206,7 +211,7 @@ def build(
         if name is not None:
             specs[name].append((key, spec))
     for leaf in leaves.values():
-        _check_state(leaf)
+        _check_state(leaf, [key for key, _ in specs[leaf.name]])
     fresh = {name for name, leaf in leaves.items() if "step" not in leaf.state}
 
     for leaf in leaves.values():
@@ -336,20 +341,38 @@ def _check_starts(
         raise ValueError(msg)
 
 
-def _check_state(leaf: Leaf) -> None:
-    """Raise where the moments in a leaf's state do not fit the parameter."""
-    for key in leaf.rule.slots:
-        value = leaf.state.get(key)
-        if value is None:
-            continue
-        shape = tuple(local(value).shape) if isinstance(value, Tensor) else repr(value)
-        if shape != leaf.shape_of(key):
-            msg = (
-                f"`state[...][{key!r}]` of parameter {leaf.name!r} must be a tensor of shape "
-                f"{leaf.shape_of(key)} on this device; got {shape}. Change it as the parameter was "
-                "changed, or delete it, to start afresh."
-            )
+def _check_state(leaf: Leaf, keys: Iterable[str]) -> None:
+    """Raise where what a leaf's state has under these keys cannot be gone on with."""
+    state = leaf.state
+    for key in state.keys() & {*keys, "compensation"}:
+        value, what = state[key], f"`state[...][{key!r}]` of parameter {leaf.name!r}"
+        if isinstance(value, Tensor):
+            value = local(value)
+            if value.layout != torch.strided or not stored(value):
+                msg = f"{what} must be dense and lie in its storage; got one that does not."
+                raise ValueError(msg)
+        if key == "step" and not (
+            isinstance(value, Real | Tensor) and np.shape(value) in ((), (1,))
+        ):
+            msg = f"{what} must be the number of its steps; got {value!r}."
             raise ValueError(msg)
+        if key in leaf.rule.slots:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+            if shape != leaf.shape_of(key):
+                msg = (
+                    f"{what} must be a tensor of shape {leaf.shape_of(key)} on this device; got "
+                    f"{shape}. Change it as the parameter was changed, or give the parameter an "
+                    "empty state, to start afresh."
+                )
+                raise ValueError(msg)
+    lacking = [key for key in leaf.rule.slots if key not in state]
+    if "step" in state and lacking:
+        msg = (
+            f"`state` of parameter {leaf.name!r} has the number of its steps, but no "
+            f"{lacking[0]!r}: a moment that starts afresh goes with a count that does. Put it "
+            "back, or give the parameter an empty state."
+        )
+        raise ValueError(msg)
 
 
 def _forget(

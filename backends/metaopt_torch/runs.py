@@ -11,6 +11,7 @@ move, and stays so: runs are the coarsest that serve all steps there have been.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -437,10 +438,14 @@ def _grouped(leaves: Iterable[Leaf]) -> Iterable[list[Leaf]]:
     """Return which leaves are to be runs; those of no numbers in none."""
     groups: dict[Any, list[Leaf]] = {}
     packs: dict[Any, int] = {}
+    tied: Counter[int] = Counter()
     for leaf in leaves:
         numbers = leaf.order.rows * leaf.order.length
         if numbers == 0:
             continue
+        # of leaves with one memory a pack would take each as it was before the others' steps
+        address = local(leaf.param).data_ptr()
+        tied[address] += 1
         kind = local(leaf.param).device.type
         small = SMALL.get(kind, SMALL_ELSEWHERE)
         key: Any = (id(leaf),)
@@ -448,7 +453,7 @@ def _grouped(leaves: Iterable[Leaf]) -> Iterable[list[Leaf]]:
             key = (
                 *(id(leaf.rule), id(leaf.group), leaf.history, leaf.part.over, leaf.part.counts),
                 *(leaf.dtype, leaf.param.dtype, leaf.grad_dtype, local(leaf.param).device),
-                0 if leaf.order.rows == 1 else leaf.order.length,
+                *(0 if leaf.order.rows == 1 else leaf.order.length, tied[address]),
             )
             filled = packs.get(key, 0) + _rows(numbers) * ROW
             packs[key] = filled

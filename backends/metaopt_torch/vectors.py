@@ -15,6 +15,7 @@ import metaopt as mo
 from metaopt.plan import Plan
 from metaopt.rules import Rule
 from metaopt_torch.changes import Index, moved
+from metaopt_torch.memory import stored
 from metaopt_torch.sharing import joined, shared
 
 __all__ = ["Vectors", "name_of_trace", "names_of_vectors"]
@@ -74,8 +75,8 @@ class Vectors:
             name: torch.zeros(spec.shape, dtype=spec.dtype, device=device)
             for name, spec in shapes.items()
         }
-        #: What groups were given, for what they hold in its place was put there by someone else.
-        self._shared: list[Tensor] = []
+        #: What groups were given, and where it lies: what else they hold someone else put there.
+        self._shared: list[tuple[Tensor, int]] = []
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a vector, the memory of which the groups have views."""
@@ -134,13 +135,14 @@ class Vectors:
         ValueError
             If one has another shape than its blocks.
         """
-        given = set() if before is None else {id(part) for part in before._shared}
+        given = {} if before is None else {id(part): at for part, at in before._shared}
         for index, group in enumerate(groups):
             for name, part in self._parts(index):
                 value = group.get(name)
-                if value is None or id(value) in given:
+                if value is None or (id(value) in given and given[id(value)] == value.data_ptr()):
                     continue
-                if not isinstance(value, Tensor) or value.shape != part.shape:
+                fits = isinstance(value, Tensor) and value.shape == part.shape and stored(value)
+                if not fits:
                     got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
                     msg = (
                         f"`{name}` of group {index} must be a tensor of shape {tuple(part.shape)}, "
@@ -178,7 +180,7 @@ class Vectors:
         for index, group in enumerate(groups):
             parts = self._parts(index)
             group.update(parts)
-            self._shared += [part for _, part in parts]
+            self._shared += [(part, part.data_ptr()) for _, part in parts]
 
     def _parts(self, index: int) -> list[tuple[str, Tensor]]:
         """Return a group's part of every vector."""

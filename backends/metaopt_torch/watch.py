@@ -5,7 +5,10 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from metaopt_torch.shards import local
 
 __all__ = ["Watch"]
 
@@ -15,8 +18,9 @@ Group = dict[str, Any]
 class Watch:
     """Remembers which objects groups and state hold, as what is built for a step relies on them.
 
-    By identity: numbers that are edited in place are read where they lie. It is asked in every
-    step, so it is one flat comparison. The objects are kept, lest another one get the address.
+    By identity, and by the memory of tensors, which `data` or a resized storage replaces: numbers
+    that are edited in place are read where they lie. It is asked in every step, so it is two flat
+    comparisons. The objects are kept, lest another one get the address.
 
     Parameters
     ----------
@@ -27,15 +31,24 @@ class Watch:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
         self._seen: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._addresses: list[int] = []
 
     def see(self, groups: Sequence[Group], states: Mapping[Tensor, Any]) -> None:
         """Take what there is for what should be."""
         self._seen = self._held(groups, states)
+        values = [*chain.from_iterable(map(dict.values, states.values()))]
+        values += [group.get(name) for group in groups for name in self._names]
+        dense = (v for v in values if isinstance(v, Tensor) and v.layout == torch.strided)
+        self._tensors = [local(value) for value in dense]
+        self._addresses = [*map(Tensor.data_ptr, self._tensors)]
 
     def differs(self, groups: Sequence[Group], states: Mapping[Tensor, Any]) -> bool:
         """Say whether anything was added, taken away or replaced since it was seen."""
         held = self._held(groups, states)
-        return len(held) != len(self._seen) or not all(map(is_, held, self._seen))
+        if len(held) != len(self._seen) or not all(map(is_, held, self._seen)):
+            return True
+        return self._addresses != [*map(Tensor.data_ptr, self._tensors)]
 
     def _held(self, groups: Sequence[Group], states: Mapping[Tensor, Any]) -> list[Any]:
         # without keys of `states`, each of which would be hashed in Python
