@@ -351,9 +351,8 @@ def _check_state(leaf: Leaf, keys: Iterable[str]) -> None:
             if value.layout != torch.strided or not stored(value):
                 msg = f"{what} must be dense and lie in its storage; got one that does not."
                 raise ValueError(msg)
-        if key == "step" and not (
-            isinstance(value, Real | Tensor) and np.shape(value) in ((), (1,))
-        ):
+        single = isinstance(value, Tensor) and tuple(value.shape) in ((), (1,))
+        if key == "step" and not single and not isinstance(value, Real):
             msg = f"{what} must be the number of its steps; got {value!r}."
             raise ValueError(msg)
         if key in leaf.rule.slots:
