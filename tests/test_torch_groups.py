@@ -728,6 +728,20 @@ def test_options_that_hold_for_the_start_alone_are_refused_later(
     stepped(opt, None, range(2, 4))
 
 
+def test_maximize_is_checked_where_it_changes() -> None:
+    param = parameter(3)
+    opt = MetaOptimizer([param], compile=False, **OPTIONS)
+    stepped(opt, None, range(2))
+    before = param.detach().clone()
+    opt.param_groups[0]["maximize"] = "no"
+    with pytest.raises(TypeError, match="`maximize` must be True or False; got 'no'"):
+        stepped(opt, None, range(2, 3))
+    assert torch.equal(param, before)
+    opt.param_groups[0]["maximize"] = True
+    stepped(opt, None, range(2, 3))
+    assert not torch.equal(param, before)
+
+
 def frozen(opt: Any, *, look: bool = True) -> Any:
     """Return a copy of the state dict, or, without a look at what was edited, of what there is."""
     if look:

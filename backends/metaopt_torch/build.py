@@ -193,9 +193,8 @@ def build(
         by_block, by_family = index_of(plan.blocks, before.plan.blocks, continued)
         _check_blocks(before, groups)
         _check_starts(before, plan.blocks, by_family, begin_at, owners)
-    beta = config.initial_beta(params)
     vectors = Vectors(config, plan, owners, len(groups), members[0][1].device)
-    start = {"beta": beta} | ({"beta_trace": plan.layout.start(beta)} if plan.beta_feeding else {})
+    start = _start(config, plan, params)
     if not vectors.per_leaf:
         for key, values in start.items():
             vectors.fill(key, values)
@@ -214,28 +213,23 @@ def build(
         _check_state(leaf, [key for key, _ in specs[leaf.name]])
     fresh = {name for name, leaf in leaves.items() if "step" not in leaf.state}
 
-    for leaf in leaves.values():
+    for name, leaf in leaves.items():
         if leaf.state or _moves(leaf.param):
             if states.get(leaf.param) is not leaf.state:
                 states[leaf.param] = leaf.state
-            begin = {key: window(values[leaf.name], leaf.part) for key, values in start.items()}
+            begin = {key: window(values[name], leaf.part) for key, values in start.items()}
             narrow = kahan and leaf.param.dtype != leaf.dtype
-            _complete(leaf, specs[leaf.name], begin, kahan=narrow, columns=by_block)
-            if before is not None and _is_another(leaf, continued.get(leaf.name)):
-                _begin_zeros(leaf, specs[leaf.name], begin)
+            _complete(leaf, specs[name], begin, kahan=narrow, columns=by_block)
+            if before is not None and _is_another(leaf, continued.get(name)):
+                _begin_zeros(leaf, specs[name], begin)
     if before is not None:
         _forget(before, leaves, states)
         _bound(config, plan, vectors, leaves)
     vectors.share(groups)
     _fill(groups, rules, owners)
     _mark(given, groups, rules, owners)
-    known = {} if before is None or before.counts.edited() else continued
-    for name, leaf in leaves.items():
-        step = leaf.state.get("step")
-        if name in known and before is not None and before.counts.holds(known[name], step):
-            leaf.history = known[name].history
-        elif step is not None and name not in fresh:  # 0 there, which no device need be asked for
-            leaf.history = int(step)
+    for name in leaves.keys() - fresh:  # whose counts are 0, which no device need be asked for
+        _remember(leaves[name], before, continued.get(name))
     return Built(
         config=config,
         plan=plan,
@@ -246,6 +240,12 @@ def build(
         starts=begin_at,
         owners=[(group, group["block"]) for group in groups],
     )
+
+
+def _start(config: mo.MetaOptimize, plan: Plan, params: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what does not begin at 0, by block or, at weight level, by leaf."""
+    beta = config.initial_beta(params)
+    return {"beta": beta} | ({"beta_trace": plan.layout.start(beta)} if plan.beta_feeding else {})
 
 
 def _leaf(
@@ -444,6 +444,14 @@ def _check_whole(name: str, rule: Rule, part: Part) -> None:
             'elementwise, say `scope = "weight"`.'
         )
         raise ValueError(msg)
+
+
+def _remember(leaf: Leaf, before: Built | None, former: Leaf | None) -> None:
+    """Set a leaf's history to that of the leaf it continues, or else to its count."""
+    step = leaf.state["step"]
+    counts = None if before is None or before.counts.edited() else before.counts
+    known = counts is not None and former is not None and counts.holds(former, step)
+    leaf.history = former.history if former is not None and known else int(step)
 
 
 def _moves(param: Tensor) -> bool:

@@ -216,7 +216,7 @@ meta_first, skip_nonfinite
             check_parts(built)
         self._engine = HessianFree(built, self._rounding, self._compiler(), self._engine)
         self._built = built
-        options = ("param_names", "step_size", "bounds", "block")
+        options = ("param_names", "step_size", "bounds", "block", "maximize")
         self._watch = Watch((*options, *built.vectors.names()))
         self._watch.see(self.param_groups, self.state)
 
