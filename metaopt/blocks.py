@@ -1,7 +1,7 @@
 """Blocks: which parameters share a step size.
 
 docs/mathematics.md section 9. A partition is a pair of linear maps: `expand` hands every leaf the
-meta-parameters of its blocks, and its adjoint `reduce` sums what leaves have to say about them.
+meta-parameters of its blocks, and its adjoint `reduce` sums each leaf's contribution per block.
 
 Every partition here comes from one question, asked of each leaf: to which *family* of blocks does
 it belong, and along which of its axes do the blocks of the family lie?

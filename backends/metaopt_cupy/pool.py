@@ -130,7 +130,7 @@ class Pool:
             state, count=per_leaf((name, counts.get(name, state.count[name])) for name in params)
         )
         self._occupied = Occupied(params)
-        # once all that follows the kernels in a step: what fails there, fails before any step
+        # dry-run the rest of a step, so that errors surface at construction
         config.meta_step(plan, self.state, self._summed({}), per_leaf((n, True) for n in params))
 
     def _spec(self, name: str, rule: Any) -> Spec | None:

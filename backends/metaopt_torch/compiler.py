@@ -32,8 +32,8 @@ _lock = threading.RLock()
 def _compiling() -> Iterator[None]:
     """Keep other threads from compiling meanwhile, and let them call what is compiled.
 
-    Tracing and Inductor are not for several threads at a time. `torch.compile` has a lock of its
-    own, and marks the time in which a graph that is traced is none that was asked for.
+    Tracing and Inductor are not thread-safe: take `torch.compile`'s lock, and mark this as an
+    internal session.
     """
     frames = importlib.import_module("torch._dynamo.convert_frame")
     mark = getattr(torch.compiler, "_compile_session_context", nullcontext)
@@ -70,7 +70,7 @@ class Kernel(NamedTuple):
 
 
 class Once:
-    """Warns, the first time alone, whatever comes later: what the passes of an optimizer share."""
+    """Emits a warning at most once per optimizer, whose passes share it."""
 
     def __init__(self) -> None:
         self._said = False

@@ -24,7 +24,7 @@ from metaopt_torch.shards import summed
 
 __all__ = ["HessianFree"]
 
-#: Numbers of steps, over all optimizers.
+#: Process-wide step counter, used in the histories of leaves.
 _steps = itertools.count()
 
 

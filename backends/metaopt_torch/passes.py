@@ -61,8 +61,8 @@ def fused(kind: Kind) -> Pass:
     def run(rule: Rule, arrays: Arrays) -> Tensor:
         given = _given(kind, rule, arrays)
         product, step = fused_pass(*given, **_options(kind, arrays))
-        # In memory of its own, in name: the compiler then sums it in the loop that overwrites what
-        # it is made of, and never stores it. Without this the sum is a second loop over memory.
+        # as_strided makes Inductor fuse this sum into the loop that overwrites the average or the
+        # trace; without it the sum is a second loop over memory
         product = product.as_strided(product.shape, product.stride())
         _write(kind, arrays, given[1], step)
         return _by_block(kind, product)

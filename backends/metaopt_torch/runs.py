@@ -114,9 +114,9 @@ class Leaf:
     state : dict
         The optimizer's for this parameter.
     history : int
-        Leaves that are packed have one count, and have this in common. It is the count as far as
-        the host can know; where steps may be refused, something that stands for all steps that
-        the leaf took part in.
+        Host-side fingerprint of the steps taken; only leaves with equal ones may share a pack, as
+        they share a count. It is the count, unless steps may be refused: then a hash of the steps
+        that the leaf took part in.
     grad_dtype : dtype
         Of its gradients.
     """

@@ -37,7 +37,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _arrived(tensor: Tensor) -> Tensor:
-    """Return the tensor that one stands for which is still on its way; kernels need its memory."""
+    """Wait for an AsyncCollectiveTensor, as kernels need its memory; others are returned as is."""
     return tensor.wait() if isinstance(tensor, collectives.AsyncCollectiveTensor) else tensor
 
 
