@@ -410,6 +410,25 @@ def test_patterns_go_with_their_parameters() -> None:
     twin.load_state_dict(opt.state_dict())
 
 
+def test_all_patterns_may_leave() -> None:
+    """Blocks are then those of groups; a base has to be there for every parameter."""
+    opt = MetaOptimizer(
+        [("a", parameter(3))], compile=False, blocks={"first": ["a"]}, **OPTIONS
+    )
+    stepped(opt, None, range(2))
+    opt.add_param_group({"params": [("b", parameter(3, seed=1))], "block": "own"})
+    del opt.param_groups[0]
+    stepped(opt, None, range(2, 4))
+    assert list(opt.step_sizes()) == ["own"]
+
+    options = OPTIONS | {"base": {"a": mo.AdamW()}}
+    opt = MetaOptimizer([("a", parameter(3))], compile=False, **options)
+    stepped(opt, None, range(2))
+    opt.param_groups[0] |= {"params": [parameter(3, seed=1)], "param_names": ["b"]}
+    with pytest.raises(ValueError, match="`base` has no pattern that matches leaf 'b'"):
+        opt.step_sizes()
+
+
 def test_what_cannot_be_stepped_is_refused_at_the_step() -> None:
     params = [parameter(3), parameter(2)]
     opt = MetaOptimizer(params, compile=False, **OPTIONS)
@@ -617,6 +636,22 @@ def test_parameters_of_one_memory_each_make_their_step() -> None:
     first.grad, other.grad = torch.full_like(first, 1.0), torch.full_like(other, 2.0)
     opt.step()
     torch.testing.assert_close(first.detach(), want)
+
+
+def test_entries_and_groups_may_be_copied() -> None:
+    """Other dicts of the same objects: what is written to them from then on counts."""
+    param = parameter(3)
+    opt = MetaOptimizer([param], compile=False, **OPTIONS)
+    stepped(opt, None, range(2))
+    opt.state[param] = dict(opt.state[param])
+    opt.param_groups[0] = dict(opt.param_groups[0])
+    stepped(opt, None, range(2, 3))
+    assert opt._built is not None
+    assert opt._built.leaves["0"].state is opt.state[param]
+    opt.param_groups[0] = opt.param_groups[0] | {"lr": 0.0}
+    before = param.detach().clone()
+    stepped(opt, None, range(3, 4))
+    assert torch.equal(param.detach(), before)
 
 
 def test_a_count_may_be_put_as_a_number() -> None:

@@ -182,6 +182,16 @@ def test_groups_of_other_parameters_are_refused() -> None:
         made("ab", "cd").load_state_dict(made("ac", "bd").state_dict())
 
 
+def test_a_state_is_loaded_again_after_a_group_has_come() -> None:
+    opt = MetaOptimizer([("a", torch.ones(2))], **OPTIONS)
+    opt.load_state_dict(opt.state_dict())
+    opt.add_param_group({"params": [("b", torch.ones(3))]})
+    state = copy.deepcopy(opt.state_dict())
+    state["param_groups"][0]["beta"] = torch.tensor([-1.0])
+    opt.load_state_dict(state)
+    assert float(opt.step_sizes()["all"]) == pytest.approx(0.36787944)
+
+
 def test_shapes_are_looked_at_where_nothing_was_learned_yet() -> None:
     """A parameter that is frozen here has no state to compare with."""
     opt = MetaOptimizer([torch.ones(3, requires_grad=True)], **OPTIONS)

@@ -279,6 +279,17 @@ def test_hyperparameters_that_cannot_be_are_refused(name: str, curvature: str) -
     assert torch.equal(param.detach(), torch.ones(2))
 
 
+def test_betas_may_be_a_list() -> None:
+    """As files of options have them."""
+    nets = model(), model()
+    opts = [MetaOptimizer(net.parameters(), **OPTIONS) for net in nets]
+    opts[0].param_groups[0]["betas"] = [0.8, 0.99]
+    opts[1].param_groups[0]["betas"] = (0.8, 0.99)
+    for net, opt in zip(nets, opts, strict=True):
+        trained(net, opt, 3)
+    assert_equal_params(nets, allowed=1e-15)
+
+
 def test_a_rule_without_momentum_cannot_be_given_some() -> None:
     param = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match=r"`momentum` of a group cannot be 0\.9"):
