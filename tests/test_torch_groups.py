@@ -381,11 +381,12 @@ def test_names_go_with_their_parameters() -> None:
     group["params"].append(parameter(4))
     group["param_names"] = ["neck", "body.all", "tail", "tip"]
     assert sizes() == ["neck", "body.all", "tail", "tip"]
-    group["param_names"] = ["neck"]
-    before = frozen(opt, look=False)
-    with pytest.raises(ValueError, match=r"of group 0 has 1 entries for 4 parameters"):
-        opt.step()
-    assert_same(frozen(opt, look=False), before)
+    for names in (["neck"], [*group["param_names"], "one too many"]):
+        group["param_names"] = names
+        before = frozen(opt, look=False)
+        with pytest.raises(ValueError, match=rf"has {len(names)} entries for 4 parameters"):
+            opt.step()
+        assert_same(frozen(opt, look=False), before)
 
 
 def test_patterns_go_with_their_parameters() -> None:
@@ -412,9 +413,7 @@ def test_patterns_go_with_their_parameters() -> None:
 
 def test_all_patterns_may_leave() -> None:
     """Blocks are then those of groups; a base has to be there for every parameter."""
-    opt = MetaOptimizer(
-        [("a", parameter(3))], compile=False, blocks={"first": ["a"]}, **OPTIONS
-    )
+    opt = MetaOptimizer([("a", parameter(3))], compile=False, blocks={"first": ["a"]}, **OPTIONS)
     stepped(opt, None, range(2))
     opt.add_param_group({"params": [("b", parameter(3, seed=1))], "block": "own"})
     del opt.param_groups[0]
