@@ -200,6 +200,21 @@ def test_keys_that_are_refused(key: str) -> None:
     assert len(opt.param_groups) == 1
 
 
+def test_patterns_have_to_fit_the_parameters_that_no_group_takes() -> None:
+    groups = [
+        {"params": [("a", torch.zeros(2))], "block": "own"},
+        {"params": [("b", torch.zeros(2))]},
+    ]
+    with pytest.raises(ValueError, match="'a'"):
+        MetaOptimizer(groups, **OPTIONS, blocks={"first": "b", "second": "a"})
+
+
+def test_names_that_look_like_patterns_are_names() -> None:
+    first = {"params": [("w[0]", torch.zeros(2))], "block": "one", "betas": (0.5, 0.9)}
+    opt = MetaOptimizer([first, {"params": [("w0", torch.zeros(2))], "block": "two"}], **OPTIONS)
+    assert list(opt.step_sizes()) == ["one", "two"]
+
+
 # --- hyperparameters of the rules
 
 
