@@ -177,6 +177,7 @@ def test_leaves_that_rest_and_come_back_are_packed_once(
         "columns": lambda: normal(8, 8)[:, :4],
         "every other": lambda: normal(8, 8)[:, ::2],
         "transposed": lambda: normal(4, 8).T,
+        "a row that is expanded to itself": lambda: normal(6).as_strided((1, 6), (0, 1)),
         "with gaps": lambda: normal(100).as_strided((2, 3, 2, 2), (4, 8, 2, 1)),
     }.items(),
     ids=lambda entry: entry[0],
@@ -185,6 +186,34 @@ def test_parameters_lie_in_memory_as_they_like(layout: Any, blocks: str) -> None
     param = layout[1]().requires_grad_()
     grads = [[normal(*param.shape, seed=t)] for t in range(3)]
     run_beside_the_core([param], grads, blocks=blocks)
+
+
+class Whole(mo.SGD):
+    """A rule that has to see leaves whole."""
+
+    scope: Any = "leaf"
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("base", [mo.SGD(), Whole()], ids=["weight", "leaf"])
+def test_no_pass_is_handed_a_gradient_that_is_negated_by_a_bit(base: Any, monkeypatch: Any) -> None:
+    """A compiled one reads the memory itself."""
+    found: list[Any] = []
+    plain = runs.Run.buffers
+
+    def looked_at(self: Any, grads: Any) -> Any:
+        found.append(plain(self, grads))
+        return found[-1]
+
+    monkeypatch.setattr(runs.Run, "buffers", looked_at)
+    param = normal(4).requires_grad_()
+    want = param.detach() + 1e-2 * torch.ones(4)
+    opt = MetaOptimizer([param], **(OPTIONS | {"base": base, "meta": mo.Lion()}))
+    param.grad = torch._neg_view(torch.ones(4, dtype=torch.float64))
+    opt.step()
+    torch.testing.assert_close(param.detach(), want, rtol=1e-6, atol=0.0)
+    assert found
+    assert not any(grad.is_neg() for _, grad in found)
 
 
 @pytest.mark.usefixtures("small")
