@@ -279,7 +279,7 @@ def leaf_in_shard_map() -> None:
             return update(tx, params, state, of_parts)
 
         of_state = jax.tree.map(lambda _: P(), state)
-        of_state = of_state._replace(trace=specs)
+        of_state = of_state._replace(trace_or_average=specs)
         step = jax.jit(
             jax.shard_map(local, mesh=mesh, in_specs=(specs, of_state), out_specs=(specs, of_state))
         )
