@@ -762,6 +762,19 @@ def test_options_that_hold_for_the_start_alone_are_refused_later(
     stepped(opt, None, range(2, 4))
 
 
+def test_groups_without_parameters_make_no_step() -> None:
+    """As in torch; what was learned goes on when parameters come back."""
+    param = parameter(3)
+    opt = MetaOptimizer([param], compile=False, **OPTIONS)
+    twin = Twin([param])
+    stepped(opt, twin, range(2))
+    group = opt.param_groups.pop()
+    assert opt.step(lambda: 2.0) == 2.0
+    opt.param_groups.append(group)
+    stepped(opt, twin, range(2, 4))
+    agree(opt, twin)
+
+
 def test_maximize_is_checked_where_it_changes() -> None:
     param = parameter(3)
     opt = MetaOptimizer([param], compile=False, **OPTIONS)

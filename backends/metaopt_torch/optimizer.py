@@ -384,7 +384,7 @@ meta_first, skip_nonfinite
         """
         if self._built is None:
             self._build()
-        if self._built is None:  # there is nothing to step
+        if not any(group["params"] for group in self.param_groups):  # yet, or any more
             with torch.enable_grad():
                 return None if closure is None else closure()
         exact = self._ready.plan.curvature == "exact" and hvp is None
