@@ -420,10 +420,14 @@ def test_a_fast_start_of_another_rule_is_another_method() -> None:
         other.load_state_dict(opt.state_dict())
 
 
+@pytest.mark.parametrize("moves", [True, False])
 @pytest.mark.parametrize(("of", "into"), [("float32", "float64"), ("float64", "float32")])
-def test_a_state_takes_the_dtype_that_goes_with_the_parameters(of: str, into: str) -> None:
+def test_a_state_takes_the_dtype_that_goes_with_the_parameters(
+    of: str, into: str, moves: bool
+) -> None:
     nets = [torch.nn.Linear(4, 2, dtype=getattr(torch, dtype)) for dtype in (of, into)]
     opts = [MetaOptimizer(net.parameters(), **OPTIONS) for net in nets]
+    nets[1].requires_grad_(moves)
     opts[1].load_state_dict(opts[0].state_dict())
     for param in nets[1].parameters():
         assert opts[1].state[param]["average"].dtype == getattr(torch, into)

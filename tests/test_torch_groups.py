@@ -411,6 +411,18 @@ def test_patterns_go_with_their_parameters() -> None:
     twin.load_state_dict(opt.state_dict())
 
 
+def test_a_new_name_is_none_that_another_group_has_been_given() -> None:
+    groups = [{"params": [(name, parameter(3))]} for name in "ab"]
+    opt = MetaOptimizer(groups, compile=False, **OPTIONS)
+    stepped(opt, None, range(1))
+    first, other = opt.param_groups
+    first["params"].append(parameter(3, seed=1))
+    first["param_names"] = ["a", "2"]
+    other["params"].append(parameter(3, seed=2))
+    stepped(opt, None, range(1, 2))
+    assert other["param_names"] == ["b", "3"]
+
+
 def test_all_patterns_may_leave() -> None:
     """Blocks are then those of groups; a base has to be there for every parameter."""
     opt = MetaOptimizer([("a", parameter(3))], compile=False, blocks={"first": ["a"]}, **OPTIONS)
@@ -704,6 +716,16 @@ def test_bounds_that_change_hold_from_then_on(blocks: str) -> None:
     again = MetaOptimizer([parameter(4, 3)], compile=False, blocks=blocks, **OPTIONS)
     again.load_state_dict(opt.state_dict())
     assert opt.config.bounds == again.config.bounds == (0.02, 0.03)
+
+
+def test_bounds_hold_for_step_sizes_that_start_as_arrays() -> None:
+    sizes = {"0": torch.tensor([1e-2, 2e-2, 3e-2]).numpy()}
+    options = OPTIONS | {"step_size": sizes, "bounds": (1e-3, 1.0), "blocks": "node"}
+    opt = MetaOptimizer([parameter(3, 2)], compile=False, **options)
+    stepped(opt, None, range(2))
+    opt.param_groups[0]["bounds"] = (1e-3, 1.5e-2)
+    stepped(opt, None, range(2, 3))
+    assert float(opt.step_sizes()["0"].max()) <= 1.5e-2 * (1 + 1e-6)
 
 
 def test_beta_that_is_set_is_the_step_size_that_is_learned() -> None:

@@ -215,6 +215,26 @@ def test_names_that_look_like_patterns_are_names() -> None:
     assert list(opt.step_sizes()) == ["one", "two"]
 
 
+@pytest.mark.parametrize("curvature", ["none", "diagonal"])
+def test_a_multiplier_may_be_a_tensor(curvature: str) -> None:
+    """Of shape () or (1,); 0 freezes traces, whatever the discount, as the number does."""
+    params = [torch.full((3,), 2.0, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    opts = [
+        MetaOptimizer([param], **OPTIONS, discount=0.5, curvature=curvature) for param in params
+    ]
+    diagonal = {"0": torch.ones(3)} if curvature == "diagonal" else None
+    for lr in (1.0, 0.5, 0.0, 0.0, 1.0):
+        for param, opt, shape in zip(params, opts, (None, (), (1,)), strict=True):
+            opt.param_groups[0]["lr"] = lr if shape is None else torch.full(shape, lr)
+            param.grad = param.detach().clone()
+            opt.step(hessian_diagonal=diagonal)
+    states = [opt.core_state() for opt in opts]
+    for param, state in zip(params, states, strict=True):
+        torch.testing.assert_close(param, params[0], rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(state.beta, states[0].beta, rtol=1e-12, atol=0.0)
+        assert state.meta_count.tolist() == [3]
+
+
 # --- hyperparameters of the rules
 
 
