@@ -218,9 +218,10 @@ def test_names_that_look_like_patterns_are_names() -> None:
 @pytest.mark.parametrize("curvature", ["none", "diagonal"])
 def test_a_multiplier_may_be_a_tensor(curvature: str) -> None:
     """Of shape () or (1,); 0 freezes traces, whatever the discount, as the number does."""
+    options = OPTIONS | {"meta": mo.SGD()}
     params = [torch.full((3,), 2.0, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     opts = [
-        MetaOptimizer([param], **OPTIONS, discount=0.5, curvature=curvature) for param in params
+        MetaOptimizer([param], **options, discount=0.5, curvature=curvature) for param in params
     ]
     diagonal = {"0": torch.ones(3)} if curvature == "diagonal" else None
     for lr in (1.0, 0.5, 0.0, 0.0, 1.0):
