@@ -664,7 +664,9 @@ def test_where_a_kernel_fails_at_its_first_launch_steps_are_eager_with_a_warning
         opt.step()
     assert all(torch.all(param == 1.0) for param in params)
     for param in params:
-        assert not any(torch.any(value) for value in opt.state[param].values())
+        state = dict(opt.state[param])
+        assert torch.equal(state.pop("average"), param)
+        assert not any(torch.any(value) for value in state.values())
 
 
 def test_a_first_launch_draws_no_random_numbers() -> None:
