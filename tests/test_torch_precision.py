@@ -223,3 +223,16 @@ def test_no_warning_is_raised_by_plain_use() -> None:
             opt.step()
         repr(opt)
         opt.state_dict()
+
+
+def test_moments_outlive_a_meta_gradient_that_cannot_be_used() -> None:
+    """The trace alone is told as what it restarts from."""
+    param = torch.ones(3, requires_grad=True)
+    opt = MetaOptimizer([param], base=mo.AdamW(), meta=mo.SGD(), compile=False)
+    param.grad = torch.ones(3)
+    opt.step()
+    opt.param_groups[0]["meta_grad"].fill_(float("inf"))
+    moments = opt.core_state().slots["0"]
+    for slot in ("exp_avg", "exp_avg_sq"):
+        assert torch.any(moments[slot])
+        assert torch.equal(moments[slot], opt.state[param][slot])
