@@ -5,7 +5,7 @@ import random
 import shutil
 import sys
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -191,7 +191,7 @@ def test_parameters_lie_in_memory_as_they_like(layout: Any, blocks: str) -> None
 class Whole(mo.SGD):
     """A rule that has to see leaves whole."""
 
-    scope: Any = "leaf"
+    scope: ClassVar[str] = "leaf"
 
 
 @pytest.mark.usefixtures("small")
