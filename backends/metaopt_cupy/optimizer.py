@@ -244,12 +244,14 @@ class MetaOptimizer:
         if is_number(lr):
             return found
         like = next(iter(self._params.values()))
-        for name, array in found.items():
-            if isinstance(array, float) or not hasattr(array, "__dlpack_device__"):
+        for name in found:
+            array = lr[name] if isinstance(lr, Mapping) else lr
+            if is_number(array) or not hasattr(array, "__dlpack_device__"):
                 continue
             what = f"lr[{name!r}]" if isinstance(lr, Mapping) else "lr"
+            # a number of the host's is judged as what it was given as, not as rounded to 0
             on_host = device_of(array) == "cpu"
-            found[name] = float(array) if on_host else shared(what, array, like, self._xp)
+            found[name] = float(array) if on_host else shared(what, found[name], like, self._xp)
         return multipliers(found, self._plan.shapes)
 
     def _read(self, what: str, arrays: Any) -> Any:

@@ -20,7 +20,7 @@ from metaopt_torch.changes import Index, index_of, moved, predecessors
 from metaopt_torch.containers import Containers
 from metaopt_torch.groups import MADE_WITH, configured, named, narrowed, same, started, starts
 from metaopt_torch.hyperparameters import agreed, hyperparameters, overrides
-from metaopt_torch.memory import stored
+from metaopt_torch.memory import address, stored
 from metaopt_torch.places import paths, place
 from metaopt_torch.runs import KEPT, Leaf, order_of
 from metaopt_torch.shards import Part, local, part_of, window
@@ -65,7 +65,7 @@ class Counts:
             for leaf, entry in zip(members, vector.unbind(), strict=True):
                 leaf.state["step"] = self._entries[leaf.name] = entry
             self._vectors.append((vector, [leaf.name for leaf in members]))
-        self._addresses = {name: entry.data_ptr() for name, entry in self._entries.items()}
+        self._addresses = {name: address(entry) for name, entry in self._entries.items()}
         self.settle()
 
     def settle(self) -> None:
@@ -79,7 +79,7 @@ class Counts:
     def holds(self, leaf: Leaf, step: Any) -> bool:
         """Say whether the number of steps of a leaf is still the entry that it was given."""
         own = step is not None and self._entries.get(leaf.name) is step
-        return own and step.data_ptr() == self._addresses[leaf.name]
+        return own and address(step) == self._addresses[leaf.name]
 
     def advance(self, names: Sequence[str], accepted: Tensor | None) -> None:
         """Count a step of these leaves, if it is accepted."""

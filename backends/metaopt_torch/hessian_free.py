@@ -17,7 +17,7 @@ from metaopt.step import awake_families
 from metaopt_torch.build import Built
 from metaopt_torch.compiler import Compiled, Eager, Once, in_chunks, placement
 from metaopt_torch.groups import multiplier_of
-from metaopt_torch.hyperparameters import adjusted, as_numbers, hyperparameters, overrides
+from metaopt_torch.hyperparameters import adjusted, arguments, as_numbers, hyperparameters
 from metaopt_torch.passes import Arrays, Kind, Pass, fused, moved, products
 from metaopt_torch.runs import Leaf, Run, Runs
 from metaopt_torch.shards import summed
@@ -91,12 +91,12 @@ class HessianFree:
         self._all_runs = Runs()
         #: Those of the leaves that have gradients.
         self._runs: list[Run] = []
-        #: The rules and groups that go together, by identity, and what groups say otherwise.
+        #: The rules and groups that go together, by identity, with the rules' hyperparameters.
         self._pairs = {
             _pair(leaf): (leaf.rule, leaf.group, hyperparameters(leaf.rule))
             for leaf in built.leaves.values()
         }
-        self._changed: dict[tuple[int, int], dict[str, Any]] = {}
+        self._handed: dict[tuple[int, int], dict[str, Any]] = {}
         self._indices: dict[Any, Tensor] = {}
         #: Whether the meta-gradient has to be known before a parameter is written.
         self.two_passes = built.config.meta_first or built.config.skip_nonfinite
@@ -149,11 +149,11 @@ class HessianFree:
 
     def _look_at_groups(self) -> None:
         """See what groups say of hyperparameters, which schedules change."""
-        changed = {key: overrides(own, group) for key, (_, group, own) in self._pairs.items()}
-        if changed != self._changed:
+        handed = {key: arguments(own, group) for key, (_, group, own) in self._pairs.items()}
+        if handed != self._handed:
             for rule, group, _ in self._pairs.values():
                 adjusted(rule, group, {})  # which raises where that cannot be
-            self._changed = changed
+            self._handed = handed
 
     def _signature_of(self, grads: Mapping[str, Tensor]) -> Any:
         """Return all that runs, and the kernels that step them, depend on."""
@@ -164,7 +164,7 @@ class HessianFree:
             )
             for key, group in self._groups.items()
         ]
-        changed = [tuple(named) for named in self._changed.values()]
+        changed = [tuple(named) for named in self._handed.values()]
         leaves = [(leaf, leaf.layouts) for leaf in map(self._leaves.__getitem__, grads)]
         return torch.get_num_threads(), tuple(options), tuple(changed), tuple(leaves)
 
@@ -267,7 +267,7 @@ class HessianFree:
         by_block = {"lr": value} if shared else {"lr": value, "lr_trace": slope}
         single = {"discount": discount}
         # arguments of the pass, for they may have schedules
-        for name, number in as_numbers(self._changed[_pair(leaf)]).items():
+        for name, number in as_numbers(self._handed[_pair(leaf)]).items():
             single[name] = self._constant(number, leaf.dtype, run.device)
         by_block["keep"] = keep.to(run.device)
         known[key] = Rates(by_block, single, self._moves(leaf.group))

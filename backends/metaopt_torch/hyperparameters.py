@@ -8,7 +8,15 @@ from torch import Tensor
 
 from metaopt.rules import Rule
 
-__all__ = ["adjusted", "agreed", "as_numbers", "hyperparameters", "overrides", "with_arrays"]
+__all__ = [
+    "adjusted",
+    "agreed",
+    "arguments",
+    "as_numbers",
+    "hyperparameters",
+    "overrides",
+    "with_arrays",
+]
 
 #: What names of arrays begin with that stand for hyperparameters in a pass.
 PREFIX = "rule."
@@ -54,6 +62,16 @@ def overrides(own: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any
         if said is not None and said != value:
             found[name] = said
     return found
+
+
+def arguments(own: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters that a pass is handed, the rule's `own` being constants in it.
+
+    Weight decay is among them wherever there is any: it may have a schedule, and what is constant
+    is compiled anew when it changes.
+    """
+    decay = own["weight_decay"] if group["weight_decay"] is None else group["weight_decay"]
+    return ({"weight_decay": decay} if decay else {}) | overrides(own, group)
 
 
 def adjusted(rule: Rule, group: Mapping[str, Any], made: dict[Any, Rule]) -> Rule:

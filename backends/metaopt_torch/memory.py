@@ -4,12 +4,18 @@ from collections.abc import Hashable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["PLAIN", "check_memory", "layout", "stored"]
+__all__ = ["PLAIN", "address", "check_memory", "layout", "stored"]
 
 #: Types of tensors with memory of their own, for which nothing slower need be asked.
 PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def address(tensor: Tensor) -> int:
+    """Return where a tensor's numbers begin; 0 for a fake one, which has none."""
+    return 0 if is_fake(tensor) else tensor.data_ptr()
 
 
 def layout(tensor: Tensor) -> Hashable:

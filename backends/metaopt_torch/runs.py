@@ -23,7 +23,7 @@ from torch import Tensor
 
 from metaopt.rules import Rule
 from metaopt.rules.rule import scope_of, slot_shapes
-from metaopt_torch.memory import PLAIN, check_memory, layout, stored
+from metaopt_torch.memory import PLAIN, address, check_memory, layout, stored
 from metaopt_torch.shards import Part, local
 from metaopt_torch.sharing import shared
 
@@ -444,8 +444,8 @@ def _grouped(leaves: Iterable[Leaf]) -> Iterable[list[Leaf]]:
         if numbers == 0:
             continue
         # of leaves with one memory a pack would take each as it was before the others' steps
-        address = local(leaf.param).data_ptr()
-        tied[address] += 1
+        place = address(local(leaf.param))
+        tied[place] += 1
         kind = local(leaf.param).device.type
         small = SMALL.get(kind, SMALL_ELSEWHERE)
         key: Any = (id(leaf),)
@@ -453,7 +453,7 @@ def _grouped(leaves: Iterable[Leaf]) -> Iterable[list[Leaf]]:
             key = (
                 *(id(leaf.rule), id(leaf.group), leaf.history, leaf.part.over, leaf.part.counts),
                 *(leaf.dtype, leaf.param.dtype, leaf.grad_dtype, local(leaf.param).device),
-                *(0 if leaf.order.rows == 1 else leaf.order.length, tied[address]),
+                *(0 if leaf.order.rows == 1 else leaf.order.length, tied[place]),
             )
             filled = packs.get(key, 0) + _rows(numbers) * ROW
             packs[key] = filled

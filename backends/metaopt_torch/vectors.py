@@ -15,7 +15,7 @@ import metaopt as mo
 from metaopt.plan import Plan
 from metaopt.rules import Rule
 from metaopt_torch.changes import Index, moved
-from metaopt_torch.memory import stored
+from metaopt_torch.memory import address, stored
 from metaopt_torch.sharing import joined, shared
 
 __all__ = ["Vectors", "name_of_trace", "names_of_vectors"]
@@ -139,7 +139,7 @@ class Vectors:
         for index, group in enumerate(groups):
             for name, part in self._parts(index):
                 value = group.get(name)
-                if value is None or (id(value) in given and given[id(value)] == value.data_ptr()):
+                if value is None or (id(value) in given and given[id(value)] == address(value)):
                     continue
                 fits = isinstance(value, Tensor) and value.shape == part.shape and stored(value)
                 if not fits:
@@ -180,7 +180,7 @@ class Vectors:
         for index, group in enumerate(groups):
             parts = self._parts(index)
             group.update(parts)
-            self._shared += [(part, part.data_ptr()) for _, part in parts]
+            self._shared += [(part, address(part)) for _, part in parts]
 
     def _parts(self, index: int) -> list[tuple[str, Tensor]]:
         """Return a group's part of every vector."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from metaopt_torch.shards import local
 
@@ -40,7 +41,8 @@ class Watch:
         values = [*chain.from_iterable(map(dict.values, states.values()))]
         values += [group.get(name) for group in groups for name in self._names]
         dense = (v for v in values if isinstance(v, Tensor) and v.layout == torch.strided)
-        self._tensors = [local(value) for value in dense]
+        held = (local(value) for value in dense)
+        self._tensors = [tensor for tensor in held if not is_fake(tensor)]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
 
     def differs(self, groups: Sequence[Group], states: Mapping[Tensor, Any]) -> bool:
