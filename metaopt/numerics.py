@@ -7,8 +7,6 @@ import builtins
 import math
 from typing import Any
 
-from array_api_compat import is_torch_array
-
 from metaopt.arrays import Array, ArrayT, namespace
 from metaopt.jets import Jet, chained, crossed, exponential, lift, logarithm, outer
 
@@ -58,8 +56,9 @@ def sign(x: ArrayT) -> ArrayT:
     if isinstance(x, Jet):
         return _as(x, Jet(sign(x.value), order=x.order))
     xp = namespace(x)
-    if is_torch_array(x):  # whose NaN the wrapper assigns by a mask, which no graph can at shape ()
-        return xp.where(xp.isnan(x), x, x.sign())
+    own = getattr(type(x), "sign", None)
+    if own is not None:  # torch's; the wrapper of it assigns NaN by a mask, which no graph can
+        return xp.where(xp.isnan(x), x, own(x))
     return xp.sign(x)
 
 

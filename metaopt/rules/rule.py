@@ -197,12 +197,11 @@ def follows_weights(rule: Rule) -> bool:
 def _push(rule: Rule, source: str) -> tuple[Jet[Any], Mapping[str, Jet[Any]]]:
     """Run the formula on ones, with a change of `source`: a slot, "grad" or "param"."""
     one = np.ones(())
-
-    def jet(name: str) -> Jet[Any]:
-        return Jet(one, one if name == source else None)
-
-    slots = {slot: jet(slot) for slot in rule.slots}
-    return direction_of(rule, jet("grad"), slots, Jet(one), jet("param"))
+    jets = {
+        name: Jet(one, one if name == source else None) for name in ("grad", "param", *rule.slots)
+    }
+    slots = {slot: jets[slot] for slot in rule.slots}
+    return direction_of(rule, jets["grad"], slots, Jet(one), jets["param"])
 
 
 def decay_rate(name: str, value: Any) -> Any:
