@@ -22,9 +22,12 @@ def carray(at: int, length: int, dtype: Any) -> Any:
 
 @pytest.mark.parametrize("per_weight", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kept", ["trace", "average"])
 @pytest.mark.parametrize("rule", [mo.SGD(momentum=0.9, weight_decay=0.1), mo.Lion()], ids=str)
-def test_the_text_says_what_the_core_does(rule: Any, dtype: str, per_weight: bool) -> None:
-    spec = Spec(rule, dtype, dtype, dtype, dtype, per_weight, "update")
+def test_the_text_says_what_the_core_does(
+    rule: Any, kept: str, dtype: str, per_weight: bool
+) -> None:
+    spec = Spec(rule, dtype, dtype, dtype, dtype, per_weight, "update", kept)
     traced = trace(spec)
     names = {"np": np, "math": math, "carray": carray, "pointer": int}
     exec(source(traced, dtype, per_weight=per_weight), names)
@@ -47,7 +50,7 @@ def test_the_text_says_what_the_core_does(rule: Any, dtype: str, per_weight: boo
         grad[at],
         {slot: arrays[name][at].copy() for slot, name in slots.items()},
         np.asarray(count[1]),
-        arrays["trace"][at].copy(),
+        **({"trace": None} | {kept: arrays[kept][at].copy()}),
     )
     param, products, step = one_pass(
         rule,
@@ -68,7 +71,7 @@ def test_the_text_says_what_the_core_does(rule: Any, dtype: str, per_weight: boo
     arguments = (fixed, given.view(np.recarray), count, discount)
     total = names["block"](*arguments, 1, start, stop, first)  # type: ignore[operator]
 
-    want = {"param": param, "trace": step.trace}
+    want = {"param": param, kept: getattr(step, kept)}
     want |= {name: step.slots[slot] for slot, name in slots.items()}
     for name, array in want.items():
         np.testing.assert_array_equal(arrays[name][at], array)
