@@ -146,7 +146,9 @@ def make_plan(
         averaged=frozenset(
             name
             for name, dtype in dtypes.items()
-            if follow.average and dtype == compute[name] and name not in traced
+            if follow.average
+            and xp.finfo(dtype).bits == xp.finfo(compute[name]).bits
+            and name not in traced
         ),
         state={},
     )
