@@ -260,7 +260,8 @@ class MetaOptimize:
     def _plan(
         self, xp: Any, shapes: Leaves[Any], dtypes: Leaves[Any], traced: frozenset[str]
     ) -> Plan:
-        key = (xp.__name__, tuple(shapes.items()), tuple(dtypes.values()), traced)
+        leaves = (xp.__name__, tuple(shapes.items()), tuple(dtypes.values()))
+        key = (*leaves, traced)
         if key not in self._plans:
             rules = rules_by_leaf(self.base, shapes)
             plan = make_plan(
@@ -275,6 +276,8 @@ class MetaOptimize:
             )
             inputs.check_blocks("bounds", self.bounds, plan.blocks.families)
             self._plans[key] = plan
+            # also as the plan of its own states, which `step` looks for, maybe while it is compiled
+            self._plans[*leaves, frozenset(plan.state["trace"])] = plan
         return self._plans[key]
 
     def _following(self, rules: Leaves[Rule]) -> Following:
