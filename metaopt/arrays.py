@@ -24,6 +24,7 @@ __all__ = [
     "device",
     "filled",
     "home",
+    "is_narrow",
     "is_number",
     "is_real_floating",
     "is_sparse",
@@ -111,6 +112,11 @@ def compute_dtype(dtype: Any, xp: Namespace) -> Any:
     """Return float64 for a floating `dtype` as wide, in whatever byte order; else float32."""
     wide = is_real_floating(dtype, xp) and xp.finfo(dtype).bits > 32
     return xp.float64 if wide else xp.float32
+
+
+def is_narrow(dtype: Any, xp: Namespace) -> bool:
+    """Say whether a floating `dtype` is narrower than float32, in which steps are computed."""
+    return is_real_floating(dtype, xp) and xp.finfo(dtype).bits < 32
 
 
 def lacking(xp: Namespace) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from metaopt.arrays import Leaves, Namespace, Shape, compute_dtype, per_leaf
+from metaopt.arrays import Leaves, Namespace, Shape, compute_dtype, is_narrow, per_leaf
 from metaopt.blocks import Blocks, Partition, first_match
 from metaopt.curvature import Curvature
 from metaopt.rules.rule import Rule, feeding_slots, follows_weights, slot_shapes
@@ -146,9 +146,7 @@ def make_plan(
         averaged=frozenset(
             name
             for name, dtype in dtypes.items()
-            if follow.average
-            and xp.finfo(dtype).bits == xp.finfo(compute[name]).bits
-            and name not in traced
+            if follow.average and name not in traced and not is_narrow(dtype, xp)
         ),
         state={},
     )
