@@ -47,6 +47,7 @@ class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
 
         `params` are the parameters as they are now.
         """
+        params = unboxed(params)
         named = self.named(params)
         return self.opt.diagnostics(self.core_state(state, params), named) if named else {}
 
@@ -55,6 +56,7 @@ class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
 
         Of `params` only names, shapes and dtypes are looked at.
         """
+        params = unboxed(params)
         structure = Structure.of(params)
         plan = self.opt.plan(_arrays(structure, params, "params"))
         return to_core(_own(state), self.opt, structure, plan.averaged)
