@@ -581,6 +581,10 @@ class MetaOptimize:
             plan,
             state,
             z,
+            # devices may differ in which parts of a block's leaves have gradients
+            present=parts.blocks_present(plan, present, state.step)
+            if reduce is None or plan.blocks.partition.per_leaf
+            else None,
             beta_trace=beta_trace,
             held_trace=held_trace,
             z_trace=z_trace,
@@ -696,7 +700,7 @@ class MetaOptimize:
             **more,
         )
 
-    def meta_step(self, plan: Plan, state: State, z: Any) -> State:
+    def meta_step(self, plan: Plan, state: State, z: Any, names: Iterable[str]) -> State:
         """Return `state` after the meta update of a step without curvature.
 
         For adapters that step the leaves themselves, by `metaopt.passes.one_pass`: all but the
@@ -708,8 +712,11 @@ class MetaOptimize:
         state : State
         z : blocks
             Meta-gradient: the sums of the leaves' products.
+        names : iterable of str
+            The leaves that have a gradient.
         """
-        meta = self._meta(plan, state, z, beta_trace={}, held_trace={})
+        present = parts.blocks_present(plan, names, state.step)
+        meta = self._meta(plan, state, z, present=present, beta_trace={}, held_trace={})
         changed = {"step": state.step + 1, **meta._asdict()}
         return replace(state, **{name: map_leaves(solid, part) for name, part in changed.items()})
 
