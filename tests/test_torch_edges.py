@@ -15,6 +15,7 @@ from metaopt_torch import MetaOptimizer, runs  # noqa: E402
 from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
 
 import metaopt as mo  # noqa: E402
+from tests.torch_states import assert_same  # noqa: E402
 
 OPTIONS: dict[str, Any] = {
     "base": mo.AdamW(weight_decay=0.1),
@@ -324,21 +325,6 @@ def trained(steps: int = 3, **options: Any) -> tuple[Any, MetaOptimizer]:
 
 def frozen(opt: MetaOptimizer) -> Any:
     return copy.deepcopy(opt.state_dict())
-
-
-def assert_same(got: Any, want: Any) -> None:
-    assert type(got) is type(want)
-    if isinstance(got, dict):
-        assert got.keys() == want.keys()
-        for key, value in got.items():
-            assert_same(value, want[key])
-    elif isinstance(got, list):
-        for a, b in zip(got, want, strict=True):
-            assert_same(a, b)
-    elif isinstance(got, torch.Tensor):
-        assert torch.equal(got, want)
-    else:
-        assert got == want
 
 
 def remapped(state: Any) -> Any:

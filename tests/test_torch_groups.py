@@ -15,6 +15,7 @@ from metaopt_conformance.tolerances import relative_error  # noqa: E402
 from metaopt_torch import MetaOptimizer, optimizer, runs  # noqa: E402
 
 import metaopt as mo  # noqa: E402
+from tests.torch_states import assert_same  # noqa: E402
 
 OPTIONS: dict[str, Any] = {
     "base": mo.AdamW(weight_decay=0.1),
@@ -818,18 +819,3 @@ def frozen(opt: Any, *, look: bool = True) -> Any:
     entries = [dict(entry) for entry in opt.state.values()]
     groups = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
     return copy.deepcopy({"state": entries, "groups": groups})
-
-
-def assert_same(got: Any, want: Any) -> None:
-    assert type(got) is type(want)
-    if isinstance(got, dict):
-        assert got.keys() == want.keys()
-        for key, value in got.items():
-            assert_same(value, want[key])
-    elif isinstance(got, list):
-        for a, b in zip(got, want, strict=True):
-            assert_same(a, b)
-    elif isinstance(got, torch.Tensor):
-        assert torch.equal(got, want)
-    else:
-        assert got == want
