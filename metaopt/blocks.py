@@ -105,7 +105,6 @@ class Partition(ABC):
             family_of,
             views,
             start,
-            all(family.size == 1 for family in families.values()),
         )
 
 
@@ -136,8 +135,6 @@ class Blocks:
         Shape in which the leaf's blocks lie along it, see `Partition.assign`.
     size : int
         Number m of all blocks.
-    one_each : bool
-        Whether every family has one block.
     """
 
     partition: Partition
@@ -145,7 +142,6 @@ class Blocks:
     family_of: Leaves[str]
     views: Leaves[Shape]
     size: int
-    one_each: bool
 
     def expand(self, values: Any) -> Leaves[Any]:
         """Return for each leaf its blocks' values, in a shape broadcastable to the leaf."""
@@ -258,36 +254,12 @@ class Blocks:
             ]
         )
 
-    def spread(self, values: Array) -> Any:
-        """Return values per block from a vector with one entry per family."""
-        if self.partition.per_leaf:
-            return OrderedDict((name, values[index]) for index, name in enumerate(self.views))
-        if self.one_each:
-            return values
-        xp = namespace(values)
-        return xp.concat(
-            [
-                xp.broadcast_to(values[index : index + 1], (family.size,))
-                for index, family in enumerate(self.families.values())
-            ]
-        )
-
     def total(self, flags: Any) -> Array:
-        """Return how many of each family's blocks are flagged, an int32 vector by family."""
-        if self.partition.per_leaf:
-            xp = namespace(next(iter(flags.values())))
-            return xp.stack([_count(xp, flags[name]) for name in self.views])
-        xp = namespace(flags)
-        if self.one_each:
-            return xp.astype(flags, xp.int32)
-        return xp.stack([_count(xp, self._segment(flags, f)) for f in self.families.values()])
-
-    def some(self, flags: Any) -> Any:
-        """Return whether any of each family's blocks is flagged, a boolean vector by family."""
-        if not self.partition.per_leaf and self.one_each:
-            return flags
-        counts: Any = self.total(flags)
-        return counts > 0
+        """Return how many blocks are flagged, an int32 vector: of each, at weight level by leaf."""
+        if not self.partition.per_leaf:
+            return namespace(flags).astype(flags, namespace(flags).int32)
+        xp = namespace(next(iter(flags.values())))
+        return xp.stack([_count(xp, flags[name]) for name in self.views])
 
     def split(self, values: Any) -> Any:
         """Return values per block from a vector (size,) or a matrix (columns, size)."""

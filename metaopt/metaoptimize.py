@@ -1,6 +1,5 @@
 """MetaOptimize: a base update, and a meta update that tunes its step sizes."""
 
-import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -27,9 +26,19 @@ from metaopt.arrays import (
 )
 from metaopt.blocks import Blocks, Partition, partition
 from metaopt.curvature import Curvature, Diagonal, curvature
-from metaopt.passes import Leaf, MetaStep, has_average, leaf_pass, meta_pass, usable
+from metaopt.passes import (
+    COLLAPSE,
+    PEAK,
+    Leaf,
+    MetaStep,
+    carried,
+    has_average,
+    leaf_pass,
+    meta_pass,
+    pinned,
+)
 from metaopt.plan import Following, Plan, following, make_plan, rules_by_leaf
-from metaopt.rules.rule import Rule
+from metaopt.rules.rule import Rule, in_meta_role
 from metaopt.rules.sgd import SGD
 from metaopt.state import State
 from metaopt.step_sizes import StepSizeMap, step_size_map
@@ -163,6 +172,7 @@ class MetaOptimize:
                     raise ValueError(msg)
         settled = {
             "base": dict(self.base) if isinstance(self.base, Mapping) else self.base,
+            "meta": in_meta_role(self.meta),
             "step_size": {key: _size(size) for key, size in sizes.items()}
             if isinstance(sizes, Mapping)
             else _size(sizes),
@@ -214,12 +224,23 @@ class MetaOptimize:
         return tuple(
             blocks.from_names(
                 {
-                    key: filled(like, (), _or(self._beta_bounds.get(key, (None, None))[end], none))
+                    key: filled(like, (), self._beta_bounds.get(key, self._sigma.beta_range)[end])
                     for key in blocks.families
                 }
             )
-            for end, none in ((0, -math.inf), (1, math.inf))
+            for end in (0, 1)
         )
+
+    def _pinned(self, blocks: Blocks, beta: Any) -> Any:
+        lo, hi = self.limits(blocks, beta)
+        if not isinstance(beta, Mapping):
+            return pinned(beta, lo, hi)
+        return {
+            name: pinned(
+                piece, *(end[name] if isinstance(end, Mapping) else end for end in (lo, hi))
+            )
+            for name, piece in beta.items()
+        }
 
     def slopes(self, beta: Any) -> tuple[Any, Any]:
         """Return the step sizes and their derivative at `beta`, values per block (section 8).
@@ -535,7 +556,7 @@ class MetaOptimize:
             if lost is None and reduce is not None:  # those of other devices count
                 lost = filled(state.step, (), 0, plan.beta_dtype)
         z, lost = parts.reduced(reduce, plan, z, lost)
-        finite = map_leaves(usable, z)
+        finite = map_leaves(carried, z, state.meta_count)
 
         hats: Mapping[str, parts.Hatted] = {}
         products: Mapping[str, Any] = {}
@@ -563,8 +584,6 @@ class MetaOptimize:
             plan,
             state,
             z,
-            finite,
-            awake,
             beta_trace=beta_trace,
             held_trace=held_trace,
             z_trace=z_trace,
@@ -657,7 +676,7 @@ class MetaOptimize:
             slot_traces=slot_traces,
             beta_trace=meta.beta_trace,
             third_trace=third_trace,
-            meta_grad=z,
+            meta_grad=meta.meta_grad,
             restarts=meta.restarts,
             skipped=state.skipped,
         )
@@ -665,25 +684,22 @@ class MetaOptimize:
             lost = lost + lost_products
         return deltas, new_state, None if lost is None else lost == 0.0
 
-    def _meta(
-        self, plan: Plan, state: State, z: Any, finite: Any, awake: Leaves[Any], **more: Any
-    ) -> MetaStep:
+    def _meta(self, plan: Plan, state: State, z: Any, **more: Any) -> MetaStep:
         return meta_pass(
             self.meta,
             plan.blocks,
+            self._sigma,
             z,
-            finite,
             state.beta,
             state.meta_slots,
             state.meta_count,
             state.restarts,
             meta_lr=parts.in_dtype(self.meta_lr, plan.beta_dtype),
-            awake=parts.awake_families(plan, awake, state.step),
             bounds=self.limits(plan.blocks, state.beta),
             **more,
         )
 
-    def meta_step(self, plan: Plan, state: State, z: Any, awake: Leaves[Any]) -> State:
+    def meta_step(self, plan: Plan, state: State, z: Any) -> State:
         """Return `state` after the meta update of a step without curvature.
 
         For adapters that step the leaves themselves, by `metaopt.passes.one_pass`: all but the
@@ -695,12 +711,9 @@ class MetaOptimize:
         state : State
         z : blocks
             Meta-gradient: the sums of the leaves' products.
-        awake : mapping of leaf to bool or boolean array
-            As `metaopt.step.awake_leaves` returns it.
         """
-        finite = map_leaves(usable, z)
-        meta = self._meta(plan, state, z, finite, awake, beta_trace={}, held_trace={})
-        changed = {"step": state.step + 1, "meta_grad": z, **meta._asdict()}
+        meta = self._meta(plan, state, z, beta_trace={}, held_trace={})
+        changed = {"step": state.step + 1, **meta._asdict()}
         return replace(state, **{name: map_leaves(solid, part) for name, part in changed.items()})
 
     @property
@@ -741,7 +754,9 @@ class MetaOptimize:
         -------
         dict
             "beta", "meta_grad" and "trace_norm" (root of the sum of squares of a block's trace),
-            each a mapping like `step_sizes`; "restarts", meta-gradients that were not finite, by
+            each a mapping like `step_sizes`; so are, of booleans, "pinned", where a step size is at
+            a bound, "collapsed", where it is below a tenth of the largest since the trace started,
+            and "asleep", where the last meta-gradient was exactly 0; "restarts" of the trace, by
             block (at weight level by leaf); "skipped", the steps left out.
 
         Raises
@@ -766,6 +781,11 @@ class MetaOptimize:
             }
         total, _ = parts.reduced(reduce, plan, plan.layout.gather(squares), None)
         norms = map_leaves(xp.sqrt, total)
+        zeros = map_leaves(xp.zeros_like, state.meta_grad)
+        sizes = map_leaves(self._sigma.value, state.beta)
+        collapsed = map_leaves(
+            lambda size, peak: size < COLLAPSE**0.5 * peak, sizes, state.meta_slots[PEAK]
+        )
         restarts = (
             {name: state.restarts[index] for index, name in enumerate(blocks.views)}
             if blocks.partition.per_leaf
@@ -775,6 +795,9 @@ class MetaOptimize:
             "beta": _solid(blocks.by_name(state.beta)),
             "meta_grad": _solid(blocks.by_name(state.meta_grad)),
             "trace_norm": _solid(blocks.by_name(norms)),
+            "pinned": _solid(blocks.by_name(self._pinned(blocks, state.beta))),
+            "collapsed": _solid(blocks.by_name(collapsed)),
+            "asleep": _solid(blocks.by_name(map_leaves(operator.eq, state.meta_grad, zeros))),
             "restarts": _solid(restarts),
             "skipped": state.skipped,
         }
@@ -835,14 +858,14 @@ def _solid(arrays: Mapping[str, Any]) -> dict[str, Any]:
 def _bounds_of_beta(
     sigma: StepSizeMap, bounds: tuple[float, float] | None
 ) -> tuple[float | None, float | None]:
-    """Return bounds on beta, None where a bound is no closer than the map's own range."""
-    if bounds is None:
-        return (None, None)
+    """Return the closer of the bounds and the map's own on beta."""
     lo, hi = (
-        None if bound == end else _float(sigma.inverse(np.asarray(bound, dtype=np.float64)))
-        for bound, end in zip(bounds, sigma.range, strict=True)
+        own if bound == end else _float(sigma.inverse(np.asarray(bound, dtype=np.float64)))
+        for bound, end, own in zip(
+            sigma.range if bounds is None else bounds, sigma.range, sigma.beta_range, strict=True
+        )
     )
-    return lo, hi
+    return max(lo, sigma.beta_range[0]), min(hi, sigma.beta_range[1])
 
 
 def _float(value: Any) -> float:
@@ -854,7 +877,3 @@ def _floats(bounds: Any) -> Any:
     if isinstance(bounds, Mapping):
         return {key: _floats(pair) for key, pair in bounds.items()}
     return None if bounds is None else tuple(map(float, bounds))
-
-
-def _or(value: float | None, otherwise: float) -> float:
-    return otherwise if value is None else value

@@ -16,7 +16,9 @@ SMALLEST = 2.0**-126
 __all__ = [
     "abs",
     "divide",
+    "exact_sum",
     "exp",
+    "hypot",
     "log",
     "maximum",
     "minimum",
@@ -44,6 +46,36 @@ def sqrt(x: ArrayT) -> ArrayT:
         bend = lambda first: -inverse * outer(first, first)  # noqa: E731
         return _as(x, chained(x, root, 0.5 * inverse, bend))
     return namespace(x).sqrt(x)
+
+
+def exact_sum(x: Any, y: Any) -> tuple[Any, Any]:
+    """Return the sum as it is rounded, and what rounding took from it: Knuth's two-sum.
+
+    Parameters
+    ----------
+    x, y : arrays
+    """
+    rounded = x + y
+    part = rounded - x
+    return rounded, (x - (rounded - part)) + (y - part)
+
+
+def hypot(x: ArrayT, y: ArrayT) -> ArrayT:
+    """Return the root of x*x + y*y, also where these squares leave the range of the dtype.
+
+    Parameters
+    ----------
+    x, y : arrays or jets
+    """
+    one, other = lift(x).value, lift(y).value
+    xp = namespace(one)
+    size = xp.maximum(xp.abs(one), xp.abs(other))
+    # it cancels out, and with it the derivative that it is not given
+    size = xp.where(size < SMALLEST, xp.ones_like(size), size)
+    if isinstance(x, Jet) or isinstance(y, Jet):
+        size = Jet(size)
+    part, rest = x / size, y / size
+    return size * sqrt(part * part + rest * rest)
 
 
 def sign(x: ArrayT) -> ArrayT:

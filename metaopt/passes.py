@@ -12,24 +12,38 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from metaopt.arrays import Array, cast, map_leaves, namespace
+from metaopt.arrays import Array, cast, namespace
 from metaopt.blocks import Blocks
 from metaopt.jets import Jet
+from metaopt.numerics import exact_sum
 from metaopt.rules.move import averaged, chosen, hat, move, move_second
 from metaopt.rules.rule import Rule, direction_of
+from metaopt.step_sizes import StepSizeMap
 
 __all__ = [
+    "COMPENSATION",
+    "PEAK",
     "Leaf",
     "LeafStep",
     "MetaStep",
+    "carried",
     "fused_pass",
     "has_average",
     "leaf_pass",
     "leaf_product",
     "meta_pass",
     "one_pass",
+    "pinned",
     "usable",
 ]
+
+#: What rounding has taken from beta: without it a meta update below half the distance to the next
+#: number would never move it.
+COMPENSATION = "compensation"
+#: The largest step size since the trace started.
+PEAK = "peak"
+#: A step size below this share of its peak has collapsed (section 11).
+COLLAPSE = 1e-2
 
 
 class Leaf(NamedTuple):
@@ -90,13 +104,14 @@ class MetaStep(NamedTuple):
 
     Parameters
     ----------
-    beta, meta_slots, meta_count, restarts, beta_trace
+    beta, meta_slots, meta_count, meta_grad, restarts, beta_trace
         As in `State`.
     """
 
     beta: Any
     meta_slots: Any
     meta_count: Any
+    meta_grad: Any
     restarts: Any
     beta_trace: Any
 
@@ -122,6 +137,17 @@ def usable(z: Any) -> Any:
     """
     xp = namespace(z)
     return xp.abs(z) < (2.0**511 if z.dtype == xp.float64 else 2.0**63)
+
+
+def carried(z: Any, meta_count: Any) -> Any:
+    """Say whose traces go on: the others start anew in this step (section 11).
+
+    Parameters
+    ----------
+    z : array, values per block
+    meta_count : array like `z`
+    """
+    return usable(z) & (meta_count > 0)
 
 
 def fused_pass(
@@ -339,16 +365,15 @@ def leaf_pass(
 def meta_pass(
     rule: Rule,
     blocks: Blocks,
+    sigma: StepSizeMap,
     z: Any,
-    finite: Any,
     beta: Any,
     meta_slots: Mapping[str, Any],
-    meta_count: Array,
+    meta_count: Any,
     restarts: Array,
     *,
     meta_lr: Any,
-    awake: Any = None,
-    bounds: tuple[Any, Any] = (None, None),
+    bounds: tuple[Any, Any],
     beta_trace: Mapping[str, Any],
     held_trace: Mapping[str, Any],
     z_trace: Any = None,
@@ -364,16 +389,13 @@ def meta_pass(
     rule : Rule
         The meta update.
     blocks : Blocks
+    sigma : StepSizeMap
     z : blocks
         Meta-gradient, 0 for blocks that rest.
-    finite : blocks, bool
-        Where `z` can be used; the traces of the other blocks have restarted.
     beta, meta_slots, meta_count, restarts
         As in `State`.
     meta_lr : float, or array of shape () in the dtype of beta
-    awake : boolean array, one entry per family, optional
-        False for families whose leaves all rest: they stay as they are.
-    bounds : pair of float, blocks or None
+    bounds : pair of float or blocks
         Bounds on beta, not on the step sizes.
     beta_trace : mapping
         Y as in `State`, discounted and restarted; empty where Y stays E.
@@ -382,33 +404,17 @@ def meta_pass(
     z_trace : blocks, with a leading axis of columns where dense, optional
         Terms A and B of section 3.
     reduce, copies : optional
-        As `MetaOptimize.step` takes them. At weight level a device has a part of each family's
-        blocks, and what is counted by family is added up.
+        As `MetaOptimize.step` takes them. At weight level a device has a part of each leaf's
+        blocks, and what is counted by leaf is added up.
     """
-    moves = finite
-    if awake is not None:
-        moves = map_leaves(lambda finite, awake: finite & awake, finite, blocks.spread(awake))
-    xp = namespace(meta_count)
-    counts = blocks.spread(meta_count + 1)
-    lost: Any = map_leaves(xp.logical_not, finite)
-    moved = blocks.some(moves)
-    if isinstance(lost, Mapping):
-        lost = blocks.total(lost)
-        if reduce is not None:
-            moved, lost = reduce([blocks.total(moves), lost])
-            moved = moved > 0
-            if copies:
-                lost = xp.stack(
-                    [lost[i] // copies.get(name, 1) for i, name in enumerate(blocks.views)]
-                )
-    steps = {
+    pieces = {
         key: _meta_piece(
             rule,
+            sigma,
             pick(z),
-            pick(moves),
             pick(beta),
             {slot: pick(values) for slot, values in meta_slots.items()},
-            cast(pick(counts), pick(beta).dtype),
+            pick(meta_count),
             meta_lr,
             tuple(pick(bound) if isinstance(bound, Mapping) else bound for bound in bounds),
             {slot: pick(values) for slot, values in beta_trace.items()},
@@ -420,21 +426,28 @@ def meta_pass(
 
     def blocks_of(take: Callable[[_Piece], Any]) -> Any:
         return (
-            OrderedDict((key, take(step)) for key, step in steps.items())
+            OrderedDict((key, take(piece)) for key, piece in pieces.items())
             if isinstance(beta, Mapping)
-            else take(steps[None])
+            else take(pieces[None])
         )
 
+    lost = blocks.total(blocks_of(lambda piece: piece.restarts))
+    if isinstance(beta, Mapping) and reduce is not None:
+        (lost,) = reduce([lost])
+        if copies:
+            xp = namespace(lost)
+            lost = xp.stack([lost[i] // copies.get(name, 1) for i, name in enumerate(blocks.views)])
     return MetaStep(
-        blocks_of(lambda step: step.beta),
+        blocks_of(lambda piece: piece.beta),
         OrderedDict(
-            (slot, blocks_of(lambda step, slot=slot: step.slots[slot]))  # type: ignore[misc]
+            (slot, blocks_of(lambda piece, slot=slot: piece.slots[slot]))  # type: ignore[misc]
             for slot in meta_slots
         ),
-        meta_count + cast(moved, meta_count.dtype),
+        blocks_of(lambda piece: piece.count),
+        blocks_of(lambda piece: piece.meta_grad),
         restarts + cast(lost, restarts.dtype),
         OrderedDict(
-            (slot, blocks_of(lambda step, slot=slot: step.traces[slot]))  # type: ignore[misc]
+            (slot, blocks_of(lambda piece, slot=slot: piece.traces[slot]))  # type: ignore[misc]
             for slot in beta_trace
         ),
     )
@@ -443,13 +456,16 @@ def meta_pass(
 class _Piece(NamedTuple):
     beta: Any
     slots: dict[str, Any]
+    count: Any
+    meta_grad: Any
+    restarts: Any
     traces: dict[str, Any]
 
 
 def _meta_piece(
     rule: Rule,
+    sigma: StepSizeMap,
     z: Array,
-    moves: Array,
     beta: Array,
     slots: dict[str, Any],
     count: Array,
@@ -461,11 +477,17 @@ def _meta_piece(
 ) -> _Piece:
     """Return the meta update of one array of blocks; what does not move stays as it was."""
     xp = namespace(beta)
-    z = xp.where(moves, z, 0.0)
+    starts = count == 0
+    meta_grad = xp.where(starts, 0.0, z)
+    finite = usable(meta_grad)
+    moves = finite & (meta_grad != 0.0)
+    z = xp.where(moves, meta_grad, 0.0)
+    steps = cast(count + 1, beta.dtype)
+    given = {slot: slots[slot] for slot in rule.slots}
     if traces:
-        jets = {slot: Jet(value, traces.get(slot)) for slot, value in slots.items()}
-        direction, jets = direction_of(rule, Jet(z, z_trace), jets, Jet(count))
-        new_slots = {slot: jets[slot].value for slot in slots}
+        jets = {slot: Jet(value, traces.get(slot)) for slot, value in given.items()}
+        direction, jets = direction_of(rule, Jet(z, z_trace), jets, Jet(steps))
+        new = {slot: jets[slot].value for slot in given}
         moved = move(
             beta,
             direction.value,
@@ -476,18 +498,47 @@ def _meta_piece(
         )
         new_traces = {slot: moved.trace if slot == "beta" else jets[slot].first for slot in traces}
     else:
-        unit, new_slots = direction_of(rule, z, slots, count)
+        unit, new = direction_of(rule, z, given, steps)
         moved = move(beta, unit, meta_lr, rule.weight_decay)
         new_traces = {}
-    lo, hi = bounds
-    new_beta = beta - moved.delta
-    if lo is not None or hi is not None:
-        new_beta = xp.clip(new_beta, min=lo, max=hi)
+    exact, lost = exact_sum(beta, slots[COMPENSATION] - moved.delta)
+    new_beta = xp.clip(exact, min=bounds[0], max=bounds[1])
+    meets = pinned(new_beta, *bounds) & xp.logical_not(pinned(beta, *bounds))
+    size = sigma.value(new_beta)
+    peak = xp.maximum(slots[PEAK], size)
+    # the trace is of moves far longer than those of now, or the step size has met a bound
+    collapsed = (size > 0.0) & (size < COLLAPSE * peak)
+    restart = moves & (meets | collapsed)
+    new |= {COMPENSATION: xp.where(new_beta == exact, lost, 0.0), PEAK: peak}
+    new = {slot: xp.where(moves, new[slot], slots[slot]) for slot in slots}
+    new_traces = {slot: xp.where(moves, new_traces[slot], held[slot]) for slot in traces}
+    lasting = (COMPENSATION, *getattr(rule, "lasting", ()))
     return _Piece(
         xp.where(moves, new_beta, beta),
-        {slot: xp.where(moves, new_slots[slot], slots[slot]) for slot in slots},
-        {slot: xp.where(moves, new_traces[slot], held[slot]) for slot in traces},
+        {slot: new[slot] if slot in lasting else xp.where(restart, 0.0, new[slot]) for slot in new},
+        xp.where(restart, xp.zeros_like(count), count + cast(moves | starts, count.dtype)),
+        meta_grad,
+        restart | xp.logical_not(finite),
+        {
+            slot: new_traces[slot]
+            if slot in ("beta", *lasting)
+            else xp.where(restart, 0.0, new_traces[slot])
+            for slot in traces
+        },
     )
+
+
+def pinned(beta: Any, lo: Any, hi: Any) -> Any:
+    """Say where beta is at a bound, but for rounding: also that of a step away and back.
+
+    Parameters
+    ----------
+    beta : array, values per block
+    lo, hi : arrays like it, or floats
+    """
+    xp = namespace(beta)
+    at_lo, at_hi = (xp.abs(beta - bound) <= 1e-5 * xp.abs(beta) for bound in (lo, hi))
+    return at_lo | at_hi
 
 
 def _pieces(beta: Any) -> list[tuple[str | None, Callable[[Any], Any]]]:

@@ -7,6 +7,7 @@ from typing import Any
 from metaopt.arrays import Leaves, Namespace, Shape, compute_dtype, is_narrow, per_leaf
 from metaopt.blocks import Blocks, Partition, first_match
 from metaopt.curvature import Curvature
+from metaopt.passes import COMPENSATION, PEAK
 from metaopt.rules.rule import Rule, feeding_slots, follows_weights, slot_shapes
 from metaopt.traces import Layout, choose_layout
 
@@ -158,12 +159,10 @@ def _state(plan: Plan, meta: Rule, integer: Any) -> dict[str, Any]:
     layout, shapes, dtypes = plan.layout, plan.shapes, plan.dtypes
     blocks, families = layout.blocks, len(layout.blocks.families)
 
-    def per_block(columns: Shape = ()) -> Any:
+    def per_block(columns: Shape = (), dtype: Any = plan.beta_dtype) -> Any:
         if blocks.partition.per_leaf:
-            return per_leaf(
-                (name, Spec(columns + shape, plan.beta_dtype)) for name, shape in shapes.items()
-            )
-        return Spec((*columns, blocks.size), plan.beta_dtype)
+            return per_leaf((name, Spec(columns + shape, dtype)) for name, shape in shapes.items())
+        return Spec((*columns, blocks.size), dtype)
 
     def traces(slots: tuple[str, ...], name: str) -> Any:
         return per_leaf((slot, Spec(layout.shape(shapes[name]), dtypes[name])) for slot in slots)
@@ -171,9 +170,9 @@ def _state(plan: Plan, meta: Rule, integer: Any) -> dict[str, Any]:
     return {
         "step": Spec((), integer),
         "count": per_leaf((name, Spec((), integer)) for name in shapes),
-        "meta_count": Spec((families,), integer),
+        "meta_count": per_block(dtype=integer),
         "beta": per_block(),
-        "meta_slots": per_leaf((slot, per_block()) for slot in meta.slots),
+        "meta_slots": per_leaf((slot, per_block()) for slot in (*meta.slots, COMPENSATION, PEAK)),
         "slots": per_leaf(
             (
                 name,

@@ -24,12 +24,13 @@ class State:
         Calls of `step` so far, skipped ones left out.
     count : mapping of leaf to array, shape (), int32
         Steps in which the leaf had a gradient.
-    meta_count : array, int32
-        Meta updates made: an entry per block; at node and weight level an entry per leaf.
+    meta_count : blocks, int32
+        Meta updates made since the trace started; 0 where it starts in the next step.
     beta : blocks
         Meta-parameters; the step sizes are sigma(beta).
     meta_slots : mapping of slot to blocks
-        Moments of the meta update, and how near the end of its fast start is.
+        Moments of the meta update, and how near the end of its fast start is; "compensation", what
+        rounding took from beta; "peak", the largest step size since the trace started.
     slots : mapping of leaf to mapping of slot to array of the leaf's shape
         Moments of the base update.
     trace : mapping of leaf to array
@@ -50,7 +51,8 @@ class State:
     meta_grad : blocks
         The last meta-gradient z, as it was.
     restarts : array, int32
-        Meta-gradients that were not finite: an entry per block, at weight level per leaf.
+        How often the trace started anew, after a meta-gradient that was not finite, a collapse of
+        the step size or a bound that it met: an entry per block, at weight level per leaf.
     skipped : array, shape (), int32
         Steps left out by `skip_nonfinite`.
     """

@@ -14,7 +14,7 @@ from metaopt.rules.move import hat
 from metaopt.state import State
 from metaopt.step_sizes import StepSizeMap
 
-__all__ = ["Reduce", "awake_families", "awake_leaves"]
+__all__ = ["Reduce", "awake_leaves"]
 
 #: From sums over the parts of the leaves that a device holds to those over all devices.
 Reduce: TypeAlias = Callable[[list[Any]], Sequence[Any]]
@@ -23,26 +23,6 @@ Reduce: TypeAlias = Callable[[list[Any]], Sequence[Any]]
 def awake_leaves(grads: Mapping[str, Any], lrs: Leaves[Any]) -> Leaves[Any]:
     """Say for each leaf whether it moves: True or False where known, else a boolean array."""
     return per_leaf((name, grads[name] is not None and lr != 0.0) for name, lr in lrs.items())
-
-
-def awake_families(plan: Plan, awake: Leaves[Any], like: Any) -> Any:
-    """Return a boolean per family, False where all its leaves rest; None where all are awake."""
-    xp = namespace(like)
-    flags: dict[str, Any] = dict.fromkeys(plan.blocks.families, False)
-    for name, moves in awake.items():
-        key = plan.blocks.family_of[name]
-        if moves is True or flags[key] is False:
-            flags[key] = moves
-        elif moves is not False and flags[key] is not True:
-            flags[key] = xp.logical_or(flags[key], moves)
-    if all(flag is True for flag in flags.values()):
-        return None
-    return xp.stack(
-        [
-            filled(like, (), flag, xp.bool) if isinstance(flag, bool) else flag
-            for flag in flags.values()
-        ]
-    )
 
 
 def traces(

@@ -7,11 +7,15 @@ derivatives and its inverse, elementwise on arrays of any floating dtype.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from metaopt.arrays import Array, is_number, namespace
 
 __all__ = ["Exp", "Identity", "Sigmoid", "Softplus", "StepSizeMap"]
+
+#: The least step size, and the inverse of the largest: its products with float32 gradients down to
+#: 1e-19 are normal numbers, and so are its square and the largest's.
+LEAST = 2.0**-63
 
 
 class StepSizeMap(ABC):
@@ -19,6 +23,9 @@ class StepSizeMap(ABC):
 
     #: The step sizes that the map can reach, an open interval.
     range: tuple[float, float]
+    #: Where beta is kept: inside, step sizes and their float32 products are normal numbers, and
+    #: beta is never further from where it matters than it can come back.
+    beta_range: tuple[float, float] = (-math.inf, math.inf)
 
     @abstractmethod
     def value(self, beta: Array) -> Array:
@@ -42,6 +49,7 @@ class Exp(StepSizeMap):
     """The exponential: positive step sizes that change by factors. The default."""
 
     range = (0.0, math.inf)
+    beta_range = (math.log(LEAST), -math.log(LEAST))
 
     def value(self, beta: Array) -> Array:  # noqa: D102
         return namespace(beta).exp(beta)
@@ -61,6 +69,7 @@ class Identity(StepSizeMap):
     """The step size itself: it changes by differences and may turn negative."""
 
     range = (-math.inf, math.inf)
+    beta_range = (-1.0 / LEAST, 1.0 / LEAST)
 
     def value(self, beta: Array) -> Array:  # noqa: D102
         return beta
@@ -80,6 +89,7 @@ class Softplus(StepSizeMap):
     """log(1 + exp(beta)): positive; factors while small, differences once large."""
 
     range = (0.0, math.inf)
+    beta_range = (math.log(LEAST), 1.0 / LEAST)
 
     def value(self, beta: Array) -> Array:  # noqa: D102
         xp = namespace(beta)
@@ -119,6 +129,9 @@ class Sigmoid(StepSizeMap):
 
     lo: float
     hi: float
+
+    #: Beyond, a float32 cannot tell the step size from a bound.
+    beta_range: ClassVar[tuple[float, float]] = (-16.0, 16.0)
 
     def __post_init__(self) -> None:
         for name in ("lo", "hi"):

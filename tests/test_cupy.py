@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from metaopt_conformance import tolerances
-from metaopt_conformance.translate import contents
+from metaopt_conformance.translate import contents, values_of
 from metaopt_cupy import MetaOptimizer, cpu, memory
 from metaopt_cupy.memory import address
 from metaopt_cupy.sharing import shared
@@ -127,8 +127,9 @@ def assert_close(got: Any, want: Any, dtype: str, steps: int = STEPS) -> None:
         assert error <= max(allowed, own)
 
     map_leaves(compare, got[0], want[0])
-    for name, value in vars(want[1]).items():
-        map_leaves(compare, getattr(got[1], name), value)
+    found = values_of(got[1])
+    for name, value in values_of(want[1]).items():
+        map_leaves(compare, found[name], value)
 
 
 def configured(**options: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from metaopt_conformance import tolerances
 from metaopt_conformance.backends import UnavailableError, find
 from metaopt_conformance.cases import Case
 from metaopt_conformance.suite import run
-from metaopt_conformance.translate import contents
+from metaopt_conformance.translate import contents, values_of
 from metaopt_cupy import MetaOptimizer, gpu
 from metaopt_cupy.pool import Pool
 from metaopt_cupy.programs import Spec, trace
@@ -225,8 +225,9 @@ def compare(opt: mo.MetaOptimize, dtype: str, *, engine: Any = HOST, grad: Any =
         assert tolerances.relative_error(got, want) <= allowed
 
     map_leaves(close, ours.params(), params)
-    for name, value in vars(state).items():
-        map_leaves(close, getattr(ours.state(), name), value)
+    found = values_of(ours.state())
+    for name, value in values_of(state).items():
+        map_leaves(close, found[name], value)
 
 
 @needs_compiler

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from metaopt_conformance.translate import values_of
 
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
@@ -64,7 +65,7 @@ def equals_the_core(tx: Any, params: Any, state: Any) -> None:
             hessian_diagonal=curved,
         )
     close(by_name(params), leaves, STEPS)
-    close(vars(tx.core_state(state, params)), vars(core), STEPS)
+    close(values_of(tx.core_state(state, params)), values_of(core), STEPS)
     close(tx.step_sizes(state), tx.opt.step_sizes(core), STEPS)
     close(tx.diagnostics(state, params), tx.opt.diagnostics(core, leaves), STEPS)
     sizes = [size for size in tx.opt.step_sizes(core).values() if size.size]
@@ -146,7 +147,7 @@ def test_lr_multiplies_the_learned_step_sizes(lr: str) -> None:
         leaves, core = opt.step(leaves, grads, core, lr=expected(t))
         params, state = step(params, state)
     close(by_name(params), leaves, STEPS)
-    close(vars(tx.core_state(state, params)), vars(core), STEPS)
+    close(values_of(tx.core_state(state, params)), values_of(core), STEPS)
 
 
 # --- what transformations of functions ask for

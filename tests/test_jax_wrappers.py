@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from metaopt_conformance.translate import values_of
 
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
@@ -152,7 +153,7 @@ def test_what_is_not_finite_is_skipped_whole() -> None:
     broken = grads | {"scale": jnp.asarray(jnp.nan)}
     updates, state = update(broken, state, params)
     assert all(float(jnp.abs(u).sum()) == 0.0 for u in jax.tree.leaves(updates))
-    close(vars(tx.core_state(state, params)), vars(before), 1)
+    close(values_of(tx.core_state(state, params)), values_of(before), 1)
     assert int(state.total_notfinite) == 1
 
 

@@ -479,7 +479,10 @@ def test_diagnostics_say_what_the_state_holds(backend: Any, level: str, curvatur
         previous, at = state, params
         params, state = opt.step(params, params, state, hvp=lambda t: t)
     told = opt.diagnostics(state, params)
-    assert list(told) == ["beta", "meta_grad", "trace_norm", "restarts", "skipped"]
+    assert list(told) == [
+        *("beta", "meta_grad", "trace_norm", "pinned", "collapsed", "asleep"),
+        *("restarts", "skipped"),
+    ]
     sizes = backend.to_numpy(opt.step_sizes(state))
     for part in ("beta", "meta_grad", "trace_norm"):
         assert list(told[part]) == list(sizes)
@@ -522,9 +525,10 @@ def test_diagnostics_say_what_the_state_holds(backend: Any, level: str, curvatur
     ):
         for key, value in backend.to_numpy(told[part]).items():
             assert relative_error(value, want[key]) < rounding("float64", 40)
-    restarts = backend.to_numpy(told["restarts"])
-    assert list(restarts) == list(sizes)
-    assert all(not np.any(value) for value in restarts.values())
+    for part in ("restarts", "pinned", "collapsed", "asleep"):
+        found = backend.to_numpy(told[part])
+        assert list(found) == list(sizes)
+        assert all(not np.any(value) for value in found.values())
     assert int(backend.to_numpy(told["skipped"])) == 0
 
 

@@ -146,10 +146,13 @@ def test_parts_of_leaves_on_two_devices_equal_the_whole(name: str, broken: bool)
     if name != "weight":
         assert contents(states[0].beta) == contents(states[1].beta)
         assert relative_error(states[0].beta, state.beta) < allowed
+    counts = [one.meta_count for one in states]
+    if name == "weight":
+        assert contents(joined(*counts)) == contents(state.meta_count)
+    else:
+        assert contents(counts[0]) == contents(counts[1]) == contents(state.meta_count)
     for one in states:
-        assert contents([one.meta_count, one.restarts]) == contents(
-            [state.meta_count, state.restarts]
-        )
+        assert contents(one.restarts) == contents(state.restarts)
     assert int(states[0].skipped) == int(states[1].skipped) == int(state.skipped) == int(broken)
     twice = opt.approximation != "l" or (opt.skip_nonfinite and opt.curvature == "exact")
     each = 2 if twice or (opt.skip_nonfinite and name == "weight") else 1

@@ -379,10 +379,14 @@ def test_algorithm_3(base: str, meta: str) -> None:
 # --- the paper's settings -----------------------------------------------------------------------
 
 PAPER_BASES: dict[str, Any] = {
-    "adamw": mo.AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1),
+    "adamw": mo.AdamW(betas=(0.9, 0.999), weight_decay=0.1),
     "lion": mo.Lion(betas=(0.9, 0.99), weight_decay=0.1),
-    "rmsprop": mo.RMSprop(beta2=0.999, eps=1e-8, weight_decay=0.1),
+    "rmsprop": mo.RMSprop(beta2=0.999, weight_decay=0.1),
     "sgdm": mo.SGD(momentum=0.9, weight_decay=0.1),
+}
+PAPER_METAS: dict[str, Any] = {
+    "adam": mo.AdamW(betas=(0.9, 0.999), eps=0.0),
+    "lion": mo.Lion(betas=(0.9, 0.99)),
 }
 PAPER = [
     ("cifar10", "adamw", "adam"),
@@ -403,14 +407,14 @@ PAPER = [
 def test_settings_of_the_paper(experiment: str, base: str, meta: str) -> None:
     opt = presets.paper(base, meta, experiment)
     assert opt.base == PAPER_BASES[base]
-    assert opt.meta == METAS[meta]
+    assert opt.meta == PAPER_METAS[meta]
     continual = experiment == "continual-cifar100"
     assert opt.step_size == (1e-4 if continual else 1e-6)
     assert opt.discount == (0.999 if continual else 1.0)
     assert opt.meta_lr == 1e-3
     assert opt == mo.MetaOptimize(
         base=PAPER_BASES[base],
-        meta=METAS[meta],
+        meta=PAPER_METAS[meta],
         step_size=opt.step_size,
         meta_lr=1e-3,
         discount=opt.discount,

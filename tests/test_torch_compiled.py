@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from metaopt_conformance.translate import values_of
 
 torch = pytest.importorskip("torch")
 
@@ -90,7 +91,7 @@ def test_compiled_and_eager_steps_agree(name: str, small: int, monkeypatch: Any)
     allowed = rounding("float32", operations=60, steps=6)
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert relative_error(a.detach().numpy(), b.detach().numpy()) < allowed
-    states = [vars(opt.core_state()) for opt in opts]
+    states = [values_of(opt.core_state()) for opt in opts]
     for field in ("beta", "slots", "trace", "average", "count", "meta_count", "skipped"):
         map_leaves(
             lambda a, b: _close(to_numpy(a), to_numpy(b), allowed),

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from metaopt_conformance.translate import values_of
 
 torch = pytest.importorskip("torch")
 
@@ -145,7 +146,7 @@ def adapter_run(opt: MetaOptimizer, params: Any, lrs: Any) -> None:
 
 
 def compared(got: Any, want: Any, allowed: float) -> None:
-    got, want = ({n: v for n, v in vars(state).items()} for state in (got, want))
+    got, want = (values_of(state) for state in (got, want))
     for name in want:
         map_leaves(
             lambda a, b, name=name: _close(to_numpy(a), to_numpy(b), allowed, name),

@@ -89,7 +89,12 @@ def in_order(steps: int) -> Any:
         yield part, torch.sin(part[:, :1]) + part[:, 1:2]
 
 
-LION: dict[str, Any] = {"base": mo.AdamW(), "meta": mo.Lion(), "step_size": 1e-3}
+ADVISED: dict[str, Any] = {
+    "base": mo.AdamW(),
+    "meta": mo.FastStart(mo.AdamW()),
+    "step_size": 1e-3,
+    "meta_lr": 1e-2,
+}
 
 
 def test_the_plain_loop_learns_from_step_sizes_that_are_too_small(capsys: Any) -> None:
@@ -121,7 +126,7 @@ def test_lightning_trains_as_a_plain_loop(monkeypatch: Any, tmp_path: Any) -> No
     module = example("lightning_module", "lightning")
     net, opt = module.main(STEPS)
     twin = network()
-    twin_opt = plain_run(twin, in_order(STEPS), cosine=True, **LION)
+    twin_opt = plain_run(twin, in_order(STEPS), cosine=True, **ADVISED)
     same(net.state_dict(), opt.step_sizes(), twin.state_dict(), twin_opt.step_sizes())
 
 
@@ -129,7 +134,7 @@ def test_accelerate_trains_as_a_plain_loop() -> None:
     module = example("accelerate_loop", "accelerate")
     net, opt = module.main(STEPS)
     twin = network()
-    twin_opt = plain_run(twin, in_order(STEPS), cosine=True, **LION)
+    twin_opt = plain_run(twin, in_order(STEPS), cosine=True, **ADVISED)
     same(net.state_dict(), opt.step_sizes(), twin.state_dict(), twin_opt.step_sizes())
 
 
@@ -137,7 +142,7 @@ def test_the_trainer_of_transformers_trains_as_a_plain_loop() -> None:
     module = example("trainer", "transformers", "accelerate")
     net, opt, logs = module.main(STEPS)
     twin = network()
-    twin_opt = plain_run(twin, in_order(STEPS), cosine=True, **LION)
+    twin_opt = plain_run(twin, in_order(STEPS), cosine=True, **ADVISED)
     same(net.state_dict(), opt.step_sizes(), twin.state_dict(), twin_opt.step_sizes())
     assert any("step size/all" in entry for entry in logs)
 
@@ -170,9 +175,9 @@ def test_fsdp_trains_as_one_process(ranks: int, tmp_path: Any) -> None:
     found = launched(EXAMPLES / "fsdp.py", ranks, tmp_path / "out.pt")
     module = example("fsdp")
     twin = module.model()
-    options: dict[str, Any] = {"meta": mo.AdamW(), "blocks": "tensor"}
+    options: dict[str, Any] = {"meta": mo.AdamW(), "meta_lr": 1e-3, "blocks": "tensor"}
     batches = (module.batch(step) for step in range(100))
-    twin_opt = plain_run(twin, batches, cosine=False, **(LION | options))
+    twin_opt = plain_run(twin, batches, cosine=False, **(ADVISED | options))
     same(found["net"], found["step sizes"], twin.state_dict(), twin_opt.step_sizes())
 
 
@@ -183,7 +188,7 @@ def test_accelerate_trains_as_one_process_on_several_ranks(ranks: int, tmp_path:
     found = launched(EXAMPLES / "accelerate_loop.py", ranks, tmp_path / "out.pt")
     module = example("accelerate_loop")
     twin = module.model()
-    opt = MetaOptimizer(twin.named_parameters(), **LION)
+    opt = MetaOptimizer(twin.named_parameters(), **ADVISED)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=300 * ranks)
     for x, y in in_order(300):
         opt.zero_grad()
@@ -202,8 +207,8 @@ def test_accelerate_under_fsdp2_trains_as_one_process(tmp_path: Any) -> None:
     module = example("accelerate_fsdp")
     twin = module.model()
     batches = [module.batch(step) for step in range(50)]
-    options: dict[str, Any] = {"meta": mo.AdamW(), "blocks": "tensor"}
-    twin_opt = plain_run(twin, batches, cosine=False, **(LION | options))
+    options: dict[str, Any] = {"meta": mo.AdamW(), "meta_lr": 1e-3, "blocks": "tensor"}
+    twin_opt = plain_run(twin, batches, cosine=False, **(ADVISED | options))
     same(found["net"], found["step sizes"], twin.state_dict(), twin_opt.step_sizes())
 
 
@@ -214,7 +219,7 @@ def test_the_trainer_under_fsdp2_trains_as_one_process(tmp_path: Any) -> None:
     script = ROOT / "tests" / "torch_trainer.py"
     found = launched(script, 2, EXAMPLES / "trainer.py", tmp_path / "out.pt")
     twin = module.Regression()
-    twin_opt = plain_run(twin.net, in_order(STEPS), cosine=False, **LION)
+    twin_opt = plain_run(twin.net, in_order(STEPS), cosine=False, **ADVISED)
     same(found["net"], found["step sizes"], twin.state_dict(), twin_opt.step_sizes())
 
 

@@ -17,7 +17,6 @@ from metaopt.arrays import Leaves, cast, map_leaves, namespace, per_leaf, solid
 from metaopt.passes import Leaf, LeafStep, one_pass
 from metaopt.plan import Plan
 from metaopt.rules.rule import scope_of
-from metaopt.step import awake_leaves
 from metaopt.tracer import UntraceableError
 from metaopt_cupy.chunks import cut, lies_per_weight
 from metaopt_cupy.memory import Occupied, address, contiguous
@@ -131,7 +130,7 @@ class Pool:
         )
         self._occupied = Occupied(params)
         # dry-run the rest of a step, so that errors surface at construction
-        config.meta_step(plan, self.state, self._summed({}), per_leaf((n, True) for n in params))
+        config.meta_step(plan, self.state, self._summed({}))
 
     def _spec(self, name: str, rule: Any) -> Spec | None:
         """Return what the kernel of a leaf depends on; None where there can be none."""
@@ -216,9 +215,8 @@ class Pool:
         """
         plan, state = self._plan, self.state
         lrs = _rounded(lrs, plan.dtypes)
-        awake = awake_leaves(grads, lrs)
         value, rate = (map_leaves(solid, part) for part in self._config.slopes(state.beta))
-        of_blocks = {"value": value, "rate": rate, "meta_grad": state.meta_grad}
+        of_blocks = {"value": value, "rate": rate, "meta_grad": self._last_meta_grad()}
         work = [self._work(group, grads, lrs, of_blocks) for group in self._groups]
         loose = {
             name: self._by_core(name, grads[name], lrs[name], of_blocks)
@@ -237,7 +235,16 @@ class Pool:
             for name, product in self._products.items()
             if grads[name] is not None
         }
-        self.state = self._config.meta_step(plan, state, self._summed(partials), awake)
+        self.state = self._config.meta_step(plan, state, self._summed(partials))
+
+    def _last_meta_grad(self) -> Any:
+        """Return the last meta-gradient, and inf, which restarts a trace, for blocks that start."""
+        xp = self._xp
+
+        def marked(meta_grad: Any, meta_count: Any) -> Any:
+            return solid(xp.where(meta_count > 0, meta_grad, xp.inf))
+
+        return map_leaves(marked, self.state.meta_grad, self.state.meta_count)
 
     def _summed(self, partials: Mapping[str, Any]) -> Any:
         """Return the meta-gradient, of the sums of chunks and of parts that leaves have."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 import metaopt as mo
 from metaopt.arrays import Shape, per_leaf
+from metaopt.passes import COMPENSATION, PEAK
 from metaopt_jax.leaves import Structure
 from metaopt_jax.sharded import on_each, spelled_out
 
@@ -39,11 +40,11 @@ class MetaOptimizeState(NamedTuple):
     meta_grad : blocks
         The last meta-gradient.
     meta_slots : mapping of slot to blocks
-        Moments of the meta update.
+        Moments of the meta update, and what else it keeps of a block: see `metaopt.State`.
     leaf_counts : array, int32, one per leaf
         Updates in which the leaf had a gradient.
-    meta_counts : array, int32
-        Meta updates made, one per block; with "node" and "weight" one per leaf.
+    meta_counts : blocks, int32
+        Meta updates made since the trace started.
     restarts : array, int32
         Meta-gradients that were not finite, one per block; with "weight" one per leaf.
     skipped : array, shape (), int32
@@ -113,7 +114,7 @@ def from_core(
         meta_grad=blocks(state.meta_grad),
         meta_slots={slot: blocks(values) for slot, values in state.meta_slots.items()},
         leaf_counts=jnp.stack(list(state.count.values())),
-        meta_counts=on_each(state.meta_count),
+        meta_counts=blocks(state.meta_count),
         restarts=on_each(state.restarts),
         skipped=state.skipped,
         slot_traces=by_slot(state.slot_traces),
@@ -143,7 +144,7 @@ def to_core(
     return mo.State(
         step=state.count,
         count=per_leaf((name, state.leaf_counts[i]) for i, name in enumerate(structure.names)),
-        meta_count=state.meta_counts,
+        meta_count=blocks(state.meta_counts),
         beta=blocks(state.beta),
         meta_slots=per_leaf((slot, blocks(values)) for slot, values in state.meta_slots.items()),
         slots=structure.by_leaf(state.slots),
@@ -190,9 +191,9 @@ def without_leaves(opt: mo.MetaOptimize, structure: Structure) -> MetaOptimizeSt
         trace_or_average=nothing,
         slots={slot: nothing for rule in rules for slot in rule.slots},
         meta_grad=blocks(),
-        meta_slots={slot: blocks() for slot in opt.meta.slots},
+        meta_slots={slot: blocks() for slot in (*opt.meta.slots, COMPENSATION, PEAK)},
         leaf_counts=number(),
-        meta_counts=number(),
+        meta_counts=blocks(),
         restarts=number(),
         skipped=number(),
         slot_traces=number(),

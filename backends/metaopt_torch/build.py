@@ -193,7 +193,7 @@ def build(
         by_block, by_family = index_of(plan.blocks, before.plan.blocks, continued)
         _check_blocks(before, groups)
         _check_starts(before, plan.blocks, by_family, begin_at, owners)
-    vectors = Vectors(config, plan, owners, len(groups), members[0][1].device)
+    vectors = Vectors(plan, owners, len(groups), members[0][1].device)
     start = _start(config, plan, params)
     if not vectors.per_leaf:
         for key, values in start.items():

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 import metaopt as mo
-from metaopt.arrays import per_leaf
 from metaopt.blocks import Blocks
-from metaopt.passes import meta_pass, usable
+from metaopt.passes import carried, meta_pass, usable
 from metaopt.rules import Rule
-from metaopt.step import awake_families
+from metaopt.step_sizes import step_size_map
 from metaopt_torch.build import Built
 from metaopt_torch.compiler import Compiled, Eager, Once, in_chunks, placement
 from metaopt_torch.groups import multiplier_of
@@ -85,9 +84,6 @@ class HessianFree:
         self._signature: Any = None
         self._groups = {id(leaf.group): leaf.group for leaf in built.leaves.values()}
         self._lr: dict[int, Any] = {}
-        groups = (leaf.part.group for leaf in built.leaves.values())
-        #: Of processes, that hold parts of leaves behind plain tensors.
-        self._over_groups = {group for group in groups if group is not None}
         self._all_runs = Runs()
         #: Those of the leaves that have gradients.
         self._runs: list[Run] = []
@@ -100,7 +96,7 @@ class HessianFree:
         self._indices: dict[Any, Tensor] = {}
         #: Whether the meta-gradient has to be known before a parameter is written.
         self.two_passes = built.config.meta_first or built.config.skip_nonfinite
-        meta = _meta(self._config, self._plan.blocks)
+        meta = _meta(self._config, self._plan.blocks, tuple(self._vectors.slots))
         self._move = self._run_as(meta, meta)
         if before is not None and _same_meta(before._built, built):
             self._move = before._move
@@ -190,7 +186,7 @@ class HessianFree:
             arrays = self._arrays(run, param, grad, self._rates(run, sizes, keep, rates), refused)
             self._kernel(make, run, arrays)
             run.ready = ready
-        arrays = self._of_blocks(torch.zeros_like(beta), self._awake(grads), refused)
+        arrays = self._of_blocks(torch.zeros_like(beta), refused)
         self._move.prepared(self._config.meta, arrays)
 
     def _buffers(self, grads: Mapping[str, Tensor]) -> Iterator[tuple[Run, Tensor, Tensor]]:
@@ -199,7 +195,7 @@ class HessianFree:
 
     def _in_one_pass(self, grads: Mapping[str, Tensor]) -> None:
         vectors, sums = self._vectors, []
-        sizes, keep = self._config.slopes(vectors["beta"]), usable(vectors["meta_grad"])
+        sizes, keep = self._config.slopes(vectors["beta"]), self._carried(vectors["meta_grad"])
         rates: dict[Any, Rates] = {}
         for run, param, grad in self._buffers(grads):
             of_group = self._rates(run, sizes, keep, rates)
@@ -207,8 +203,8 @@ class HessianFree:
             total = self._kernel(fused, run, arrays)(*arrays.values())
             sums.append((run, total, of_group.awake))
             run.written(param)
-        z, _, awake = self._total(grads, sums, None)
-        self._move_beta(z, awake, None)
+        z, _ = self._total(grads, sums, None)
+        self._move_beta(z, None)
 
     def _in_two_passes(self, grads: Mapping[str, Tensor]) -> Tensor | None:
         # of a copy, for with sigma="identity" step sizes are beta itself
@@ -219,10 +215,10 @@ class HessianFree:
             total, flag = self._kernel(products, run, arrays)(*arrays.values())
             sums.append((run, total, self._moves(run.leaves[0].group)))
             lost.append((run, flag))
-        z, count, awake = self._total(grads, sums, lost if self._config.skip_nonfinite else None)
+        z, count = self._total(grads, sums, lost if self._config.skip_nonfinite else None)
         accepted = None if count is None else count == 0.0
-        keep = usable(z)
-        self._move_beta(z, awake, accepted)
+        keep = self._carried(z)
+        self._move_beta(z, accepted)
         if self._config.meta_first:
             sizes = self._config.slopes(self._vectors["beta"])
         rates: dict[Any, Rates] = {}
@@ -312,10 +308,10 @@ class HessianFree:
         grads: Mapping[str, Tensor],
         sums: Sequence[tuple[Run, Tensor, Any]],
         lost: Sequence[tuple[Run, Tensor]] | None,
-    ) -> tuple[Tensor, Tensor | None, Any]:
-        """Return z, in how many runs a gradient is not finite, and which families move.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return z, and in how many runs a gradient is not finite.
 
-        All are sums over all devices. These have to agree on which meshes and groups there are and
+        Both are sums over all devices. These have to agree on which meshes and groups there are and
         in which order, so these come from the leaves: a device may hold nothing of some, and no
         gradient of a part of a group's.
         """
@@ -330,18 +326,12 @@ class HessianFree:
             parts[run.over][1].append(flag)
         beta = self._vectors["beta"]
         size = len(beta) + (lost is not None)
-        total, awake = torch.zeros(size, dtype=beta.dtype, device=beta.device), self._awake(grads)
+        total = torch.zeros(size, dtype=beta.dtype, device=beta.device)
         for index, (over, (of_these, flags)) in enumerate(parts.items()):
             vector = self._vector(of_these, None if lost is None else flags)
-            if over in self._over_groups:
-                moving = self._awake(grads, over)
-                vector = summed(torch.cat([vector, moving.to(beta.dtype)]), over)
-                vector, moving = vector[:size], vector[size:]
-                awake = awake | (moving > 0.0)
-            elif over is not None:
-                vector = summed(vector, over)
+            vector = vector if over is None else summed(vector, over)
             total = vector if index == 0 else total + vector
-        return (total, None, awake) if lost is None else (total[:-1], total[-1], awake)
+        return (total, None) if lost is None else (total[:-1], total[-1])
 
     def _vector(self, sums: Sequence[Any], flags: Sequence[Tensor] | None) -> Tensor:
         """Return this device's part of z, over runs of one mesh; the last entry is of `flags`."""
@@ -379,36 +369,23 @@ class HessianFree:
             self._indices[key] = torch.cat([run.blocks.to(device) for run in runs])
         return self._indices[key]
 
-    def _awake(self, grads: Mapping[str, Tensor], over: Any = None) -> Any:
-        """Return which families move here, None for all; of leaves over one group, or over none.
-
-        Where there are groups that is a tensor: what moves elsewhere is not known here.
-        """
-        flags: Any = per_leaf((name, False) for name in self._leaves)
-        for name in grads:
-            leaf = self._leaves[name]
-            if leaf.part.group is over:
-                flags[name] = self._moves(leaf.group)
-        found = awake_families(self._plan, flags, self._vectors["step"])
-        if found is None and self._over_groups:
-            return torch.ones_like(self._vectors["meta_count"], dtype=torch.bool)
-        return found
-
     def _moves(self, group: Mapping[str, Any]) -> Any:
         """Say whether the leaves of a group move."""
         return self._lr[id(group)] != 0.0
 
-    def _move_beta(self, z: Tensor, awake: Any, accepted: Tensor | None) -> None:
-        arrays = self._of_blocks(z, awake, accepted)
+    def _carried(self, z: Tensor) -> Tensor:
+        """Say of which blocks the traces go on."""
+        return carried(z, self._vectors["meta_count"])
+
+    def _move_beta(self, z: Tensor, accepted: Tensor | None) -> None:
+        arrays = self._of_blocks(z, accepted)
         self._move.prepared(self._config.meta, arrays)(*arrays.values())
 
-    def _of_blocks(self, z: Tensor, awake: Any, accepted: Tensor | None) -> dict[str, Tensor]:
+    def _of_blocks(self, z: Tensor, accepted: Tensor | None) -> dict[str, Tensor]:
         """Return what the meta update takes."""
         vectors = self._vectors
         names = ("beta", "meta_count", "restarts", "meta_grad")
         arrays = {"z": z} | {name: vectors[name] for name in names} | vectors.slots
-        if awake is not None:
-            arrays["awake"] = awake
         if accepted is not None:
             arrays["accepted"] = accepted
         return arrays
@@ -426,7 +403,7 @@ def _of_product(run: Run, param: Tensor, grad: Tensor) -> dict[str, Tensor]:
     return {"grad": grad, "param": param, "average": run.state["average"], "count": count}
 
 
-def _meta(config: mo.MetaOptimize, blocks: Blocks) -> Pass:
+def _meta(config: mo.MetaOptimize, blocks: Blocks, slots: Sequence[str]) -> Pass:
     """Return what writes the meta update of all blocks, where the step is accepted.
 
     It outlives the optimizer's state, so it holds none of it.
@@ -437,14 +414,13 @@ def _meta(config: mo.MetaOptimize, blocks: Blocks) -> Pass:
         step = meta_pass(
             rule,
             blocks,
+            step_size_map(config.sigma),
             z,
-            usable(z),
             beta,
-            {slot: arrays[slot] for slot in rule.slots},
+            {slot: arrays[slot] for slot in slots},
             arrays["meta_count"],
             arrays["restarts"],
             meta_lr=config.meta_lr,
-            awake=arrays.get("awake"),
             bounds=config.limits(blocks, beta),
             beta_trace={},
             held_trace={},
@@ -453,7 +429,7 @@ def _meta(config: mo.MetaOptimize, blocks: Blocks) -> Pass:
             "beta": step.beta,
             "meta_count": step.meta_count,
             "restarts": step.restarts,
-            "meta_grad": z,
+            "meta_grad": step.meta_grad,
         }
         accepted = arrays.get("accepted")
         for name, new in (written | step.meta_slots).items():

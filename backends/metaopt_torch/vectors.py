@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import metaopt as mo
+from metaopt.passes import COMPENSATION, PEAK
 from metaopt.plan import Plan
 from metaopt.rules import Rule
 from metaopt_torch.changes import Index, moved
@@ -26,13 +26,12 @@ Group = dict[str, Any]
 class Vectors:
     """The state of blocks, by name.
 
-    "beta", "meta_grad", "meta_<slot>" and "beta_trace<_slot>" have an entry per block along their
-    last axis, "restarts" one per block too, "meta_count" one per family; "step" and "skipped" are
-    single numbers. At weight level what belongs to blocks lies with the parameters instead.
+    "beta", "meta_count", "meta_grad", "meta_<slot>" and "beta_trace<_slot>" have an entry per block
+    along their last axis, and so has "restarts"; "step" and "skipped" are single numbers. At weight
+    level what belongs to blocks lies with the parameters instead.
 
     Parameters
     ----------
-    config : MetaOptimize
     plan : Plan
     owners : mapping of leaf name to int
         Index of each leaf's group.
@@ -43,7 +42,6 @@ class Vectors:
 
     def __init__(
         self,
-        config: mo.MetaOptimize,
         plan: Plan,
         owners: Mapping[str, int],
         groups: int,
@@ -59,13 +57,13 @@ class Vectors:
             sizes["family"][owner_of[key]] += 1
             sizes["block"][owner_of[key]] += family.size
         self._sizes = sizes
-        self._kinds = {"restarts": "family" if self.per_leaf else "block", "meta_count": "family"}
+        self._kinds = {"restarts": "family" if self.per_leaf else "block"}
         self._kinds |= {"step": "one", "skipped": "one"}
         shapes: dict[str, Any] = {}
-        self._slots: tuple[str, ...] = () if self.per_leaf else tuple(config.meta.slots)
+        self._slots: tuple[str, ...] = () if self.per_leaf else tuple(plan.state["meta_slots"])
         self._feeding: tuple[str, ...] = () if self.per_leaf else plan.beta_feeding
         if not self.per_leaf:
-            shapes |= {"beta": plan.state["beta"], "meta_grad": plan.state["meta_grad"]}
+            shapes |= {name: plan.state[name] for name in ("beta", "meta_count", "meta_grad")}
             shapes |= {f"meta_{slot}": plan.state["meta_slots"][slot] for slot in self._slots}
             shapes |= {name_of_trace(key): plan.state["beta_trace"][key] for key in self._feeding}
         shapes |= {name: plan.state[name] for name in self._kinds}
@@ -200,7 +198,7 @@ def names_of_vectors(meta: Rule) -> set[str]:
     """Return all names under which groups may hold vectors with this meta update."""
     always = {"beta", "meta_grad", "meta_count", "restarts", "step", "skipped"}
     traces = {name_of_trace(key) for key in ("beta", *meta.slots)}
-    return always | traces | {f"meta_{slot}" for slot in meta.slots}
+    return always | traces | {f"meta_{slot}" for slot in (*meta.slots, COMPENSATION, PEAK)}
 
 
 def name_of_trace(key: str) -> str:

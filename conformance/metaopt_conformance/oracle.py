@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from metaopt_conformance.sigmas import first, inverse, second, sigma
+from metaopt_conformance.sigmas import beta_range, first, inverse, second, sigma
 from metaopt_conformance.updates import (
     Bends,
     Partials,
@@ -44,8 +44,6 @@ class Config:
     meta : Update
     block_of : integers, shape (n,)
         The block of each weight.
-    family_of : integers, shape (m,)
-        Which blocks have a meta count in common (section 6).
     step_size : array (m,)
         Initial step sizes.
     meta_lr, discount : float
@@ -63,7 +61,6 @@ class Config:
     base: tuple[tuple[Update, slice], ...]
     meta: Update
     block_of: Any
-    family_of: Any
     step_size: Vector
     meta_lr: float
     discount: float = 1.0
@@ -117,10 +114,10 @@ class State:
     """Everything carried from step to step.
 
     `w`, `m`, `v`, `count` have a value per weight; `beta`, `meta_m`, `meta_v`, `meta_count`, `z`,
-    `restarts` one per block, as has `against`, the count of a fast start; `step` and `skipped` are
-    numbers. `H`, `M`, `V` are the rows of w, m and v of the trace X (n by m); `B`, `Bm`, `Bv` the
-    rows of beta and the meta moments of Y (m by m). `Z[k, i, j]` is how entry (k, i) of H depends
-    on block j (n by m by m).
+    `restarts` one per block, as have `against`, the count of a fast start, and `peak`, the largest
+    step size since the trace started; `step` and `skipped` are numbers. `H`, `M`, `V` are the rows
+    of w, m and v of the trace X (n by m); `B`, `Bm`, `Bv` the rows of beta and the meta moments of
+    Y (m by m). `Z[k, i, j]` is how entry (k, i) of H depends on block j (n by m by m).
     """
 
     w: Vector
@@ -131,6 +128,7 @@ class State:
     meta_m: Vector
     meta_v: Vector
     against: Vector
+    peak: Vector
     meta_count: Vector
     H: Matrix
     M: Matrix
@@ -157,6 +155,7 @@ def init(config: Config, w: Vector) -> State:
         meta_m=np.zeros(m),
         meta_v=np.zeros(m),
         against=np.zeros(m),
+        peak=np.zeros(m),
         meta_count=np.zeros(m),
         H=np.zeros((n, m)),
         M=np.zeros((n, m)),
@@ -196,17 +195,19 @@ def step(
     lr, present = np.broadcast_to(lr, grad.shape), np.broadcast_to(present, grad.shape)
     grad = np.where(present, grad, 0.0)
     awake = present & (lr != 0.0)
-    z = meta_gradient(config, state, grad, awake)
+    starts = state.meta_count == 0
+    z = np.where(starts, 0.0, meta_gradient(config, state, grad, awake))
     usable = np.abs(z) < config.largest
 
-    hatted = hats(config, state, awake, usable)
+    carried = usable & np.logical_not(starts)
+    hatted = hats(config, state, awake, carried)
     grad_trace = curvature_term(config, hessian, hatted.H)
     if config.skip_nonfinite and not np.all(np.isfinite([grad, *grad_trace.T])[:, present]):
         return replace(state, skipped=state.skipped + 1)
-    moves = usable & np.array([np.any(awake[config.block_of == j]) for j in range(config.blocks)])
-    after_meta = meta_update(config, state, hatted, np.where(moves, z, 0.0), moves)
+    moves = usable & (z != 0.0)
+    after_meta, restarts = meta_update(config, state, hatted, np.where(moves, z, 0.0), moves)
     after_meta = meta_traces(
-        config, state, hatted, after_meta, grad, z, usable, moves, awake, grad_trace
+        config, state, hatted, after_meta, grad, z, carried, moves, restarts, awake, grad_trace
     )
 
     beta, B = (after_meta.beta, after_meta.B) if config.meta_first else (state.beta, hatted.B)
@@ -219,7 +220,10 @@ def step(
         after_base = replace(after_base, Z=Z)
     after_base = only_own(config, keep_absent(state, after_base, present))
     return replace(
-        after_base, z=z, restarts=state.restarts + np.logical_not(usable), step=state.step + 1
+        after_base,
+        z=z,
+        restarts=state.restarts + (restarts | np.logical_not(usable)),
+        step=state.step + 1,
     )
 
 
@@ -228,21 +232,21 @@ def meta_gradient(config: Config, state: State, grad: Vector, awake: Flags) -> V
     return np.sum(np.where(awake[:, None] & config.own, state.H * grad[:, None], 0.0), axis=0)
 
 
-def hats(config: Config, state: State, awake: Flags, usable: Flags) -> State:
+def hats(config: Config, state: State, awake: Flags, carried: Flags) -> State:
     """Return the traces as gamma (Y, X) + (1 - gamma) (E, 0) (section 3).
 
-    Gamma acts as 1 on the rows of weights that rest (section 7), and the columns of blocks whose
-    meta-gradient cannot be used start anew, as do, with curvature, numbers that are not finite of
+    Gamma acts as 1 on the rows of weights that rest (section 7), and the columns of blocks that are
+    not carried on start anew, as do, with curvature, numbers that are not finite of
     weights that rest (section 11).
     """
     gamma, eye = config.discount, np.eye(config.blocks)
     rows = np.where(awake, gamma, 1.0)[:, None]
 
     def x(trace: Matrix) -> Matrix:
-        return np.where(usable & _carried(config, trace, awake[:, None]), rows * trace, 0.0)
+        return np.where(carried & _finite(config, trace, awake[:, None]), rows * trace, 0.0)
 
     def y(trace: Matrix, start: Any) -> Matrix:
-        return np.where(usable, gamma * trace + (1.0 - gamma) * start, start)
+        return np.where(carried, gamma * trace + (1.0 - gamma) * start, start)
 
     return replace(
         state,
@@ -252,18 +256,18 @@ def hats(config: Config, state: State, awake: Flags, usable: Flags) -> State:
         B=y(state.B, eye),
         Bm=y(state.Bm, 0.0),
         Bv=y(state.Bv, 0.0),
-        Z=hat_of_third(config, state, awake, usable),
+        Z=hat_of_third(config, state, awake, carried),
     )
 
 
-def hat_of_third(config: Config, state: State, awake: Flags, usable: Flags) -> Any:
+def hat_of_third(config: Config, state: State, awake: Flags, carried: Flags) -> Any:
     """Return gamma Z; a pair of columns restarts with either of the two (section 11)."""
     rows = np.where(awake, config.discount, 1.0)[:, None, None]
-    keep = usable[:, None] & usable[None, :] & _carried(config, state.Z, awake[:, None, None])
+    keep = carried[:, None] & carried[None, :] & _finite(config, state.Z, awake[:, None, None])
     return np.where(keep, rows * state.Z, 0.0)
 
 
-def _carried(config: Config, trace: Any, awake: Flags) -> Flags:
+def _finite(config: Config, trace: Any, awake: Flags) -> Flags:
     """Say which numbers of a trace may enter the tangents (section 11)."""
     return awake | np.isfinite(trace) | (not config.follows_hessian)
 
@@ -383,30 +387,53 @@ def third_trace(
     )
 
 
-def meta_update(config: Config, state: State, into: State, z: Vector, moves: Flags) -> State:
+def meta_update(
+    config: Config, state: State, into: State, z: Vector, moves: Flags
+) -> tuple[State, Flags]:
     """Return the meta-parameters after beta' = beta - eta u, and the meta moments (section 6).
 
-    Blocks that do not move keep theirs, but for a count that others go on with. Bounds project
-    sigma(beta), section 8.
+    Blocks that do not move keep theirs, but that a first step always counts. Bounds project
+    sigma(beta), section 8. Second comes which blocks start anew, with moments and a count of 0:
+    those whose step size has collapsed or met a bound (section 11).
     """
-    counted = np.isin(config.family_of, config.family_of[moves])
     count = state.meta_count + 1
     u, m, v = direction(config.meta, z, state.meta_m, state.meta_v, count)
     against = counted_against(config, state.against, z)
     beta = state.beta - config.meta_lr * speed(config, against) * u
+    limited = np.clip(beta, *beta_range(config.sigma))
     if config.bounds is not None:
         lo, hi = config.bounds
-        sizes = np.clip(sigma(config.sigma, beta), lo, hi)
-        inside = sizes == sigma(config.sigma, beta)
-        beta = np.where(inside, beta, inverse(config.sigma, sizes))
-    return replace(
+        sizes = np.clip(sigma(config.sigma, limited), lo, hi)
+        inside = sizes == sigma(config.sigma, limited)
+        limited = np.where(inside, limited, inverse(config.sigma, sizes))
+    arrives = at_bound(config, limited) & np.logical_not(at_bound(config, state.beta))
+    sizes = sigma(config.sigma, limited)
+    peak = np.maximum(state.peak, sizes)
+    collapsed = (sizes > 0.0) & (sizes < 0.01 * peak)
+    restarts = moves & (arrives | collapsed)
+
+    def moved(new: Vector, old: Vector) -> Vector:
+        return np.where(restarts, 0.0, np.where(moves, new, old))
+
+    after = replace(
         into,
-        beta=np.where(moves, beta, state.beta),
-        meta_m=np.where(moves, m, state.meta_m),
-        meta_v=np.where(moves, v, state.meta_v),
+        beta=np.where(moves, limited, state.beta),
+        meta_m=moved(m, state.meta_m),
+        meta_v=moved(v, state.meta_v),
         against=np.where(moves, against, state.against),
-        meta_count=np.where(counted, count, state.meta_count),
+        peak=moved(peak, state.peak),
+        meta_count=moved(count, np.maximum(state.meta_count, 1)),
     )
+    return after, restarts
+
+
+def at_bound(config: Config, beta: Vector) -> Flags:
+    """Say which blocks are at a bound, to 1e-5 (section 11)."""
+    bounds = [np.full(len(beta), bound) for bound in beta_range(config.sigma)]
+    if config.bounds is not None:
+        with np.errstate(all="ignore"):  # the inverse of what no step size can be
+            bounds += [inverse(config.sigma, bound) for bound in config.bounds]
+    return np.any([np.abs(beta - bound) <= 1e-5 * np.abs(beta) for bound in bounds], axis=0)
 
 
 def counted_against(config: Config, against: Vector, z: Vector) -> Vector:
@@ -427,8 +454,9 @@ def meta_traces(
     into: State,
     grad: Vector,
     z: Vector,
-    usable: Flags,
+    carried: Flags,
     moves: Flags,
+    restarts: Flags,
     awake: Flags,
     grad_trace: Matrix,
 ) -> State:
@@ -436,7 +464,7 @@ def meta_traces(
     if not config.follows_beta:
         eye = np.eye(config.blocks)
         return replace(into, B=eye, Bm=np.zeros_like(eye), Bv=np.zeros_like(eye))
-    held = hats(replace(config, discount=1.0), state, awake, usable)
+    held = hats(replace(config, discount=1.0), state, awake, carried)
     z, count = np.where(moves, z, 0.0), state.meta_count + 1
     d = partials(config.meta, z, state.meta_m, state.meta_v, count)
     term_a = np.where(awake[:, None], state.H, 0.0).T @ np.where(awake[:, None], grad_trace, 0.0)
@@ -446,12 +474,14 @@ def meta_traces(
     u_trace = _chain((d.u_g, z_trace), (d.u_m, hatted.Bm), (d.u_v, hatted.Bv))
     u_trace = _rows(speed(config, into.against), u_trace)
     # rows of blocks that rest are left as they were, but for columns that start anew
-    stays = np.logical_not(moves)[:, None]
+    stays, new = np.logical_not(moves)[:, None], restarts[:, None]
+    Bm = np.where(stays, held.Bm, _rows(d.m_m, hatted.Bm) + _rows(d.m_g, z_trace))
+    Bv = np.where(stays, held.Bv, _rows(d.v_v, hatted.Bv) + _rows(d.v_g, z_trace))
     return replace(
         into,
         B=np.where(stays, held.B, hatted.B - config.meta_lr * u_trace),
-        Bm=np.where(stays, held.Bm, _rows(d.m_m, hatted.Bm) + _rows(d.m_g, z_trace)),
-        Bv=np.where(stays, held.Bv, _rows(d.v_v, hatted.Bv) + _rows(d.v_g, z_trace)),
+        Bm=np.where(new, 0.0, Bm),
+        Bv=np.where(new, 0.0, Bv),
     )
 
 

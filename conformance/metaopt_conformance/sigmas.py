@@ -9,7 +9,19 @@ import numpy as np
 
 from metaopt_conformance.updates import Vector
 
-__all__ = ["first", "inverse", "second", "sigma"]
+__all__ = ["beta_range", "first", "inverse", "second", "sigma"]
+
+
+def beta_range(kind: Any) -> tuple[float, float]:
+    """Return where beta is kept (section 8)."""
+    small, large = 2.0**-63, 2.0**63
+    if kind == "exp":
+        return np.log(small), np.log(large)
+    if kind == "identity":
+        return -large, large
+    if kind == "softplus":
+        return np.log(small), large
+    return -16.0, 16.0
 
 
 def sigma(kind: Any, beta: Vector) -> Vector:

@@ -24,6 +24,7 @@ __all__ = [
     "slices",
     "traces",
     "tree",
+    "values_of",
     "with_traces",
 ]
 
@@ -72,6 +73,12 @@ def contents(tree: Any, to_numpy: Any = to_numpy) -> Any:
         return tree
     array = to_numpy(tree)
     return (array.dtype.str, array.shape, array.tobytes())
+
+
+def values_of(state: mo.State) -> dict[str, Any]:
+    """Return the parts of a state but for what rounding took from beta, which is rounding alone."""
+    slots = {slot: v for slot, v in state.meta_slots.items() if slot != "compensation"}
+    return vars(state) | {"meta_slots": slots}
 
 
 def block_index(blocks: Any, shapes: Shapes) -> tuple[Any, list[str]]:
@@ -124,18 +131,23 @@ def update_of(rule: Any) -> Update:
         return Update(
             kind="rmsprop",
             decay_sq=rule.beta2,
-            eps=rule.eps,
+            eps=_eps(rule),
             bias_correction=rule.bias_correction,
             **common,
         )
     if isinstance(rule, mo.AdamW):
         rho, decay_sq = rule.betas
-        return Update(kind="adamw", rho=rho, decay_sq=decay_sq, eps=rule.eps, **common)
+        return Update(kind="adamw", rho=rho, decay_sq=decay_sq, eps=_eps(rule), **common)
     if isinstance(rule, mo.Lion):
         interpolation, rho = rule.betas
         return Update(kind="lion", interpolation=interpolation, rho=rho, **common)
     msg = f"`rule` must be one of metaopt's own; got {rule!r}."
     raise TypeError(msg)
+
+
+def _eps(rule: Any) -> float:
+    """Return that of a rule of the weights; one of the step sizes names its own."""
+    return 1e-8 if rule.eps is None else rule.eps
 
 
 def config_of(opt: mo.MetaOptimize, shapes: Shapes, largest: float = 2.0**511) -> Config:
@@ -153,7 +165,6 @@ def config_of(opt: mo.MetaOptimize, shapes: Shapes, largest: float = 2.0**511) -
         base=tuple((update_of(rule_of(name)), at) for name, at in slices(shapes).items()),
         meta=update_of(opt.meta),
         block_of=block_of,
-        family_of=np.unique(names, return_inverse=True)[1],
         step_size=np.concatenate([np.ravel(sizes[name]) for name in dict.fromkeys(names)])
         if isinstance(sizes, Mapping)
         else np.full(len(names), sizes, dtype=np.float64),
@@ -215,21 +226,24 @@ def dense(
                 found[f"{trace}/{name}"] = _columns(
                     state.slot_traces[name][slot], shapes[name], block_of[at], m
                 )
+    if "exp_avg" in state.meta_slots:
+        found["meta_m"] = _blocks(state.meta_slots["exp_avg"])
+    if "exp_avg" in state.beta_trace:
+        found["Bm"] = _matrix(state.beta_trace["exp_avg"], m)
+    if "exp_avg_rms" in state.meta_slots:
+        root = _blocks(state.meta_slots["exp_avg_rms"]).astype(np.float64)
+        found["meta_v"] = root**2
+        if "exp_avg_rms" in state.beta_trace:
+            found["Bv"] = 2.0 * root[:, None] * _matrix(state.beta_trace["exp_avg_rms"], m)
+    for slot in ("against", "peak"):
         if slot in state.meta_slots:
-            found[f"meta_{values}"] = _blocks(state.meta_slots[slot])
-        if slot in state.beta_trace:
-            found[f"B{values}"] = _matrix(state.beta_trace[slot], m)
-    if "against" in state.meta_slots:
-        found["against"] = _blocks(state.meta_slots["against"])
+            found[slot] = _blocks(state.meta_slots[slot])
     if state.third_trace:
         thirds = [state.third_trace[name].reshape(m, m, -1).transpose(2, 1, 0) for name in shapes]
         found["Z"] = np.concatenate(thirds)
     if "beta" in state.beta_trace:
         found["B"] = _matrix(state.beta_trace["beta"], m)
-    found["meta_count"] = state.meta_count
-    if len(state.meta_count) != m:  # one for all blocks of a leaf
-        blocks = [len(np.unique(block_of[at])) for at in slices(shapes).values()]
-        found["meta_count"] = np.repeat(state.meta_count, blocks)
+    found["meta_count"] = _blocks(state.meta_count)
     if len(state.restarts) == m:
         found["restarts"] = state.restarts
     else:  # by leaf, of which every weight is a block

@@ -30,7 +30,13 @@ def main(steps: int = 300) -> tuple[torch.nn.Module, MetaOptimizer]:
     """Train and return the network and its optimizer."""
     accelerator = Accelerator(cpu=True)
     net = model()
-    opt = MetaOptimizer(net.named_parameters(), base=mo.AdamW(), meta=mo.Lion(), step_size=1e-3)
+    opt = MetaOptimizer(
+        net.named_parameters(),
+        base=mo.AdamW(),
+        meta=mo.FastStart(mo.AdamW()),
+        step_size=1e-3,
+        meta_lr=1e-2,
+    )
     loader = DataLoader(data(steps), batch_size=64 // accelerator.num_processes)
     # Accelerate steps a scheduler once for each process
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps * accelerator.num_processes)

@@ -33,7 +33,11 @@ class Regression(lightning.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer, and a multiplier on its step sizes."""
         opt = MetaOptimizer(
-            self.net.named_parameters(), base=mo.AdamW(), meta=mo.Lion(), step_size=1e-3
+            self.net.named_parameters(),
+            base=mo.AdamW(),
+            meta=mo.FastStart(mo.AdamW()),
+            step_size=1e-3,
+            meta_lr=1e-2,
         )
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=self.steps)
         return {"optimizer": opt, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}

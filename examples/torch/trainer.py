@@ -63,7 +63,13 @@ class Tuned(Trainer):
 def main(steps: int = 300) -> tuple[torch.nn.Module, MetaOptimizer, list[dict[str, Any]]]:
     """Train; return the network, its optimizer and what was logged."""
     model = Regression()
-    opt = MetaOptimizer(model.named_parameters(), base=mo.AdamW(), meta=mo.Lion(), step_size=1e-3)
+    opt = MetaOptimizer(
+        model.named_parameters(),
+        base=mo.AdamW(),
+        meta=mo.FastStart(mo.AdamW()),
+        step_size=1e-3,
+        meta_lr=1e-2,
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=steps)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

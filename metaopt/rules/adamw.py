@@ -1,12 +1,20 @@
 """AdamW; Adam is AdamW without weight decay."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from metaopt.arrays import ArrayT
-from metaopt.numerics import divide, one_minus_power, reciprocal, sqrt
+from metaopt.numerics import divide, one_minus_power, reciprocal
 from metaopt.rules.rmsprop import RMSprop
-from metaopt.rules.rule import Slots, decay_rates, not_negative, refuse_delayed, settle
+from metaopt.rules.rule import (
+    Slots,
+    decay_rates,
+    not_negative,
+    optional_eps,
+    refuse_delayed,
+    settle,
+)
+from metaopt.rules.second_moment import EPS, Roots, Squares
 
 __all__ = ["AdamW"]
 
@@ -26,8 +34,8 @@ class AdamW:
     ----------
     betas : tuple of two floats, default (0.9, 0.999)
         Decays :math:`\beta_1, \beta_2` of the two moments, each in [0, 1).
-    eps : float, default 1e-8
-        Added outside the square root.
+    eps : float, optional
+        Added outside the square root; by default 1e-8, as `meta` 0 (section 6).
     weight_decay : float, default 0.0
         Decoupled weight decay :math:`\kappa`; with 0 this is Adam.
     delayed : bool, default False
@@ -42,34 +50,49 @@ class AdamW:
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    eps: float | None = None
     weight_decay: float = 0.0
     delayed: bool = False
 
     scope: ClassVar[str] = "weight"
-    slots: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    _moment: Any = field(default=Squares, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         settle(
             self,
             betas=decay_rates("betas", self.betas),
-            eps=not_negative("eps", self.eps),
+            eps=optional_eps(self.eps),
             weight_decay=not_negative("weight_decay", self.weight_decay),
         )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The two moments."""
+        return ("exp_avg", self._moment.slot)
 
     def direction(
         self, grad: ArrayT, slots: Slots[ArrayT], count: ArrayT
     ) -> tuple[ArrayT, dict[str, ArrayT]]:
         """Return :math:`u_t` and the next slots, all of the shape and dtype of `grad`."""
         beta1, beta2 = self.betas
+        moment = self._moment
         moments = {
             "exp_avg": beta1 * slots["exp_avg"] + (1.0 - beta1) * grad,
-            "exp_avg_sq": beta2 * slots["exp_avg_sq"] + (1.0 - beta2) * (grad * grad),
+            moment.slot: moment.following(slots[moment.slot], grad, beta2),
         }
         used, steps = (slots, count - 1.0) if self.delayed else (moments, count)
         mean = used["exp_avg"] * reciprocal(one_minus_power(beta1, steps))
-        mean_sq = used["exp_avg_sq"] * reciprocal(one_minus_power(beta2, steps))
-        return divide(mean, sqrt(mean_sq), self.eps), moments
+        root = moment.root(used[moment.slot], one_minus_power(beta2, steps))
+        return divide(mean, root, EPS if self.eps is None else self.eps), moments
+
+    def in_meta_role(self) -> "AdamW":
+        """Return the rule as it acts on beta, whatever the scale of the loss; section 6."""
+        if self._moment is Roots:
+            return self
+        rule = replace(self, eps=0.0 if self.eps is None else self.eps)
+        settle(rule, _moment=Roots)
+        return rule
 
     def without_momentum(self) -> RMSprop:
         """Return RMSprop with this rule's second moment."""

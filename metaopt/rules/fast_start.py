@@ -1,14 +1,22 @@
 """A faster start for the step sizes."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Never
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Never
 
 import numpy as np
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import positive
-from metaopt.rules.rule import Rule, Slots, as_number, check_rule, scope_of, settle
+from metaopt.rules.rule import (
+    Rule,
+    Slots,
+    as_number,
+    check_rule,
+    in_meta_role,
+    scope_of,
+    settle,
+)
 
 __all__ = ["FastStart"]
 
@@ -62,6 +70,9 @@ class FastStart:
     >>> opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.FastStart(mo.AdamW()), step_size=1e-6)
     """
 
+    #: Slots that stay as they are where a block starts anew: the start has ended for good.
+    lasting: ClassVar[tuple[str, ...]] = (AGAINST,)
+
     rule: Rule
     factor: float = field(default=10.0, kw_only=True)
     patience: int = field(default=5, kw_only=True)
@@ -110,6 +121,11 @@ class FastStart:
         against = against * positive(against)
         faster = (self.factor - 1.0) * positive(self.patience - against)
         return direction * (1.0 + faster), {**new, AGAINST: against}
+
+    def in_meta_role(self) -> "FastStart":
+        """Return this with its rule as that acts on beta."""
+        rule = in_meta_role(self.rule)
+        return self if rule is self.rule else replace(self, rule=rule)
 
     def without_momentum(self) -> Never:
         """Raise: it is no base update."""

@@ -1,11 +1,19 @@
 """RMSprop."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from metaopt.arrays import ArrayT
-from metaopt.numerics import divide, one_minus_power, reciprocal, sqrt, where
-from metaopt.rules.rule import Slots, decay_rate, not_negative, refuse_delayed, settle
+from metaopt.numerics import divide, one_minus_power, where
+from metaopt.rules.rule import (
+    Slots,
+    decay_rate,
+    not_negative,
+    optional_eps,
+    refuse_delayed,
+    settle,
+)
+from metaopt.rules.second_moment import EPS, Roots, Squares
 
 __all__ = ["RMSprop"]
 
@@ -22,8 +30,8 @@ class RMSprop:
     ----------
     beta2 : float, default 0.999
         Decay :math:`\lambda` of the second moment, in [0, 1).
-    eps : float, default 1e-8
-        Added outside the square root.
+    eps : float, optional
+        Added outside the square root; by default 1e-8, as `meta` 0 (section 6).
     weight_decay : float, default 0.0
         Decoupled weight decay :math:`\kappa`.
     bias_correction : bool, default True
@@ -40,38 +48,49 @@ class RMSprop:
     """
 
     beta2: float = 0.999
-    eps: float = 1e-8
+    eps: float | None = None
     weight_decay: float = 0.0
     bias_correction: bool = True
     delayed: bool = False
 
     scope: ClassVar[str] = "weight"
-    slots: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
+
+    _moment: Any = field(default=Squares, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         settle(
             self,
             beta2=decay_rate("beta2", self.beta2),
-            eps=not_negative("eps", self.eps),
+            eps=optional_eps(self.eps),
             weight_decay=not_negative("weight_decay", self.weight_decay),
         )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The second moment."""
+        return (self._moment.slot,)
 
     def direction(
         self, grad: ArrayT, slots: Slots[ArrayT], count: ArrayT
     ) -> tuple[ArrayT, dict[str, ArrayT]]:
         """Return :math:`u_t` and the next slots, all of the shape and dtype of `grad`."""
-        exp_avg_sq = self.beta2 * slots["exp_avg_sq"] + (1.0 - self.beta2) * (grad * grad)
-        if self.delayed:
-            used, steps = slots["exp_avg_sq"], count - 1.0
-        else:
-            used, steps = exp_avg_sq, count
-        mean_sq = used
-        if self.bias_correction:
-            mean_sq = used * reciprocal(one_minus_power(self.beta2, steps))
-        direction = divide(grad, sqrt(mean_sq), self.eps)
+        moment, before = self._moment, slots[self._moment.slot]
+        after = moment.following(before, grad, self.beta2)
+        used, steps = (before, count - 1.0) if self.delayed else (after, count)
+        correction = one_minus_power(self.beta2, steps) if self.bias_correction else None
+        root = moment.root(used, correction)
+        direction = divide(grad, root, EPS if self.eps is None else self.eps)
         if self.delayed:
             direction = where(used, direction, 0.0)
-        return direction, {"exp_avg_sq": exp_avg_sq}
+        return direction, {moment.slot: after}
+
+    def in_meta_role(self) -> "RMSprop":
+        """Return the rule as it acts on beta, whatever the scale of the loss; section 6."""
+        if self._moment is Roots:
+            return self
+        rule = replace(self, eps=0.0 if self.eps is None else self.eps)
+        settle(rule, _moment=Roots)
+        return rule
 
     def without_momentum(self) -> "RMSprop":
         """Return this rule; it has no momentum."""

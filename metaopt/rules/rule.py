@@ -163,6 +163,15 @@ def _outline(value: Any) -> str:
     return f"shape {tuple(value.shape)} and dtype {value.dtype}"
 
 
+def in_meta_role(rule: Any) -> Any:
+    """Return the rule as it acts on beta: of this library's some are free of scale there.
+
+    Itself where it is that already, so that what is compiled for it stays.
+    """
+    changed = getattr(rule, "in_meta_role", None)
+    return rule if changed is None else changed()
+
+
 def feeding_slots(rule: Rule) -> tuple[str, ...]:
     """Return the slots whose change can reach the direction of this or a later step.
 
@@ -228,6 +237,11 @@ def not_negative(name: str, value: Any) -> Any:
         msg = f"`{name}` must be finite and not negative; got {value}."
         raise ValueError(msg)
     return number
+
+
+def optional_eps(value: Any) -> Any:
+    """Return an `eps` as `not_negative` does, or None for that of the role."""
+    return None if value is None else not_negative("eps", value)
 
 
 def check_rule(name: str, rule: Any) -> None:

@@ -1,0 +1,47 @@
+"""The mean of squares that AdamW and RMSprop divide by the root of, as either role keeps it."""
+
+from typing import Any
+
+from metaopt.arrays import ArrayT
+from metaopt.numerics import hypot, reciprocal, sqrt
+
+__all__ = ["EPS", "Roots", "Squares"]
+
+#: `eps` in the base role where none is given; in the meta role it is 0.
+EPS = 1e-8
+
+
+class Squares:
+    """The mean of the squares of the weights' gradients."""
+
+    slot = "exp_avg_sq"
+
+    @staticmethod
+    def following(before: ArrayT, grad: ArrayT, decay: Any) -> ArrayT:
+        """Return the next moment."""
+        return decay * before + (1.0 - decay) * (grad * grad)
+
+    @staticmethod
+    def root(moment: ArrayT, correction: ArrayT | None) -> ArrayT:
+        """Return the root of the mean square, divided by the correction before if there is one."""
+        return sqrt(moment if correction is None else moment * reciprocal(correction))
+
+
+class Roots:
+    """The root of the mean of the squares of meta-gradients.
+
+    These are smaller than gradients by a step size and grow with the square of the loss's scale:
+    in float32 their squares would underflow.
+    """
+
+    slot = "exp_avg_rms"
+
+    @staticmethod
+    def following(before: ArrayT, grad: ArrayT, decay: Any) -> ArrayT:
+        """Return the next moment."""
+        return hypot(decay**0.5 * before, (1.0 - decay) ** 0.5 * grad)
+
+    @staticmethod
+    def root(moment: ArrayT, correction: ArrayT | None) -> ArrayT:
+        """Return the root of the mean square, divided by the correction before if there is one."""
+        return moment if correction is None else moment * sqrt(reciprocal(correction))

@@ -1,0 +1,142 @@
+"""A step size never collapses for good: thirty small tasks, and the rules that see to it."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import metaopt as mo
+from tests.small_tasks import SmallTasks
+
+TASKS = SmallTasks()
+METAS: dict[str, Any] = {"Adam": mo.AdamW(), "fast start": mo.FastStart(mo.AdamW())}
+#: Of (AdamW, meta update), at the `meta_lr` at which most were stuck before blocks started anew.
+STEPS = 2000
+
+
+def run(opt: mo.MetaOptimize, params: Any, steps: int, seed: int = 1) -> tuple[Any, list[Any]]:
+    """Return the parameters and the step sizes after each step."""
+    rng, params = np.random.default_rng(seed), {"rows": params}
+    state, sizes = opt.init(params), []
+    for _ in range(steps):
+        params, state = opt.step(params, {"rows": TASKS.gradients(params["rows"], rng)}, state)
+        sizes.append(opt.step_sizes(state)["rows"])
+    return params["rows"], sizes
+
+
+@pytest.mark.parametrize("meta", METAS)
+def test_no_run_ends_with_a_step_size_that_is_far_too_small(meta: str) -> None:
+    opt = mo.MetaOptimize(
+        base=mo.AdamW(), meta=METAS[meta], step_size=1e-3, meta_lr=0.1, blocks="node"
+    )
+    params, sizes = run(opt, TASKS.start, STEPS)
+    losses = TASKS.losses(params)
+    best, best_size = losses.copy(), sizes[-1].copy()
+    for size in 10.0 ** np.arange(-4.0, 0.0):
+        fixed = mo.MetaOptimize(
+            base=mo.AdamW(), meta=mo.SGD(), step_size=size, meta_lr=0.0, blocks="node"
+        )
+        after = TASKS.losses(run(fixed, params, 200)[0])
+        best, best_size = np.minimum(after, best), np.where(after < best, size, best_size)
+    would_help = losses - best > 0.02 * (TASKS.losses(TASKS.start) - best)
+    stuck = (sizes[-1] < 0.01 * best_size) & (sizes[-1] <= sizes[-50]) & would_help
+    assert [task.name for task, found in zip(TASKS.tasks, stuck, strict=True) if found] == []
+
+
+@pytest.mark.parametrize("bounds", [None, (1e-8, 10.0)])
+def test_a_noisy_parabola_is_left_neither_frozen_nor_pinned(bounds: Any) -> None:
+    opt = mo.MetaOptimize(
+        base=mo.AdamW(), meta=mo.AdamW(), step_size=1e-3, meta_lr=0.1, bounds=bounds
+    )
+    rng, params = np.random.default_rng(0), {"w": np.ones(8)}
+    state, sizes = opt.init(params), []
+    for _ in range(3000):
+        grads = {"w": np.logspace(0, -2, 8) * params["w"] + 0.1 * rng.normal(size=8)}
+        params, state = opt.step(params, grads, state)
+        sizes.append(float(opt.step_sizes(state)["all"]))
+    assert min(sizes) > 1e-8
+    for part in np.split(np.array(sizes), 6):  # of every 500 steps, some are taken
+        assert np.max(part) > 1e-4
+
+
+def opposed(opt: mo.MetaOptimize, steps: int) -> list[mo.State]:
+    """Return the states of a run whose gradients all ask for smaller step sizes."""
+    params = {"w": np.ones(2)}
+    states = [opt.init(params)]
+    for _ in range(steps):
+        # along the trace, so that z is positive; the first gradient makes one
+        trace = states[-1].trace["w"]
+        starts = states[-1].meta_count[0] == 0
+        grad = np.ones(2) if starts else 0.1 * np.sign(trace)
+        params, state = opt.step(params, {"w": grad}, states[-1])
+        states.append(state)
+    return states
+
+
+def test_a_block_whose_step_size_collapses_starts_anew() -> None:
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.AdamW(), step_size=1e-1, meta_lr=0.5)
+    states = opposed(opt, 40)
+    sizes = [float(opt.step_sizes(state)["all"]) for state in states]
+    first = next(t for t, state in enumerate(states) if int(state.restarts[0]))
+    # it fell below a hundredth of its peak in that step and not before
+    assert sizes[first] < 1e-2 * max(sizes[:first]) <= sizes[first - 1]
+    assert states[first].meta_count.tolist() == [0]
+    assert all(not np.any(states[first].meta_slots[slot]) for slot in opt.meta.slots)
+    # the next step takes none of the old trace, but its own, and counts
+    after = states[first + 1]
+    assert after.meta_grad.tolist() == [0.0]
+    assert after.meta_count.tolist() == [1]
+    assert sizes[first + 1] == sizes[first]
+    assert np.max(np.abs(after.trace["w"])) == sizes[first]
+
+
+def test_a_block_that_comes_to_a_bound_starts_anew_once() -> None:
+    opt = mo.MetaOptimize(
+        base=mo.SGD(), meta=mo.SGD(), step_size=0.1, meta_lr=20.0, bounds=(0.05, 1.0)
+    )
+    states = opposed(opt, 30)
+    pinned = [bool(opt.diagnostics(state)["pinned"]["all"]) for state in states]
+    first = pinned.index(True)
+    assert all(pinned[first:])
+    assert [int(state.restarts[0]) for state in states] == [0] * first + [1] * (31 - first)
+    assert states[first].meta_count.tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("sigma", ["exp", "identity", "softplus", mo.Sigmoid(1e-6, 1.0)])
+def test_beta_stays_where_step_sizes_are_normal_numbers(sigma: Any, dtype: str) -> None:
+    opt = mo.MetaOptimize(base=mo.Lion(), meta=mo.Lion(), step_size=1e-3, meta_lr=50.0, sigma=sigma)
+    least, most = {"identity": (-(2.0**63), 2.0**63)}.get(sigma, (2.0**-64, 2.0**63))
+    rng, params = np.random.default_rng(0), {"w": np.ones(2, dtype)}
+    state = opt.init(params)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(40):
+            grads = {"w": rng.normal(size=2).astype(dtype)}
+            params, state = opt.step(params, grads, state)
+            assert least <= float(opt.step_sizes(state)["all"]) <= 1.0001 * most
+
+
+def test_diagnostics_name_what_is_amiss() -> None:
+    opt = mo.MetaOptimize(
+        base=mo.SGD(),
+        meta=mo.AdamW(),
+        step_size=0.1,
+        meta_lr=0.5,
+        blocks="tensor",
+        bounds={"bounded": (0.08, 1.0)},
+    )
+    params = {name: np.ones(2) for name in ("falling", "bounded", "unused", "fine")}
+    state = opt.init(params)
+    for t in range(4):
+        grads = {name: np.sign(state.trace[name]) / 2.0**t if t else np.ones(2) for name in params}
+        grads |= {"unused": np.zeros(2), "fine": np.ones(2)}
+        params, state = opt.step(params, grads, state)
+    peaks = opt.plan(params).blocks.from_names(opt.step_sizes(state)) * [20.0, 1.0, 1.0, 5.0]
+    state = replace(state, meta_slots=state.meta_slots | {"peak": peaks})
+    told = opt.diagnostics(state)
+    found = {
+        what: [n for n, on in told[what].items() if on]
+        for what in ("pinned", "collapsed", "asleep")
+    }
+    assert found == {"pinned": ["bounded"], "collapsed": ["falling"], "asleep": ["unused"]}
