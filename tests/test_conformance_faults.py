@@ -137,9 +137,9 @@ FAULTS = {
     ),
     "a bound differentiated": Fault(
         "passes.py",
-        "{slot: xp.where(moves, new_traces[slot], held[slot]) for slot in traces},",
-        "{slot: xp.where(new_beta == beta - moved.delta, new_traces[slot], 0.0 * held[slot])"
-        " for slot in traces},",
+        "{slot: xp.where(moves, new_traces[slot], held[slot]) for slot in traces}",
+        "{slot: xp.where(moves & (new_beta == exact), new_traces[slot], 0.0 * held[slot])"
+        " for slot in traces}",
     ),
     "no E in the discount of Y": Fault(
         "step.py",
@@ -153,8 +153,8 @@ FAULTS = {
     ),
     "meta count one ahead": Fault(
         "passes.py",
-        "counts = blocks.spread(meta_count + 1)",
-        "counts = blocks.spread(meta_count + 2)",
+        "steps = cast(count + 1, beta.dtype)",
+        "steps = cast(count + 2, beta.dtype)",
     ),
     "Lion's moment before its sign": Fault(
         "rules/lion.py",
@@ -163,9 +163,9 @@ FAULTS = {
         " + (1.0 - interpolation) * grad)",
     ),
     "eps inside the root": Fault(
-        "rules/adamw.py",
-        "divide(mean, sqrt(mean_sq), self.eps)",
-        "divide(mean, sqrt(mean_sq + self.eps))",
+        "rules/second_moment.py",
+        "return sqrt(moment if correction is None else moment * reciprocal(correction))",
+        "return sqrt((moment if correction is None else moment * reciprocal(correction)) + 1e-2)",
     ),
     "slope of softplus taken for its value": Fault(
         "step_sizes.py",
@@ -217,8 +217,8 @@ FAULTS = {
     ),
     "blocks at rest discounted in Y": Fault(
         "passes.py",
-        "{slot: xp.where(moves, new_traces[slot], held[slot]) for slot in traces},",
-        "{slot: xp.where(moves, new_traces[slot], traces[slot]) for slot in traces},",
+        "{slot: xp.where(moves, new_traces[slot], held[slot]) for slot in traces}",
+        "{slot: xp.where(moves, new_traces[slot], traces[slot]) for slot in traces}",
     ),
     "trace of the moments without discount": Fault(
         "step.py",
@@ -289,11 +289,10 @@ FAULTS = {
         "asarray(discount, dtype=dtype)",
         library="strict",
     ),
-    "a block rests with its first leaf": Fault(
-        "step.py",
-        "flags[key] = xp.logical_or(flags[key], moves)",
-        "flags[key] = xp.logical_and(flags[key], moves)",
-        library="strict",
+    "a meta-gradient of 0 moves its block": Fault(
+        "passes.py",
+        "moves = finite & (meta_grad != 0.0)",
+        "moves = finite",
     ),
     "an array of 0 taken for awake": Fault(
         "step.py",
@@ -318,8 +317,8 @@ FAULTS = {
     ),
     "bias always corrected": Fault(
         "rules/rmsprop.py",
-        "        if self.bias_correction:",
-        "        if True:",
+        "if self.bias_correction else None",
+        "if True else None",
     ),
     "infinite meta-gradients used": Fault(
         "passes.py",
@@ -408,10 +407,10 @@ FAULTS = {
         "size = to_numpy(next(iter(sizes.values())) if isinstance(sizes, Mapping) else sizes)\n"
         "            size = size.reshape(-1)[0]",
     ),
-    "bounds on one side ignored": Fault(
+    "bounds from above ignored": Fault(
         "passes.py",
-        "if lo is not None or hi is not None:",
-        "if lo is not None and hi is not None:",
+        "new_beta = xp.clip(exact, min=bounds[0], max=bounds[1])",
+        "new_beta = xp.clip(exact, min=bounds[0])",
     ),
     "half a central difference": Fault(
         "curvature.py",
@@ -427,6 +426,36 @@ FAULTS = {
         "metaoptimize.py",
         "norms = map_leaves(xp.sqrt, total)",
         "norms = total",
+    ),
+    "a bound that is met starts nothing anew": Fault(
+        "passes.py",
+        "restart = moves & (meets | collapsed)",
+        "restart = moves & collapsed",
+    ),
+    "a block that starts anew keeps its trace": Fault(
+        "passes.py",
+        "return usable(z) & (meta_count > 0)",
+        "return usable(z)",
+    ),
+    "a block that starts anew is judged by its old trace": Fault(
+        "passes.py",
+        "meta_grad = xp.where(starts, 0.0, z)",
+        "meta_grad = z",
+    ),
+    "a block that starts anew keeps its moments": Fault(
+        "passes.py",
+        "xp.where(restart, 0.0, new[slot]) for slot in new}",
+        "new[slot] for slot in new}",
+    ),
+    "a first step does not count": Fault(
+        "passes.py",
+        "count + cast(moves | starts, count.dtype)",
+        "count + cast(moves, count.dtype)",
+    ),
+    "meta moments that never fade": Fault(
+        "rules/second_moment.py",
+        "hypot(decay**0.5 * before,",
+        "hypot(before,",
     ),
     "step sizes under each other's names": Fault(
         "blocks.py",

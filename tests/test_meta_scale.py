@@ -126,7 +126,7 @@ def final_state(opt: mo.MetaOptimize, run: Any) -> dict[str, Any]:
         torch = pytest.importorskip("torch")
         param = torch.nn.Parameter(torch.zeros(4))
         adapter = pytest.importorskip("metaopt_torch")
-        optimizer = adapter.MetaOptimizer([("w", param)], **options)
+        optimizer = adapter.MetaOptimizer([("w", param)], **options, compile=False)
         for _ in range(STEPS):
             param.grad = torch.from_numpy(grad.copy())
             optimizer.step()
@@ -163,7 +163,7 @@ def test_rows_that_are_seen_no_more_keep_their_step_sizes(meta: str, blocks: str
         params, state = opt.step(params, grads, state)
         if t == 10:
             then = opt.step_sizes(state)
-    sizes, asleep = opt.step_sizes(state), opt.diagnostics(state)["asleep"]
+    sizes, asleep = opt.step_sizes(state), opt.diagnostics(state, params)["asleep"]
     assert np.array_equal(sizes["others"], then["others"])
     assert np.all(asleep["others"])
     if blocks != "tensor":

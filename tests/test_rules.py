@@ -279,7 +279,7 @@ def test_what_feeds_back_is_found_from_the_formula() -> None:
 def test_a_hyperparameter_can_be_a_jet() -> None:
     """Tangents of other hyperparameters come from the same formula: beta2 of AdamW here."""
     values, count, h = values_of(mo.AdamW(), "middle"), np.asarray(7.0), 1e-6
-    slots = {slot: values[slot] for slot in mo.AdamW.slots}
+    slots = {slot: values[slot] for slot in mo.AdamW().slots}
 
     def direction(beta2: float) -> Any:
         return mo.AdamW(betas=(0.9, beta2)).direction(values["grad"], slots, count)[0]
