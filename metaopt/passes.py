@@ -468,7 +468,7 @@ def _meta_piece(
     z: Array,
     beta: Array,
     slots: dict[str, Any],
-    count: Array,
+    count: Any,
     meta_lr: Any,
     bounds: tuple[Any, ...],
     traces: dict[str, Any],
@@ -504,8 +504,8 @@ def _meta_piece(
     exact, lost = exact_sum(beta, slots[COMPENSATION] - moved.delta)
     new_beta = xp.clip(exact, min=bounds[0], max=bounds[1])
     meets = pinned(new_beta, *bounds) & xp.logical_not(pinned(beta, *bounds))
-    size = sigma.value(new_beta)
-    peak = xp.maximum(slots[PEAK], size)
+    size: Any = sigma.value(new_beta)
+    peak: Any = xp.maximum(slots[PEAK], size)
     # the trace is of moves far longer than those of now, or the step size has met a bound
     collapsed = (size > 0.0) & (size < COLLAPSE * peak)
     restart = moves & (meets | collapsed)

@@ -7,7 +7,7 @@ derivatives and its inverse, elementwise on arrays of any floating dtype.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from metaopt.arrays import Array, is_number, namespace
 
@@ -131,7 +131,7 @@ class Sigmoid(StepSizeMap):
     hi: float
 
     #: Beyond, a float32 cannot tell the step size from a bound.
-    beta_range: ClassVar[tuple[float, float]] = (-16.0, 16.0)
+    beta_range = (-16.0, 16.0)
 
     def __post_init__(self) -> None:
         for name in ("lo", "hi"):

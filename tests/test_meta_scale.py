@@ -95,10 +95,10 @@ def test_a_learned_step_size_grows_whatever_the_scale_of_the_loss(dtype: str) ->
 
 
 def test_eps_is_that_of_the_role() -> None:
-    opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.FastStart(mo.AdamW()))
+    opt: Any = mo.MetaOptimize(base=mo.AdamW(), meta=mo.FastStart(mo.AdamW()))
     assert opt.meta.rule.eps == 0.0
     assert opt.base.eps is None
-    given = mo.MetaOptimize(base=mo.AdamW(), meta=mo.RMSprop(eps=1e-3))
+    given: Any = mo.MetaOptimize(base=mo.AdamW(), meta=mo.RMSprop(eps=1e-3))
     assert given.meta.eps == 1e-3
     assert mo.MetaOptimize(base=mo.AdamW(), meta=opt.meta).meta is opt.meta
     slots = {"exp_avg": np.zeros(1), "exp_avg_sq": np.zeros(1)}
@@ -137,7 +137,8 @@ def final_state(opt: mo.MetaOptimize, run: Any) -> dict[str, Any]:
         params = {"w": jax.numpy.zeros(4)}
         state, update = tx.init(params), jax.jit(tx.update)
         for _ in range(STEPS):
-            _, state = update({"w": jax.numpy.asarray(grad)}, state, params)
+            updates, state = update({"w": jax.numpy.asarray(grad)}, state, params)
+            params = {"w": params["w"] + updates["w"]}
     else:
         params = {"w": np.zeros(4, "float32")}
         state = opt.init(params)

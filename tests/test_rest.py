@@ -435,7 +435,7 @@ def test_a_trace_that_is_not_finite_restarts(
         assert np.all(np.abs(got - want)[where] <= allowed[where])
         np.testing.assert_array_equal(got[~where], traces(good_new, good)[name][~where])
 
-    lost = hit if per_leaf else np.arange(blocks.size) == index
+    lost: Any = hit if per_leaf else np.arange(blocks.size) == index
     for part in ("beta", *(("meta_slots", slot) for slot in opt.meta.slots)):
 
         def of(which: mo.State, part: Any = part) -> Any:

@@ -128,7 +128,7 @@ def _vectors(
     plan = found.plan({name: param for name, param, _ in members})
     number = {id(group): index for index, group in enumerate(full)}
     owners = {name: number[id(group)] for name, _, group in members}
-    return plan.blocks, Vectors(found, plan, owners, len(full), members[0][1].device)
+    return plan.blocks, Vectors(plan, owners, len(full), members[0][1].device)
 
 
 def _order(before: Blocks, after: Blocks) -> tuple[Index, Index]:
