@@ -81,18 +81,17 @@ class Twin:
                     mapping[name] = part if field == "count" else change(part)
             fields[field] = type(getattr(new, field))(mapping)
         if plan.blocks.partition.per_leaf:
-            for field in ("beta", "meta_grad"):
+            for field in ("beta", "meta_count", "meta_grad"):
                 fields[field] = _leaves(getattr(new, field), getattr(old, field), was, kept)
             fields["meta_slots"] = type(new.meta_slots)(
                 (slot, _leaves(part, old.meta_slots[slot], was, kept))
                 for slot, part in new.meta_slots.items()
             )
         families = list(blocks.families)
-        vectors: dict[str, Any] = {
-            field: getattr(new, field).clone() for field in ("meta_count", "restarts")
-        }
+        vectors: dict[str, Any] = {"restarts": new.restarts.clone()}
         if not plan.blocks.partition.per_leaf:
-            vectors |= {field: getattr(new, field).clone() for field in ("beta", "meta_grad")}
+            for field in ("beta", "meta_count", "meta_grad"):
+                vectors[field] = getattr(new, field).clone()
             vectors |= {slot: part.clone() for slot, part in new.meta_slots.items()}
         for number, (key, family) in enumerate(plan.blocks.families.items()):
             source = key if key == "all" else was.get(key)
@@ -103,7 +102,7 @@ class Twin:
                 continue
             for field, vector in vectors.items():
                 held = old.meta_slots[field] if field in old.meta_slots else getattr(old, field)
-                if field == "meta_count" or plan.blocks.partition.per_leaf:
+                if plan.blocks.partition.per_leaf:
                     vector[number] = held[families.index(source)]
                 else:
                     vector[family.start : family.start + family.size] = held[
