@@ -826,11 +826,11 @@ def _zeros(spec: Any, like: Any, params: Mapping[str, Any], leaf: Any = None) ->
             (key, _zeros(part, like, params, params.get(key) if leaf is None else leaf))
             for key, part in spec.items()
         )
-    if leaf is None or spec.dtype == namespace(leaf).int32:
-        return filled(like if leaf is None else leaf, spec.shape, 0, spec.dtype)
+    if leaf is None:
+        return filled(like, spec.shape, 0, spec.dtype)
     zeros = namespace(leaf).zeros_like(leaf, dtype=spec.dtype)  # keeps order and sharding
     columns = spec.shape[: len(spec.shape) - leaf.ndim]
-    if columns + leaf.shape != spec.shape:  # a slot of a shape of its own
+    if columns + tuple(leaf.shape) != spec.shape:  # a count, or a slot of a shape of its own
         return filled(leaf, spec.shape, 0, spec.dtype)
     if columns == ():
         return zeros

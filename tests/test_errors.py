@@ -90,7 +90,7 @@ def test_rule_refuses(case: str) -> None:
 RULES_OF_OTHER_TYPES: dict[str, tuple[type[Any], dict[str, Any], str]] = {
     "betas of text": (mo.AdamW, {"betas": ("a", 0.9)}, "betas"),
     "betas of NumPy's float32": (mo.AdamW, {"betas": (np.float32(1.5), 0.9)}, "betas"),
-    "eps None": (mo.AdamW, {"eps": None}, "eps"),
+    "eps of text": (mo.AdamW, {"eps": "1e-8"}, "eps"),
     "decay of NumPy's float32": (mo.AdamW, {"weight_decay": np.float32("nan")}, "weight_decay"),
     "momentum of text": (mo.SGD, {"momentum": "0.9"}, "momentum"),
     "beta2 None": (mo.RMSprop, {"beta2": None}, "beta2"),
