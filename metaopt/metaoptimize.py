@@ -828,10 +828,10 @@ def _zeros(spec: Any, like: Any, params: Mapping[str, Any], leaf: Any = None) ->
         )
     if leaf is None:
         return filled(like, spec.shape, 0, spec.dtype)
-    zeros = namespace(leaf).zeros_like(leaf, dtype=spec.dtype)  # keeps order and sharding
     columns = spec.shape[: len(spec.shape) - leaf.ndim]
     if columns + tuple(leaf.shape) != spec.shape:  # a count, or a slot of a shape of its own
         return filled(leaf, spec.shape, 0, spec.dtype)
+    zeros = cast(namespace(leaf).zeros_like(leaf), spec.dtype)  # keeps order and sharding
     if columns == ():
         return zeros
     return zeros + filled(leaf, columns + (1,) * leaf.ndim, 0, spec.dtype)

@@ -502,7 +502,8 @@ def _meta_piece(
         moved = move(beta, unit, meta_lr, rule.weight_decay)
         new_traces = {}
     exact, lost = exact_sum(beta, slots[COMPENSATION] - moved.delta)
-    new_beta = xp.clip(exact, min=bounds[0], max=bounds[1])
+    lo, hi = bounds
+    new_beta = xp.where(exact < lo, lo, xp.where(exact > hi, hi, exact))
     meets = pinned(new_beta, *bounds) & xp.logical_not(pinned(beta, *bounds))
     size: Any = sigma.value(new_beta)
     peak: Any = xp.maximum(slots[PEAK], size)
