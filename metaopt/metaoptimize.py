@@ -31,6 +31,7 @@ from metaopt.passes import (
     PEAK,
     Leaf,
     MetaStep,
+    begun,
     carried,
     has_average,
     leaf_pass,
@@ -38,7 +39,7 @@ from metaopt.passes import (
     pinned,
 )
 from metaopt.plan import Following, Plan, following, make_plan, rules_by_leaf
-from metaopt.rules.rule import Rule, in_meta_role
+from metaopt.rules.rule import Rule, in_role
 from metaopt.rules.sgd import SGD
 from metaopt.state import State
 from metaopt.step_sizes import StepSizeMap, step_size_map
@@ -171,8 +172,8 @@ class MetaOptimize:
                     )
                     raise ValueError(msg)
         settled = {
-            "base": dict(self.base) if isinstance(self.base, Mapping) else self.base,
-            "meta": in_meta_role(self.meta),
+            "base": _in_base_role(self.base),
+            "meta": in_role(self.meta, "meta"),
             "step_size": {key: _size(size) for key, size in sizes.items()}
             if isinstance(sizes, Mapping)
             else _size(sizes),
@@ -556,6 +557,7 @@ class MetaOptimize:
             if lost is None and reduce is not None:  # those of other devices count
                 lost = filled(state.step, (), 0, plan.beta_dtype)
         z, lost = parts.reduced(reduce, plan, z, lost)
+        z = map_leaves(begun, z, state.meta_count)
         finite = map_leaves(carried, z, state.meta_count)
 
         hats: Mapping[str, parts.Hatted] = {}
@@ -676,7 +678,7 @@ class MetaOptimize:
             slot_traces=slot_traces,
             beta_trace=meta.beta_trace,
             third_trace=third_trace,
-            meta_grad=meta.meta_grad,
+            meta_grad=z,
             restarts=meta.restarts,
             skipped=state.skipped,
         )
@@ -712,8 +714,9 @@ class MetaOptimize:
         z : blocks
             Meta-gradient: the sums of the leaves' products.
         """
+        z = map_leaves(begun, z, state.meta_count)
         meta = self._meta(plan, state, z, beta_trace={}, held_trace={})
-        changed = {"step": state.step + 1, **meta._asdict()}
+        changed = {"step": state.step + 1, "meta_grad": z, **meta._asdict()}
         return replace(state, **{name: map_leaves(solid, part) for name, part in changed.items()})
 
     @property
@@ -809,6 +812,14 @@ def _size(size: Any) -> Any:
         return size
     sizes = to_numpy(size).astype(np.float64)
     return float(sizes) if sizes.ndim == 0 else sizes
+
+
+def _in_base_role(base: Any) -> Any:
+    """Return rules as they act on weights; what was one object is one."""
+    if not isinstance(base, Mapping):
+        return in_role(base, "base")
+    made = {id(rule): in_role(rule, "base") for rule in base.values()}
+    return {pattern: made[id(rule)] for pattern, rule in base.items()}
 
 
 def _equal(one: Any, other: Any) -> bool:

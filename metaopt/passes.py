@@ -26,6 +26,7 @@ __all__ = [
     "Leaf",
     "LeafStep",
     "MetaStep",
+    "begun",
     "carried",
     "fused_pass",
     "has_average",
@@ -104,14 +105,13 @@ class MetaStep(NamedTuple):
 
     Parameters
     ----------
-    beta, meta_slots, meta_count, meta_grad, restarts, beta_trace
+    beta, meta_slots, meta_count, restarts, beta_trace
         As in `State`.
     """
 
     beta: Any
     meta_slots: Any
     meta_count: Any
-    meta_grad: Any
     restarts: Any
     beta_trace: Any
 
@@ -137,6 +137,17 @@ def usable(z: Any) -> Any:
     """
     xp = namespace(z)
     return xp.abs(z) < (2.0**511 if z.dtype == xp.float64 else 2.0**63)
+
+
+def begun(z: Any, meta_count: Any) -> Any:
+    """Return meta-gradients as they count: 0 where a trace starts in this step (section 11).
+
+    Parameters
+    ----------
+    z : array, values per block
+    meta_count : array like `z`
+    """
+    return namespace(z).where(meta_count > 0, z, 0.0)
 
 
 def carried(z: Any, meta_count: Any) -> Any:
@@ -391,7 +402,7 @@ def meta_pass(
     blocks : Blocks
     sigma : StepSizeMap
     z : blocks
-        Meta-gradient, 0 for blocks that rest.
+        Meta-gradient, 0 for blocks that rest: see `begun`.
     beta, meta_slots, meta_count, restarts
         As in `State`.
     meta_lr : float, or array of shape () in the dtype of beta
@@ -444,7 +455,6 @@ def meta_pass(
             for slot in meta_slots
         ),
         blocks_of(lambda piece: piece.count),
-        blocks_of(lambda piece: piece.meta_grad),
         restarts + cast(lost, restarts.dtype),
         OrderedDict(
             (slot, blocks_of(lambda piece, slot=slot: piece.traces[slot]))  # type: ignore[misc]
@@ -457,7 +467,6 @@ class _Piece(NamedTuple):
     beta: Any
     slots: dict[str, Any]
     count: Any
-    meta_grad: Any
     restarts: Any
     traces: dict[str, Any]
 
@@ -478,10 +487,9 @@ def _meta_piece(
     """Return the meta update of one array of blocks; what does not move stays as it was."""
     xp = namespace(beta)
     starts = count == 0
-    meta_grad = xp.where(starts, 0.0, z)
-    finite = usable(meta_grad)
-    moves = finite & (meta_grad != 0.0)
-    z = xp.where(moves, meta_grad, 0.0)
+    finite = usable(z)
+    moves = finite & (z != 0.0)
+    z = xp.where(moves, z, 0.0)
     steps = cast(count + 1, beta.dtype)
     given = {slot: slots[slot] for slot in rule.slots}
     if traces:
@@ -518,7 +526,6 @@ def _meta_piece(
         xp.where(moves, new_beta, beta),
         {slot: new[slot] if slot in lasting else xp.where(restart, 0.0, new[slot]) for slot in new},
         xp.where(restart, xp.zeros_like(count), count + cast(moves | starts, count.dtype)),
-        meta_grad,
         restart | xp.logical_not(finite),
         {
             slot: new_traces[slot]

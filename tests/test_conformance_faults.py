@@ -291,7 +291,7 @@ FAULTS = {
     ),
     "a meta-gradient of 0 moves its block": Fault(
         "passes.py",
-        "moves = finite & (meta_grad != 0.0)",
+        "moves = finite & (z != 0.0)",
         "moves = finite",
     ),
     "an array of 0 taken for awake": Fault(
@@ -439,8 +439,8 @@ FAULTS = {
     ),
     "a block that starts anew is judged by its old trace": Fault(
         "passes.py",
-        "meta_grad = xp.where(starts, 0.0, z)",
-        "meta_grad = z",
+        "return namespace(z).where(meta_count > 0, z, 0.0)",
+        "return z",
     ),
     "a block that starts anew keeps its moments": Fault(
         "passes.py",

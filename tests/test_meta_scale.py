@@ -97,7 +97,7 @@ def test_a_learned_step_size_grows_whatever_the_scale_of_the_loss(dtype: str) ->
 def test_eps_is_that_of_the_role() -> None:
     opt: Any = mo.MetaOptimize(base=mo.AdamW(), meta=mo.FastStart(mo.AdamW()))
     assert opt.meta.rule.eps == 0.0
-    assert opt.base.eps is None
+    assert opt.base.eps == 1e-8
     given: Any = mo.MetaOptimize(base=mo.AdamW(), meta=mo.RMSprop(eps=1e-3))
     assert given.meta.eps == 1e-3
     assert mo.MetaOptimize(base=mo.AdamW(), meta=opt.meta).meta is opt.meta

@@ -379,9 +379,9 @@ def test_algorithm_3(base: str, meta: str) -> None:
 # --- the paper's settings -----------------------------------------------------------------------
 
 PAPER_BASES: dict[str, Any] = {
-    "adamw": mo.AdamW(betas=(0.9, 0.999), weight_decay=0.1),
+    "adamw": mo.AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1),
     "lion": mo.Lion(betas=(0.9, 0.99), weight_decay=0.1),
-    "rmsprop": mo.RMSprop(beta2=0.999, weight_decay=0.1),
+    "rmsprop": mo.RMSprop(beta2=0.999, eps=1e-8, weight_decay=0.1),
     "sgdm": mo.SGD(momentum=0.9, weight_decay=0.1),
 }
 PAPER_METAS: dict[str, Any] = {

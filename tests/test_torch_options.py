@@ -273,7 +273,7 @@ def test_groups_have_hyperparameters_of_their_own(name: str, extra: dict[str, An
     assert_equal_params(nets)
     for group, expected in zip(opts[0].param_groups, (other, rule), strict=True):
         for field in own:
-            assert group[field] == getattr(expected, field)
+            assert group[field] == getattr(in_role(expected, "base"), field)
 
 
 def test_hyperparameters_may_change_in_mid_training() -> None:

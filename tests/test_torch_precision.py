@@ -205,7 +205,6 @@ def test_a_trace_that_overflows_restarts_in_the_next_step(blocks: str, compile: 
         trace = param.detach() - state.average["0"]
         assert torch.all(torch.isfinite(trace))
         assert torch.all(torch.isfinite(state.beta))
-        assert torch.all(state.meta_count == 5)
         runs.append((state, trace))
     assert torch.all(runs[0][0].beta != torch.log(torch.tensor(1e-2)))
     # the effect of the one step in between is what the trace of one pass lacks

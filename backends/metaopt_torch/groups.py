@@ -151,7 +151,9 @@ def take_keys(
     own = {field.name: getattr(config, field.name) for field in fields(config)} | dict(own)
     options = {*OPTIONS, *hyper}
     for key in list(group):
-        if key in own and same(group[key], own[key]):
+        # the optimizer has its rules as they act in their roles
+        acting = in_role(group[key], key) if key in ("base", "meta") else group[key]
+        if key in own and same(acting, own[key]):
             del group[key]
         elif key in options or not isinstance(key, str):
             continue

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import metaopt as mo
 from metaopt.blocks import Blocks
-from metaopt.passes import carried, meta_pass, usable
+from metaopt.passes import begun, carried, meta_pass, usable
 from metaopt.rules import Rule
 from metaopt.step_sizes import step_size_map
 from metaopt_torch.build import Built
@@ -331,7 +331,8 @@ class HessianFree:
             vector = self._vector(of_these, None if lost is None else flags)
             vector = vector if over is None else summed(vector, over)
             total = vector if index == 0 else total + vector
-        return (total, None) if lost is None else (total[:-1], total[-1])
+        z, count = (total, None) if lost is None else (total[:-1], total[-1])
+        return begun(z, self._vectors["meta_count"]), count
 
     def _vector(self, sums: Sequence[Any], flags: Sequence[Tensor] | None) -> Tensor:
         """Return this device's part of z, over runs of one mesh; the last entry is of `flags`."""
@@ -429,7 +430,7 @@ def _meta(config: mo.MetaOptimize, blocks: Blocks, slots: Sequence[str]) -> Pass
             "beta": step.beta,
             "meta_count": step.meta_count,
             "restarts": step.restarts,
-            "meta_grad": step.meta_grad,
+            "meta_grad": z,
         }
         accepted = arrays.get("accepted")
         for name, new in (written | step.meta_slots).items():

@@ -131,23 +131,18 @@ def update_of(rule: Any) -> Update:
         return Update(
             kind="rmsprop",
             decay_sq=rule.beta2,
-            eps=_eps(rule),
+            eps=rule.eps,
             bias_correction=rule.bias_correction,
             **common,
         )
     if isinstance(rule, mo.AdamW):
         rho, decay_sq = rule.betas
-        return Update(kind="adamw", rho=rho, decay_sq=decay_sq, eps=_eps(rule), **common)
+        return Update(kind="adamw", rho=rho, decay_sq=decay_sq, eps=rule.eps, **common)
     if isinstance(rule, mo.Lion):
         interpolation, rho = rule.betas
         return Update(kind="lion", interpolation=interpolation, rho=rho, **common)
     msg = f"`rule` must be one of metaopt's own; got {rule!r}."
     raise TypeError(msg)
-
-
-def _eps(rule: Any) -> float:
-    """Return that of a rule of the weights; one of the step sizes names its own."""
-    return 1e-8 if rule.eps is None else rule.eps
 
 
 def config_of(opt: mo.MetaOptimize, shapes: Shapes, largest: float = 2.0**511) -> Config:

@@ -14,7 +14,7 @@ from metaopt.rules.rule import (
     refuse_delayed,
     settle,
 )
-from metaopt.rules.second_moment import EPS, Roots, Squares
+from metaopt.rules.second_moment import EPS, MOMENTS, Squares
 
 __all__ = ["AdamW"]
 
@@ -84,14 +84,15 @@ class AdamW:
         used, steps = (slots, count - 1.0) if self.delayed else (moments, count)
         mean = used["exp_avg"] * reciprocal(one_minus_power(beta1, steps))
         root = moment.root(used[moment.slot], one_minus_power(beta2, steps))
-        return divide(mean, root, EPS if self.eps is None else self.eps), moments
+        return divide(mean, root, EPS["base"] if self.eps is None else self.eps), moments
 
-    def in_meta_role(self) -> "AdamW":
-        """Return the rule as it acts on beta, whatever the scale of the loss; section 6."""
-        if self._moment is Roots:
+    def in_role(self, role: str) -> "AdamW":
+        """Return the rule as it acts on weights ("base") or on beta ("meta"); section 6."""
+        eps, moment = EPS[role] if self.eps is None else self.eps, MOMENTS[role]
+        if eps is self.eps and moment is self._moment:
             return self
-        rule = replace(self, eps=0.0 if self.eps is None else self.eps)
-        settle(rule, _moment=Roots)
+        rule = replace(self, eps=eps)
+        settle(rule, _moment=moment)
         return rule
 
     def without_momentum(self) -> RMSprop:

@@ -13,7 +13,7 @@ from metaopt.rules.rule import (
     Slots,
     as_number,
     check_rule,
-    in_meta_role,
+    in_role,
     scope_of,
     settle,
 )
@@ -122,9 +122,9 @@ class FastStart:
         faster = (self.factor - 1.0) * positive(self.patience - against)
         return direction * (1.0 + faster), {**new, AGAINST: against}
 
-    def in_meta_role(self) -> "FastStart":
-        """Return this with its rule as that acts on beta."""
-        rule = in_meta_role(self.rule)
+    def in_role(self, role: str) -> "FastStart":
+        """Return this with its rule as that acts in the role."""
+        rule = in_role(self.rule, role)
         return self if rule is self.rule else replace(self, rule=rule)
 
     def without_momentum(self) -> Never:

@@ -13,7 +13,7 @@ from metaopt.rules.rule import (
     refuse_delayed,
     settle,
 )
-from metaopt.rules.second_moment import EPS, Roots, Squares
+from metaopt.rules.second_moment import EPS, MOMENTS, Squares
 
 __all__ = ["RMSprop"]
 
@@ -79,17 +79,18 @@ class RMSprop:
         used, steps = (before, count - 1.0) if self.delayed else (after, count)
         correction = one_minus_power(self.beta2, steps) if self.bias_correction else None
         root = moment.root(used, correction)
-        direction = divide(grad, root, EPS if self.eps is None else self.eps)
+        direction = divide(grad, root, EPS["base"] if self.eps is None else self.eps)
         if self.delayed:
             direction = where(used, direction, 0.0)
         return direction, {moment.slot: after}
 
-    def in_meta_role(self) -> "RMSprop":
-        """Return the rule as it acts on beta, whatever the scale of the loss; section 6."""
-        if self._moment is Roots:
+    def in_role(self, role: str) -> "RMSprop":
+        """Return the rule as it acts on weights ("base") or on beta ("meta"); section 6."""
+        eps, moment = EPS[role] if self.eps is None else self.eps, MOMENTS[role]
+        if eps is self.eps and moment is self._moment:
             return self
-        rule = replace(self, eps=0.0 if self.eps is None else self.eps)
-        settle(rule, _moment=Roots)
+        rule = replace(self, eps=eps)
+        settle(rule, _moment=moment)
         return rule
 
     def without_momentum(self) -> "RMSprop":

@@ -163,13 +163,12 @@ def _outline(value: Any) -> str:
     return f"shape {tuple(value.shape)} and dtype {value.dtype}"
 
 
-def in_meta_role(rule: Any) -> Any:
-    """Return the rule as it acts on beta: of this library's some are free of scale there.
+def in_role(rule: Any, role: str) -> Any:
+    """Return a rule as it acts in a role, "base" or "meta": some have another `eps` in either.
 
     Itself where it is that already, so that what is compiled for it stays.
     """
-    changed = getattr(rule, "in_meta_role", None)
-    return rule if changed is None else changed()
+    return rule.in_role(role) if hasattr(rule, "in_role") else rule
 
 
 def feeding_slots(rule: Rule) -> tuple[str, ...]:

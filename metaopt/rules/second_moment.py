@@ -5,10 +5,10 @@ from typing import Any
 from metaopt.arrays import ArrayT
 from metaopt.numerics import hypot, reciprocal, sqrt
 
-__all__ = ["EPS", "Roots", "Squares"]
+__all__ = ["EPS", "MOMENTS", "Roots", "Squares"]
 
-#: `eps` in the base role where none is given; in the meta role it is 0.
-EPS = 1e-8
+#: `eps` of each role where none is given.
+EPS = {"base": 1e-8, "meta": 0.0}
 
 
 class Squares:
@@ -45,3 +45,7 @@ class Roots:
     def root(moment: ArrayT, correction: ArrayT | None) -> ArrayT:
         """Return the root of the mean square, divided by the correction before if there is one."""
         return moment if correction is None else moment * sqrt(reciprocal(correction))
+
+
+#: What keeps the second moment in each role.
+MOMENTS: dict[str, Any] = {"base": Squares, "meta": Roots}
