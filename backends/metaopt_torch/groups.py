@@ -18,6 +18,7 @@ from metaopt.blocks import Blocks, Named, Partition, first_match
 from metaopt.inputs import multiplier
 from metaopt.plan import rules_by_leaf
 from metaopt.rules import Rule
+from metaopt.rules.rule import in_role
 from metaopt_torch.hyperparameters import adjusted
 from metaopt_torch.memory import check_memory
 
