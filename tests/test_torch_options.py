@@ -16,7 +16,7 @@ from torch.optim import Optimizer  # noqa: E402
 from torch.optim import lr_scheduler as schedulers  # noqa: E402
 
 import metaopt as mo  # noqa: E402
-from metaopt.rules.rule import in_role
+from metaopt.rules.rule import in_role  # noqa: E402
 
 OPTIONS: dict[str, Any] = {
     "base": mo.AdamW(),

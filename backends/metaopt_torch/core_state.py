@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import metaopt as mo
-from metaopt.passes import carried
+from metaopt.passes import usable
 from metaopt.plan import Spec
 from metaopt_torch.build import Built
 from metaopt_torch.places import Path, paths, place
@@ -53,8 +53,7 @@ def whole(built: Built, *, restarts: bool) -> mo.State:
     restarts : bool
         Whether traces are yet to restart where the last meta-gradient cannot be used.
     """
-    vectors = built.vectors
-    keep = carried(vectors["meta_grad"], vectors["meta_count"]) if restarts else None
+    keep = usable(built.vectors["meta_grad"]) if restarts else None
 
     def tensor(path: Path, spec: Spec) -> Tensor:
         name, key = place(path, per_leaf=built.vectors.per_leaf)
