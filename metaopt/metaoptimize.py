@@ -586,6 +586,10 @@ class MetaOptimize:
             plan,
             state,
             z,
+            # devices may differ in which parts of a block's leaves have gradients
+            present=parts.blocks_present(plan, present, state.step)
+            if reduce is None or plan.blocks.partition.per_leaf
+            else None,
             beta_trace=beta_trace,
             held_trace=held_trace,
             z_trace=z_trace,
@@ -701,7 +705,7 @@ class MetaOptimize:
             **more,
         )
 
-    def meta_step(self, plan: Plan, state: State, z: Any) -> State:
+    def meta_step(self, plan: Plan, state: State, z: Any, names: Iterable[str]) -> State:
         """Return `state` after the meta update of a step without curvature.
 
         For adapters that step the leaves themselves, by `metaopt.passes.one_pass`: all but the
@@ -713,9 +717,12 @@ class MetaOptimize:
         state : State
         z : blocks
             Meta-gradient: the sums of the leaves' products.
+        names : iterable of str
+            The leaves that have a gradient.
         """
         z = map_leaves(begun, z, state.meta_count)
-        meta = self._meta(plan, state, z, beta_trace={}, held_trace={})
+        present = parts.blocks_present(plan, names, state.step)
+        meta = self._meta(plan, state, z, present=present, beta_trace={}, held_trace={})
         changed = {"step": state.step + 1, "meta_grad": z, **meta._asdict()}
         return replace(state, **{name: map_leaves(solid, part) for name, part in changed.items()})
 

@@ -385,6 +385,7 @@ def meta_pass(
     *,
     meta_lr: Any,
     bounds: tuple[Any, Any],
+    present: Any = None,
     beta_trace: Mapping[str, Any],
     held_trace: Mapping[str, Any],
     z_trace: Any = None,
@@ -408,6 +409,9 @@ def meta_pass(
     meta_lr : float, or array of shape () in the dtype of beta
     bounds : pair of float or blocks
         Bounds on beta, not on the step sizes.
+    present : blocks, bool, optional
+        Which blocks have a leaf with a gradient. A trace can start in those alone, so the others
+        wait for it. None for all.
     beta_trace : mapping
         Y as in `State`, discounted and restarted; empty where Y stays E.
     held_trace : mapping
@@ -428,6 +432,7 @@ def meta_pass(
             pick(meta_count),
             meta_lr,
             tuple(pick(bound) if isinstance(bound, Mapping) else bound for bound in bounds),
+            pick(present),
             {slot: pick(values) for slot, values in beta_trace.items()},
             {slot: pick(values) for slot, values in held_trace.items()},
             pick(z_trace),
@@ -480,6 +485,7 @@ def _meta_piece(
     count: Any,
     meta_lr: Any,
     bounds: tuple[Any, ...],
+    present: Any,
     traces: dict[str, Any],
     held: dict[str, Any],
     z_trace: Any,
@@ -518,6 +524,7 @@ def _meta_piece(
     # the trace is of moves far longer than those of now, or the step size has met a bound
     collapsed = (size > 0.0) & (size < COLLAPSE * peak)
     restart = moves & (meets | collapsed)
+    started = starts if present is None else starts & present
     new |= {COMPENSATION: xp.where(new_beta == exact, lost, 0.0), PEAK: peak}
     new = {slot: xp.where(moves, new[slot], slots[slot]) for slot in slots}
     new_traces = {slot: xp.where(moves, new_traces[slot], held[slot]) for slot in traces}
@@ -525,7 +532,7 @@ def _meta_piece(
     return _Piece(
         xp.where(moves, new_beta, beta),
         {slot: new[slot] if slot in lasting else xp.where(restart, 0.0, new[slot]) for slot in new},
-        xp.where(restart, xp.zeros_like(count), count + cast(moves | starts, count.dtype)),
+        xp.where(restart, xp.zeros_like(count), count + cast(moves | started, count.dtype)),
         restart | xp.logical_not(finite),
         {
             slot: new_traces[slot]

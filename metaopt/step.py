@@ -25,6 +25,17 @@ def awake_leaves(grads: Mapping[str, Any], lrs: Leaves[Any]) -> Leaves[Any]:
     return per_leaf((name, grads[name] is not None and lr != 0.0) for name, lr in lrs.items())
 
 
+def blocks_present(plan: Plan, names: Iterable[str], like: Any) -> Any:
+    """Say which blocks have one of these leaves, those with gradients; None where all have."""
+    present = {plan.blocks.family_of[name] for name in names}
+    if len(present) == len(plan.blocks.families):
+        return None
+    kind = namespace(like).bool
+    return plan.blocks.from_names(
+        {key: filled(like, (), key in present, kind) for key in plan.blocks.families}
+    )
+
+
 def traces(
     plan: Plan, params: Mapping[str, Any], state: State, names: Iterable[str]
 ) -> Leaves[Any]:

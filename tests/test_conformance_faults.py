@@ -449,7 +449,7 @@ FAULTS = {
     ),
     "a first step does not count": Fault(
         "passes.py",
-        "count + cast(moves | starts, count.dtype)",
+        "count + cast(moves | started, count.dtype)",
         "count + cast(moves, count.dtype)",
     ),
     "meta moments that never fade": Fault(

@@ -1,5 +1,6 @@
 """A step size never collapses for good: thirty small tasks, and the rules that see to it."""
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -90,6 +91,89 @@ def test_a_block_whose_step_size_collapses_starts_anew() -> None:
     assert after.meta_count.tolist() == [1]
     assert sizes[first + 1] == sizes[first]
     assert relative_error(traces[first + 1], np.full(2, -sizes[first])) < 1e-10
+
+
+def test_a_block_without_gradients_starts_anew_when_it_has_one() -> None:
+    """Not in the step in between: its trace is not written there."""
+    opt = mo.MetaOptimize(
+        base=mo.SGD(), meta=mo.AdamW(), step_size=0.1, meta_lr=0.5, blocks="tensor"
+    )
+    params = {"a": np.ones(2), "b": np.ones(2)}
+    state, grad = opt.init(params), np.ones(2)
+    while not state.restarts[1]:
+        params, state = opt.step(params, {"a": np.ones(2), "b": grad}, state)
+        grad = 0.1 * np.sign(params["b"] - state.average["b"])
+    for _ in range(2):
+        params, state = opt.step(params, {"a": np.ones(2), "b": None}, state)
+        assert state.meta_count[1] == 0
+    params, state = opt.step(params, {"a": np.ones(2), "b": np.ones(2)}, state)
+    assert state.meta_count[1] == 1
+    assert state.meta_grad[1] == 0.0
+    size = opt.step_sizes(state)["b"]
+    assert relative_error(params["b"] - state.average["b"], np.full(2, -size)) < 1e-10
+
+
+def dropped(steps: int) -> Any:
+    """Yield gradients of two leaves, of which the second has none in every other step."""
+    rng = np.random.default_rng(0)
+    for step in range(steps):
+        noise = {name: rng.normal(size=8) for name in "ab"}
+        yield (
+            lambda name, w, step=step, noise=noise: (
+                None
+                if name == "b" and step % 2
+                else np.logspace(0, -2, 8) * np.asarray(w) + 0.1 * noise[name]
+            )
+        )
+
+
+LAYERS: dict[str, Any] = {
+    "base": mo.AdamW(),
+    "meta": mo.AdamW(),
+    "step_size": 1e-3,
+    "meta_lr": 0.1,
+    "blocks": "tensor",
+}
+
+
+def test_a_layer_that_is_dropped_every_other_step_is_not_left_frozen() -> None:
+    """Step sizes of 1e-19 at step 2000, for ever, where the restarts are lost."""
+    opt, params = mo.MetaOptimize(**LAYERS), {name: np.ones(8) for name in "ab"}
+    state, sizes = opt.init(params), []
+    for grad in dropped(3000):
+        grads = {name: grad(name, w) for name, w in params.items()}
+        params, state = opt.step(params, grads, state)
+        sizes.append(float(opt.step_sizes(state)["b"]))
+    assert state.restarts[1] > 1
+    assert min(np.max(part) for part in np.split(np.array(sizes), 6)) > 1e-4
+
+
+@pytest.mark.parametrize("adapter", ["metaopt_torch", "metaopt_cupy"])
+def test_adapters_start_a_block_anew_as_the_core_does(adapter: str) -> None:
+    pytest.importorskip("torch" if adapter == "metaopt_torch" else "numba")
+    module = importlib.import_module(adapter)
+    core, params = mo.MetaOptimize(**LAYERS), {name: np.ones(8) for name in "ab"}
+    state = core.init(params)
+    ours: Any = {name: np.ones(8) for name in "ab"}
+    if adapter == "metaopt_torch":
+        import torch
+
+        ours = {name: torch.ones(8, dtype=torch.float64, requires_grad=True) for name in "ab"}
+        opt = module.MetaOptimizer(ours.items(), compile=False, **LAYERS)
+    else:
+        opt = module.MetaOptimizer(ours, fused=True, **LAYERS)
+    for grad in dropped(300):
+        grads = {name: grad(name, w) for name, w in params.items()}
+        params, state = core.step(params, grads, state)
+        if adapter == "metaopt_torch":
+            for name, w in ours.items():
+                w.grad = None if grads[name] is None else torch.tensor(grads[name])
+            opt.step()
+        else:
+            opt.step(grads)
+    assert state.restarts[1] > 0
+    for name, size in core.step_sizes(state).items():
+        assert relative_error(np.array(float(opt.step_sizes()[name])), size) < 1e-6
 
 
 def test_a_block_that_comes_to_a_bound_starts_anew_once() -> None:

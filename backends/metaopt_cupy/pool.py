@@ -130,7 +130,7 @@ class Pool:
         )
         self._occupied = Occupied(params)
         # dry-run the rest of a step, so that errors surface at construction
-        config.meta_step(plan, self.state, self._summed({}))
+        config.meta_step(plan, self.state, self._summed({}), params)
 
     def _spec(self, name: str, rule: Any) -> Spec | None:
         """Return what the kernel of a leaf depends on; None where there can be none."""
@@ -235,7 +235,12 @@ class Pool:
             for name, product in self._products.items()
             if grads[name] is not None
         }
-        self.state = self._config.meta_step(plan, state, self._summed(partials))
+        self.state = self._config.meta_step(
+            plan,
+            state,
+            self._summed(partials),
+            [n for n, grad in grads.items() if grad is not None],
+        )
 
     def _last_meta_grad(self) -> Any:
         """Return the last meta-gradient, and inf, which restarts a trace, for blocks that start."""

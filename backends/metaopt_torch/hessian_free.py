@@ -94,6 +94,9 @@ class HessianFree:
         }
         self._handed: dict[tuple[int, int], dict[str, Any]] = {}
         self._indices: dict[Any, Tensor] = {}
+        #: Which blocks have a leaf with a gradient, and what that was for families with one.
+        self._present: Tensor = torch.ones((), dtype=torch.bool)
+        self._present_of: dict[frozenset[str], Tensor] = {}
         #: Whether the meta-gradient has to be known before a parameter is written.
         self.two_passes = built.config.meta_first or built.config.skip_nonfinite
         meta = _meta(self._config, self._plan.blocks, tuple(self._vectors.slots))
@@ -123,6 +126,7 @@ class HessianFree:
             for name, grad in grads.items():
                 self._leaves[name].grad_dtype = grad.dtype
             self._runs = self._all_runs.of([self._leaves[name] for name in grads])
+            self._present = self._blocks_present(grads)
             self._prepare(grads, signature[:-1])
             self._signature = signature
         accepted = None
@@ -378,6 +382,25 @@ class HessianFree:
         """Say of which blocks the traces go on."""
         return carried(z, self._vectors["meta_count"])
 
+    def _blocks_present(self, grads: Mapping[str, Tensor]) -> Tensor:
+        """Say which blocks have a leaf with a gradient.
+
+        Where processes hold parts of leaves, one of them may lack a gradient that others have.
+        """
+        blocks, device = self._plan.blocks, self._vectors["beta"].device
+        families = frozenset(
+            blocks.family_of[name]
+            for name, leaf in self._leaves.items()
+            if name in grads or leaf.part.group is not None
+        )
+        if families not in self._present_of:
+            if len(self._present_of) > 100:  # layers that are dropped at random
+                self._present_of.clear()
+            sizes = ((key in families, family.size) for key, family in blocks.families.items())
+            flags = [flag for flag, size in sizes for _ in range(size)]
+            self._present_of[families] = torch.tensor(flags, device=device)
+        return self._present_of[families]
+
     def _move_beta(self, z: Tensor, accepted: Tensor | None) -> None:
         arrays = self._of_blocks(z, accepted)
         self._move.prepared(self._config.meta, arrays)(*arrays.values())
@@ -386,7 +409,8 @@ class HessianFree:
         """Return what the meta update takes."""
         vectors = self._vectors
         names = ("beta", "meta_count", "restarts", "meta_grad")
-        arrays = {"z": z} | {name: vectors[name] for name in names} | vectors.slots
+        arrays = {"z": z, "present": self._present}
+        arrays |= {name: vectors[name] for name in names} | vectors.slots
         if accepted is not None:
             arrays["accepted"] = accepted
         return arrays
@@ -423,6 +447,7 @@ def _meta(config: mo.MetaOptimize, blocks: Blocks, slots: Sequence[str]) -> Pass
             arrays["restarts"],
             meta_lr=config.meta_lr,
             bounds=config.limits(blocks, beta),
+            present=arrays["present"],
             beta_trace={},
             held_trace={},
         )

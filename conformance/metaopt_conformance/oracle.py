@@ -205,7 +205,9 @@ def step(
     if config.skip_nonfinite and not np.all(np.isfinite([grad, *grad_trace.T])[:, present]):
         return replace(state, skipped=state.skipped + 1)
     moves = usable & (z != 0.0)
-    after_meta, restarts = meta_update(config, state, hatted, np.where(moves, z, 0.0), moves)
+    begins = starts & np.isin(np.arange(config.blocks), config.block_of[present])
+    z_used = np.where(moves, z, 0.0)
+    after_meta, restarts = meta_update(config, state, hatted, z_used, moves, begins)
     after_meta = meta_traces(
         config, state, hatted, after_meta, grad, z, carried, moves, restarts, awake, grad_trace
     )
@@ -388,13 +390,13 @@ def third_trace(
 
 
 def meta_update(
-    config: Config, state: State, into: State, z: Vector, moves: Flags
+    config: Config, state: State, into: State, z: Vector, moves: Flags, begins: Flags
 ) -> tuple[State, Flags]:
     """Return the meta-parameters after beta' = beta - eta u, and the meta moments (section 6).
 
-    Blocks that do not move keep theirs, but that a first step always counts. Bounds project
-    sigma(beta), section 8. Second comes which blocks start anew, with moments and a count of 0:
-    those whose step size has collapsed or met a bound (section 11).
+    Blocks that do not move keep theirs, but that the step in which a trace begins counts, which
+    `begins` says. Bounds project sigma(beta), section 8. Second comes which blocks start anew, with
+    moments and a count of 0: those whose step size has collapsed or met a bound (section 11).
     """
     count = state.meta_count + 1
     u, m, v = direction(config.meta, z, state.meta_m, state.meta_v, count)
@@ -422,7 +424,7 @@ def meta_update(
         meta_v=moved(v, state.meta_v),
         against=np.where(moves, against, state.against),
         peak=moved(peak, state.peak),
-        meta_count=moved(count, np.maximum(state.meta_count, 1)),
+        meta_count=moved(count, state.meta_count + begins),
     )
     return after, restarts
 
