@@ -479,7 +479,7 @@ class _Piece(NamedTuple):
 def _meta_piece(
     rule: Rule,
     sigma: StepSizeMap,
-    z: Array,
+    z: Any,
     beta: Array,
     slots: dict[str, Any],
     count: Any,

@@ -123,6 +123,7 @@ def _matches(name: str, patterns: Any) -> bool:
 def update_of(rule: Any) -> Update:
     """Return a rule of the library as the oracle's."""
     common = {"weight_decay": rule.weight_decay, "delayed": getattr(rule, "delayed", False)}
+    eps: Any = getattr(rule, "eps", None)  # a number, as the rule has its role
     if isinstance(rule, mo.FastStart):
         return replace(update_of(rule.rule), factor=rule.factor, patience=rule.patience)
     if isinstance(rule, mo.SGD):
@@ -131,13 +132,13 @@ def update_of(rule: Any) -> Update:
         return Update(
             kind="rmsprop",
             decay_sq=rule.beta2,
-            eps=rule.eps,
+            eps=eps,
             bias_correction=rule.bias_correction,
             **common,
         )
     if isinstance(rule, mo.AdamW):
         rho, decay_sq = rule.betas
-        return Update(kind="adamw", rho=rho, decay_sq=decay_sq, eps=rule.eps, **common)
+        return Update(kind="adamw", rho=rho, decay_sq=decay_sq, eps=eps, **common)
     if isinstance(rule, mo.Lion):
         interpolation, rho = rule.betas
         return Update(kind="lion", interpolation=interpolation, rho=rho, **common)
