@@ -8,7 +8,7 @@ changes.
 """
 
 import numpy as xp  # or: import cupy as xp
-from metaopt_cupy import MetaOptimizer
+from metaopt_kernels import MetaOptimizer
 from sklearn.datasets import load_breast_cancer
 
 import metaopt as mo

@@ -190,13 +190,13 @@ def test_dtypes_are_changed_by_the_function_for_it(monkeypatch: pytest.MonkeyPat
 def test_matrices_and_masked_arrays_are_refused_in_place(kind: str, fused: bool | None) -> None:
     if fused is None:
         pytest.importorskip("numba")
-    metaopt_cupy: Any = pytest.importorskip("metaopt_cupy")
+    metaopt_kernels: Any = pytest.importorskip("metaopt_kernels")
     made = OTHERS[kind]
     params = {"w": PARAMS["w"].copy()}
     theirs = {"w": made(params["w"])}
     with pytest.raises(TypeError, match=rf"`params\['w'\]` must be an array .*; got {kind}\."):
-        metaopt_cupy.MetaOptimizer(theirs, mo.SGD(), mo.SGD(), fused=fused)
-    opt = metaopt_cupy.MetaOptimizer(params, mo.SGD(), mo.SGD(), fused=fused)
+        metaopt_kernels.MetaOptimizer(theirs, mo.SGD(), mo.SGD(), fused=fused)
+    opt = metaopt_kernels.MetaOptimizer(params, mo.SGD(), mo.SGD(), fused=fused)
     with pytest.raises(TypeError, match=rf"`grads\['w'\]` must be an array .*; got {kind}\."):
         opt.step(theirs)
     with pytest.raises(TypeError, match=r"`lr` must be an array .*; got MaskedArray\."):
@@ -207,11 +207,11 @@ def test_matrices_and_masked_arrays_are_refused_in_place(kind: str, fused: bool 
 @pytest.mark.filterwarnings("ignore:the core makes steps:UserWarning")
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_the_byte_order_changes_no_number_in_place(dtype: str) -> None:
-    metaopt_cupy = pytest.importorskip("metaopt_cupy")
+    metaopt_kernels = pytest.importorskip("metaopt_kernels")
 
     def stepped(order: Any) -> Any:
         params = {name: order(param.astype(dtype)) for name, param in PARAMS.items()}
-        opt = metaopt_cupy.MetaOptimizer(
+        opt = metaopt_kernels.MetaOptimizer(
             params, mo.AdamW(), mo.AdamW(), step_size=0.05, meta_lr=0.05, fused=False
         )
         for _ in range(5):

@@ -219,11 +219,11 @@ class Jax:
 
 
 class Kernels:
-    """`metaopt_cupy` on NumPy arrays."""
+    """`metaopt_kernels` on NumPy arrays."""
 
     def __init__(self, start: Vector, discount: float) -> None:
         pytest.importorskip("numba")
-        from metaopt_cupy import MetaOptimizer
+        from metaopt_kernels import MetaOptimizer
 
         self.params = {"w": start.copy()}
         self.opt = MetaOptimizer(self.params, fused=True, **SETTINGS, discount=discount)

@@ -55,7 +55,7 @@ def test_jax() -> None:
 @pytest.mark.parametrize(
     "page",
     [
-        *("README.md", "docs/mathematics.md", "docs/conformance.md", "docs/cupy.md"),
+        *("README.md", "docs/mathematics.md", "docs/conformance.md", "docs/kernels.md"),
         *("docs/torch.md", "docs/jax.md"),
         "backends/README.md",
     ],

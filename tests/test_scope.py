@@ -153,7 +153,7 @@ def by_jax(params: Any, **options: Any) -> Any:
 
 def by_numba(params: Any, **options: Any) -> Any:
     pytest.importorskip("numba")
-    from metaopt_cupy import MetaOptimizer
+    from metaopt_kernels import MetaOptimizer
 
     opt = MetaOptimizer(params, **options)
     base = opt.config.base

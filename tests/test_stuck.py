@@ -148,7 +148,7 @@ def test_a_layer_that_is_dropped_every_other_step_is_not_left_frozen() -> None:
     assert min(np.max(part) for part in np.split(np.array(sizes), 6)) > 1e-4
 
 
-@pytest.mark.parametrize("adapter", ["metaopt_torch", "metaopt_cupy"])
+@pytest.mark.parametrize("adapter", ["metaopt_torch", "metaopt_kernels"])
 def test_adapters_start_a_block_anew_as_the_core_does(adapter: str) -> None:
     pytest.importorskip("torch" if adapter == "metaopt_torch" else "numba")
     module = importlib.import_module(adapter)

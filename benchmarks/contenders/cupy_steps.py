@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from metaopt_cupy import MetaOptimizer
-from metaopt_cupy.gpu import Gpu
+from metaopt_kernels import MetaOptimizer
+from metaopt_kernels.gpu import Gpu
 
 from benchmarks.contenders import Contender, Shapes
 from benchmarks.contenders.numpy_steps import PAIRS

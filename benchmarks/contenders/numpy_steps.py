@@ -1,4 +1,4 @@
-"""NumPy: the core's step, and the one of `metaopt_cupy` in one pass through numba.
+"""NumPy: the core's step, and the one of `metaopt_kernels` in one pass through numba.
 
 The core is compared with the very rule at a fixed step size, in NumPy; the step in one pass with
 torch's fused AdamW, where that is installed, and with the rule as a kernel that is made alike.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from metaopt_cupy import MetaOptimizer
+from metaopt_kernels import MetaOptimizer
 
 import metaopt as mo
 from benchmarks.contenders import Contender, Shapes
@@ -49,7 +49,7 @@ def steps(shapes: Shapes) -> Iterator[Contender]:
         for blocks in ("scalar", "tensor", "node"):
             step = fused_step(*PAIRS["AdamW + Lion"], blocks, grads)
             yield Contender(f"AdamW + Lion, {blocks}, numba", step)
-    engine = importlib.import_module("metaopt_cupy.cpu").Cpu()
+    engine = importlib.import_module("metaopt_kernels.cpu").Cpu()
     for pair, (base, meta) in PAIRS.items():
         plain = PlainSteps(engine, base, grads)
         yield Contender(f"{pair.split(' + ')[0]}, fixed, numba", plain.step, reference=True)

@@ -1,12 +1,12 @@
-"""A rule at a fixed step size, as a kernel that is made like those of `metaopt_cupy`."""
+"""A rule at a fixed step size, as a kernel that is made like those of `metaopt_kernels`."""
 
 from typing import Any
 
 import numpy as np
-from metaopt_cupy.chunks import cut
-from metaopt_cupy.memory import address
-from metaopt_cupy.pool import Group
-from metaopt_cupy.programs import ROW, Spec, Traced
+from metaopt_kernels.chunks import cut
+from metaopt_kernels.memory import address
+from metaopt_kernels.pool import Group
+from metaopt_kernels.programs import ROW, Spec, Traced
 
 from metaopt.rules.move import move
 from metaopt.tracer import Program, Scalar
@@ -39,7 +39,7 @@ class PlainSteps:
 
     Parameters
     ----------
-    engine : metaopt_cupy.cpu.Cpu or metaopt_cupy.gpu.Gpu
+    engine : metaopt_kernels.cpu.Cpu or metaopt_kernels.gpu.Gpu
     rule : Rule
     grads : mapping of name to array, float32
     """

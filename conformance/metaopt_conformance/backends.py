@@ -150,19 +150,19 @@ def _numpy() -> Backend:
         asarray=lambda array, _: np.array(array),
         to_numpy=np.array,
         dtypes=("float64", "float32", "float16"),
-        optimizer=_InPlace if _is_installed("metaopt_cupy", "numba") else None,
+        optimizer=_InPlace if _is_installed("metaopt_kernels", "numba") else None,
     )
 
 
 class _InPlace:
-    """The optimizer of `metaopt_cupy`, on copies of the parameters."""
+    """The optimizer of `metaopt_kernels`, on copies of the parameters."""
 
     def __init__(self, opt: Any, params: Mapping[str, Any]) -> None:
         options = {option.name: getattr(opt, option.name) for option in fields(opt) if option.init}
         own = {name: param.copy() for name, param in params.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # float16 of NumPy has no kernels
-            self._opt = importlib.import_module("metaopt_cupy").MetaOptimizer(own, **options)
+            self._opt = importlib.import_module("metaopt_kernels").MetaOptimizer(own, **options)
         self.step = self._opt.step
 
     def params(self) -> Any:
@@ -325,7 +325,7 @@ def _cupy() -> Backend:
         asarray=lambda array, _: cupy.asarray(array),
         to_numpy=lambda array: np.array(array.get() if hasattr(array, "get") else array),
         dtypes=("float64", "float32", "float16"),
-        optimizer=_InPlace if _is_installed("metaopt_cupy") else None,
+        optimizer=_InPlace if _is_installed("metaopt_kernels") else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""The page and the example of metaopt_cupy run as they are printed."""
+"""The page and the example of metaopt_kernels run as they are printed."""
 
 import importlib.util
 import re
@@ -10,7 +10,7 @@ import pytest
 from metaopt_conformance import tolerances
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "cupy.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 EXAMPLE = (ROOT / "examples" / "logistic_regression.py").read_text(encoding="utf-8")
 NUMPY, CUPY = "import numpy as xp  # or: import cupy as xp", "import cupy as xp"
 
@@ -115,7 +115,7 @@ import sys
 import numpy as np
 import metaopt as mo
 from benchmarks.contenders.plain import PlainSteps
-from metaopt_cupy.cpu import Cpu
+from metaopt_kernels.cpu import Cpu
 
 grads = {"a": np.linspace(-1.0, 2.0, 40000, dtype="float32"), "b": np.ones((3, 5), "float32")}
 for rule in (mo.AdamW(weight_decay=0.1), mo.Lion(), mo.SGD(momentum=0.9)):

@@ -1,4 +1,4 @@
-"""The CUDA of metaopt_cupy: compiled as C++ and run on the host, by nvcc, and on a GPU.
+"""The CUDA of metaopt_kernels: compiled as C++ and run on the host, by nvcc, and on a GPU.
 
 On the host a block's threads are threads, its barrier a barrier and its shared memory static: the
 very text that a GPU gets runs, tables, reductions and all, and is compared with the core.
@@ -22,9 +22,9 @@ from metaopt_conformance.backends import UnavailableError, find
 from metaopt_conformance.cases import Case
 from metaopt_conformance.suite import run
 from metaopt_conformance.translate import contents, values_of
-from metaopt_cupy import MetaOptimizer, gpu
-from metaopt_cupy.pool import Pool
-from metaopt_cupy.programs import Spec, trace
+from metaopt_kernels import MetaOptimizer, gpu
+from metaopt_kernels.pool import Pool
+from metaopt_kernels.programs import Spec, trace
 
 import metaopt as mo
 from metaopt.arrays import map_leaves
@@ -152,7 +152,7 @@ HOST = gpu.Gpu(HostCupy())  # modules are compiled once
 
 
 class OnHost:
-    """An adapter for the suite: the pool of `metaopt_cupy` with a GPU that is the host."""
+    """An adapter for the suite: the pool of `metaopt_kernels` with a GPU that is the host."""
 
     def __init__(self, opt: mo.MetaOptimize, params: Any, engine: Any = HOST) -> None:
         self._params = map_leaves(np.array, params)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metaopt_cupy.chunks import cut, lies_per_weight
-from metaopt_cupy.memory import (
+from metaopt_kernels.chunks import cut, lies_per_weight
+from metaopt_kernels.memory import (
     Occupied,
     address,
     check_writable,
@@ -15,7 +15,7 @@ from metaopt_cupy.memory import (
     overlaps_itself,
     span,
 )
-from metaopt_cupy.sharing import device_of
+from metaopt_kernels.sharing import device_of
 
 BUFFER = np.arange(24.0)
 WINDOWS: dict[str, Any] = {

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metaopt_cupy.cpu import source
-from metaopt_cupy.memory import address
-from metaopt_cupy.programs import GIVEN, ROW, Spec, trace
+from metaopt_kernels.cpu import source
+from metaopt_kernels.memory import address
+from metaopt_kernels.programs import GIVEN, ROW, Spec, trace
 
 import metaopt as mo
 from metaopt.passes import Leaf, one_pass

@@ -15,9 +15,9 @@ from array_api_compat import is_torch_array
 import metaopt as mo
 from metaopt.arrays import is_number, map_leaves, solid
 from metaopt.inputs import check_grads, multipliers
-from metaopt_cupy.memory import Layout, check_writable, layout
-from metaopt_cupy.pool import Pool
-from metaopt_cupy.sharing import device_of, shared
+from metaopt_kernels.memory import Layout, check_writable, layout
+from metaopt_kernels.pool import Pool
+from metaopt_kernels.sharing import device_of, shared
 
 __all__ = ["MetaOptimizer"]
 
@@ -135,9 +135,9 @@ class MetaOptimizer:
         }
         engine: Any
         if self._xp is np:
-            engine = importlib.import_module("metaopt_cupy.cpu").Cpu()
+            engine = importlib.import_module("metaopt_kernels.cpu").Cpu()
         else:
-            engine = importlib.import_module("metaopt_cupy.gpu").Gpu(self._xp)
+            engine = importlib.import_module("metaopt_kernels.gpu").Gpu(self._xp)
         return Pool(self.config, self._plan, self._params, replace(state, **own), engine)
 
     def _device(self) -> Any:

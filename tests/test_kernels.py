@@ -1,4 +1,4 @@
-"""metaopt_cupy on NumPy: a step in one pass equals the core's, and what is handed in is checked."""
+"""metaopt_kernels on NumPy: a step in one pass equals the core's, and what is handed in is checked."""
 
 import copy
 import doctest
@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from metaopt_conformance import tolerances
 from metaopt_conformance.translate import contents, values_of
-from metaopt_cupy import MetaOptimizer, cpu, memory
-from metaopt_cupy.memory import address
-from metaopt_cupy.sharing import shared
+from metaopt_kernels import MetaOptimizer, cpu, memory
+from metaopt_kernels.memory import address
+from metaopt_kernels.sharing import shared
 
 import metaopt as mo
 from metaopt.arrays import map_leaves, namespace
@@ -480,7 +480,7 @@ def test_optimizers_step_in_threads() -> None:
 
 @needs_numba
 def test_kernels_are_compiled_once_a_formula() -> None:
-    from metaopt_cupy import numba_tools
+    from metaopt_kernels import numba_tools
 
     options = configured(base=mo.AdamW(betas=(0.71, 0.72)))
     opt = MetaOptimizer(start(), fused=True, **options)
@@ -496,7 +496,7 @@ FORKED = """
 import os, signal, sys, threading
 import numpy as np
 import metaopt as mo
-from metaopt_cupy import MetaOptimizer
+from metaopt_kernels import MetaOptimizer
 
 def made(size):
     w = np.ones(size)
@@ -512,7 +512,7 @@ if sys.argv[1] == "after threads":
     large.step({"w": many})
 if sys.argv[1] == "in a step":
     large.step({"w": many})
-    from metaopt_cupy import numba_tools
+    from metaopt_kernels import numba_tools
     numba_tools._running.acquire()  # as another thread holds it
     numba_tools._compiling.acquire()
 child = os.fork()
@@ -595,7 +595,7 @@ def test_the_state_is_the_cores() -> None:
 
 
 def test_examples_in_docstrings_run() -> None:
-    found = doctest.testmod(importlib.import_module("metaopt_cupy.optimizer"))
+    found = doctest.testmod(importlib.import_module("metaopt_kernels.optimizer"))
     assert found.attempted > 0
     assert found.failed == 0
 
@@ -940,7 +940,7 @@ PROGRAM = """
 import warnings
 import numpy as np
 import metaopt as mo
-from metaopt_cupy import MetaOptimizer
+from metaopt_kernels import MetaOptimizer
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -965,5 +965,5 @@ def test_without_cupy_numpy_is_fused() -> None:
 
 
 def test_importing_it_imports_neither() -> None:
-    program = "import metaopt_cupy; print('numba' in sys.modules, 'cupy' in sys.modules)"
+    program = "import metaopt_kernels; print('numba' in sys.modules, 'cupy' in sys.modules)"
     assert alone(program, "torch").split() == ["False", "False"]

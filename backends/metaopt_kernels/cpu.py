@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from metaopt.tracer import PYTHON
-from metaopt_cupy.programs import GIVEN, Traced
+from metaopt_kernels.programs import GIVEN, Traced
 
 __all__ = ["Cpu", "source"]
 
@@ -85,7 +85,7 @@ class Cpu:
     dtypes = ("float32", "float64")
 
     def __init__(self) -> None:
-        from metaopt_cupy import numba_tools
+        from metaopt_kernels import numba_tools
 
         self._tools = numba_tools
 

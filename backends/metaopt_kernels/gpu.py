@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from metaopt.tracer import C
-from metaopt_cupy.programs import GIVEN, ROW, Traced
+from metaopt_kernels.programs import GIVEN, ROW, Traced
 
 __all__ = ["Gpu", "source"]
 

@@ -18,9 +18,9 @@ from metaopt.passes import Leaf, LeafStep, one_pass
 from metaopt.plan import Plan
 from metaopt.rules.rule import scope_of
 from metaopt.tracer import UntraceableError
-from metaopt_cupy.chunks import cut, lies_per_weight
-from metaopt_cupy.memory import Occupied, address, contiguous
-from metaopt_cupy.programs import ROW, Spec, trace
+from metaopt_kernels.chunks import cut, lies_per_weight
+from metaopt_kernels.memory import Occupied, address, contiguous
+from metaopt_kernels.programs import ROW, Spec, trace
 
 __all__ = ["Group", "Pool"]
 

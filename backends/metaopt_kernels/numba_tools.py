@@ -11,7 +11,7 @@ import numpy as np
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from metaopt_cupy.programs import ROW
+from metaopt_kernels.programs import ROW
 
 __all__ = ["compiled", "run"]
 
