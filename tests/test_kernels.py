@@ -1,4 +1,4 @@
-"""metaopt_kernels on NumPy: a step in one pass equals the core's, and what is handed in is checked."""
+"""metaopt_kernels on NumPy: a step in one pass equals the core's; what is handed in is checked."""
 
 import copy
 import doctest
