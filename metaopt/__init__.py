@@ -1,26 +1,16 @@
 """MetaOptimize on any array library: step sizes that tune themselves."""
 
-from metaopt import blocks, curvature, numerics, passes, presets, rules
+from metaopt import blocks, curvature, numerics, passes, presets, rules, step_sizes
 from metaopt.checkpoint import load, save
 from metaopt.metaoptimize import MetaOptimize
-from metaopt.rules import SGD, AdamW, FastStart, Lion, RMSprop, Rule
+from metaopt.rules import *  # noqa: F403
 from metaopt.state import State
-from metaopt.step_sizes import Exp, Identity, Sigmoid, Softplus
+from metaopt.step_sizes import *  # noqa: F403
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "SGD",
-    "AdamW",
-    "Exp",
-    "FastStart",
-    "Identity",
-    "Lion",
     "MetaOptimize",
-    "RMSprop",
-    "Rule",
-    "Sigmoid",
-    "Softplus",
     "State",
     "blocks",
     "curvature",
@@ -31,3 +21,5 @@ __all__ = [
     "rules",
     "save",
 ]
+__all__ += rules.__all__
+__all__ += step_sizes.__all__

@@ -32,8 +32,8 @@ _CONFIG = "config/"  # begins the keys of the configuration's arrays
 _TYPES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        *(rules.SGD, rules.RMSprop, rules.AdamW, rules.Lion, rules.FastStart),
-        *(step_sizes.Exp, step_sizes.Identity, step_sizes.Softplus, step_sizes.Sigmoid),
+        *rules.SHIPPED,
+        *(getattr(step_sizes, name) for name in step_sizes.__all__ if name != "StepSizeMap"),
         *(partitions.Scalar, partitions.Tensor, partitions.Node, partitions.Weight),
         *(partitions.Named, curvature.Curvature, curvature.Diagonal),
     )

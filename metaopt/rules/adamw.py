@@ -1,7 +1,7 @@
 """AdamW; Adam is AdamW without weight decay."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import divide, one_minus_power, reciprocal
@@ -14,13 +14,57 @@ from metaopt.rules.rule import (
     refuse_delayed,
     settle,
 )
-from metaopt.rules.second_moment import EPS, MOMENTS, Squares
+from metaopt.rules.second_moment import EPS, Squares, acting
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "TwoMoments"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdamW:
+class TwoMoments:
+    """What rules that divide one moment by the root of the other have in common."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float | None = None
+    weight_decay: float = 0.0
+
+    scope: ClassVar[str] = "weight"
+
+    _moment: Any = field(default=Squares, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        settle(
+            self,
+            betas=decay_rates("betas", self.betas),
+            eps=optional_eps(self.eps),
+            weight_decay=not_negative("weight_decay", self.weight_decay),
+        )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The two moments."""
+        return ("exp_avg", self._moment.slot)
+
+    def in_role(self, role: str) -> Self:
+        """Return the rule as it acts on weights ("base") or on beta ("meta"); section 6."""
+        return acting(self, role)
+
+    def _next_moments(self, grad: ArrayT, slots: Slots[ArrayT]) -> dict[str, ArrayT]:
+        beta1, beta2 = self.betas
+        moment = self._moment
+        return {
+            "exp_avg": beta1 * slots["exp_avg"] + (1.0 - beta1) * grad,
+            moment.slot: moment.following(slots[moment.slot], grad, beta2),
+        }
+
+    def _over_root(self, mean: ArrayT, moments: Slots[ArrayT], steps: ArrayT) -> ArrayT:
+        """Return a mean over the root of the second moment, which `steps` steps have made."""
+        moment = self._moment
+        root = moment.root(moments[moment.slot], one_minus_power(self.betas[1], steps))
+        return divide(mean, root, EPS["base"] if self.eps is None else self.eps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamW(TwoMoments):
     r"""Adam with decoupled weight decay; docs/mathematics.md section 5.
 
     Loshchilov and Hutter (2019):
@@ -49,51 +93,16 @@ class AdamW:
         If it is no number.
     """
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float | None = None
-    weight_decay: float = 0.0
     delayed: bool = False
-
-    scope: ClassVar[str] = "weight"
-
-    _moment: Any = field(default=Squares, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        settle(
-            self,
-            betas=decay_rates("betas", self.betas),
-            eps=optional_eps(self.eps),
-            weight_decay=not_negative("weight_decay", self.weight_decay),
-        )
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """The two moments."""
-        return ("exp_avg", self._moment.slot)
 
     def direction(
         self, grad: ArrayT, slots: Slots[ArrayT], count: ArrayT
     ) -> tuple[ArrayT, dict[str, ArrayT]]:
         """Return :math:`u_t` and the next slots, all of the shape and dtype of `grad`."""
-        beta1, beta2 = self.betas
-        moment = self._moment
-        moments = {
-            "exp_avg": beta1 * slots["exp_avg"] + (1.0 - beta1) * grad,
-            moment.slot: moment.following(slots[moment.slot], grad, beta2),
-        }
+        moments = self._next_moments(grad, slots)
         used, steps = (slots, count - 1.0) if self.delayed else (moments, count)
-        mean = used["exp_avg"] * reciprocal(one_minus_power(beta1, steps))
-        root = moment.root(used[moment.slot], one_minus_power(beta2, steps))
-        return divide(mean, root, EPS["base"] if self.eps is None else self.eps), moments
-
-    def in_role(self, role: str) -> "AdamW":
-        """Return the rule as it acts on weights ("base") or on beta ("meta"); section 6."""
-        eps, moment = EPS[role] if self.eps is None else self.eps, MOMENTS[role]
-        if eps is self.eps and moment is self._moment:
-            return self
-        rule = replace(self, eps=eps)
-        settle(rule, _moment=moment)
-        return rule
+        mean = used["exp_avg"] * reciprocal(one_minus_power(self.betas[0], steps))
+        return self._over_root(mean, used, steps), moments
 
     def without_momentum(self) -> RMSprop:
         """Return RMSprop with this rule's second moment."""

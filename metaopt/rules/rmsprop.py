@@ -1,6 +1,6 @@
 """RMSprop."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from metaopt.arrays import ArrayT
@@ -13,7 +13,7 @@ from metaopt.rules.rule import (
     refuse_delayed,
     settle,
 )
-from metaopt.rules.second_moment import EPS, MOMENTS, Squares
+from metaopt.rules.second_moment import EPS, Squares, acting
 
 __all__ = ["RMSprop"]
 
@@ -86,12 +86,7 @@ class RMSprop:
 
     def in_role(self, role: str) -> "RMSprop":
         """Return the rule as it acts on weights ("base") or on beta ("meta"); section 6."""
-        eps, moment = EPS[role] if self.eps is None else self.eps, MOMENTS[role]
-        if eps is self.eps and moment is self._moment:
-            return self
-        rule = replace(self, eps=eps)
-        settle(rule, _moment=moment)
-        return rule
+        return acting(self, role)
 
     def without_momentum(self) -> "RMSprop":
         """Return this rule; it has no momentum."""

@@ -1,11 +1,15 @@
-"""The mean of squares that AdamW and RMSprop divide by the root of, as either role keeps it."""
+"""The mean of squares that rules divide by the root of, as either role keeps it."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import hypot, reciprocal, sqrt
+from metaopt.rules.rule import settle
 
-__all__ = ["EPS", "MOMENTS", "Roots", "Squares"]
+__all__ = ["EPS", "Roots", "Squares", "acting"]
+
+RuleT = TypeVar("RuleT", bound=Any)
 
 #: `eps` of each role where none is given.
 EPS = {"base": 1e-8, "meta": 0.0}
@@ -49,3 +53,13 @@ class Roots:
 
 #: What keeps the second moment in each role.
 MOMENTS: dict[str, Any] = {"base": Squares, "meta": Roots}
+
+
+def acting(rule: RuleT, role: str) -> RuleT:
+    """Return a rule with the `eps` and the second moment of a role; itself if it has them."""
+    eps, moment = EPS[role] if rule.eps is None else rule.eps, MOMENTS[role]
+    if eps is rule.eps and moment is rule._moment:
+        return rule
+    found: RuleT = replace(rule, eps=eps)
+    settle(found, _moment=moment)
+    return found
