@@ -1,6 +1,6 @@
 """MetaOptimize on any array library: step sizes that tune themselves."""
 
-from metaopt import blocks, curvature, numerics, passes, presets, rules, step_sizes
+from metaopt import blocks, curvature, numerics, passes, presets, projection, rules, step_sizes
 from metaopt.checkpoint import load, save
 from metaopt.metaoptimize import MetaOptimize
 from metaopt.rules import *  # noqa: F403
@@ -18,6 +18,7 @@ __all__ = [
     "numerics",
     "passes",
     "presets",
+    "projection",
     "rules",
     "save",
 ]

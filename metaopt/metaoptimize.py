@@ -39,6 +39,7 @@ from metaopt.passes import (
     pinned,
 )
 from metaopt.plan import Following, Plan, following, make_plan, rules_by_leaf
+from metaopt.projection import JVP, pushed
 from metaopt.rules.rule import Rule, in_role
 from metaopt.rules.sgd import SGD
 from metaopt.state import State
@@ -489,15 +490,7 @@ class MetaOptimize:
         ValueError, TypeError
             As `step` does.
         """
-        inputs.check_is_state(state)
-        inputs.check_names("params", params, state.count)
-        params_in_order = per_leaf((name, params[name]) for name in state.count)
-        plan = self.plan(params_in_order, traced=state.trace)
-        for name, param in params.items():
-            if param.dtype != plan.dtypes[name]:  # those of the state are right, below
-                inputs.check_array(f"params[{name!r}]", param)
-        inputs.check_library(params_in_order, state)
-        inputs.check_state(state, plan)
+        plan = self._plan_for(params, state)
         inputs.check_grads(grads, params, plan.shapes)
         inputs.check_curvature(hvp, third, hessian_diagonal, grads, params, plan)
         inputs.check_copies(copies or {}, plan.shapes)
@@ -524,6 +517,96 @@ class MetaOptimize:
             **{name: map_leaves(solid, value) for name, value in vars(new_state).items()}
         )
         return per_leaf((name, solid(delta)) for name, delta in deltas.items()), solid_state
+
+    def _plan_for(self, params: Mapping[str, Array], state: State) -> Plan:
+        """Return the plan of `params`, or raise where they and `state` do not belong together."""
+        inputs.check_is_state(state)
+        inputs.check_names("params", params, state.count)
+        params_in_order = per_leaf((name, params[name]) for name in state.count)
+        plan = self.plan(params_in_order, traced=state.trace)
+        for name, param in params.items():
+            if param.dtype != plan.dtypes[name]:  # those of the state are right, below
+                inputs.check_array(f"params[{name!r}]", param)
+        inputs.check_library(params_in_order, state)
+        inputs.check_state(state, plan)
+        return plan
+
+    def project(
+        self, params: Mapping[str, Array], state: State, jvp: JVP
+    ) -> tuple[dict[str, Any], State]:
+        """Return projected parameters, and the state whose traces went through the projection.
+
+        For weights that are held somewhere after a step: clipped to a box, within a norm, pruned
+        (section 10). A projection that is made without it leaves in the trace the way to the bound
+        that holds a weight, and step sizes may then rise without end.
+
+        Parameters
+        ----------
+        params : mapping of leaf name to array
+            As `step` returned them.
+        state : State
+        jvp : callable
+            From weights and tangents, mappings of leaf name to array in the compute dtype, to the
+            projected weights and the derivative of the projection along the tangents, of the same
+            shapes. Leaves that stay as they are may be left out of both.
+            `metaopt.projection.elementwise` makes it from a projection that acts on every weight by
+            itself. With `curvature="exact"` it is called once per block.
+
+        Returns
+        -------
+        params : mapping of leaf name to array, dtypes of `params`
+        state : State
+
+        Raises
+        ------
+        ValueError, TypeError
+            If names or shapes do not fit, or with `approximation="full"` where the third trace is
+            kept, for which it would take second derivatives. Nothing is changed, then nor ever.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from metaopt import numerics, projection
+        >>> opt = MetaOptimize(base=SGD(), meta=SGD(), step_size=0.1, meta_lr=0.01)
+        >>> params = {"w": np.array([0.2, 1.0])}
+        >>> state = opt.init(params)
+        >>> positive = projection.elementwise(
+        ...     lambda w: {"w": numerics.maximum(w["w"], 0.0)}
+        ... )
+        >>> for _ in range(5):
+        ...     params, state = opt.step(params, {"w": np.ones(2)}, state)
+        ...     params, state = opt.project(params, state, positive)
+        >>> float(params["w"][0])
+        0.0
+        """
+        plan = self._plan_for(params, state)
+        if plan.third:
+            msg = (
+                '`project` does not go with `approximation="full"`, whose third trace would need '
+                'second derivatives of the projection; use "2x2".'
+            )
+            raise ValueError(msg)
+        names = list(plan.shapes)
+        weights = per_leaf((name, cast(params[name], plan.dtypes[name])) for name in names)
+        traces = parts.traces(plan, weights, state, names)
+        for name in plan.averaged:
+            kept = has_average(state.count[name])
+            traces[name] = namespace(kept).where(kept, traces[name], 0.0)
+        new, pushed_traces = pushed(jvp, plan, weights, traces)
+        new_params = kind_of(params)(
+            (name, solid(cast(new[name], param.dtype)) if name in new else param)
+            for name, param in params.items()
+        )
+        trace = {name: pushed_traces.get(name, array) for name, array in state.trace.items()}
+        average = {
+            name: new[name] - pushed_traces[name] if name in new else array
+            for name, array in state.average.items()
+        }
+        return new_params, replace(
+            state,
+            trace=per_leaf((name, solid(array)) for name, array in trace.items()),
+            average=per_leaf((name, solid(array)) for name, array in average.items()),
+        )
 
     def _step(
         self,

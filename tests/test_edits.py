@@ -48,12 +48,15 @@ class Edited:
         From the weights after a step to what they are made.
     push : callable
         From these weights before the edit and a trace to the edit's derivative along it.
+    since : int
+        How many steps go without it.
     """
 
     start: Vector
     grad: Callable[[Vector, Any], Vector]
     edit: Callable[[Vector], Vector]
     push: Callable[[Vector, Vector], Vector]
+    since: int = 0
 
 
 def _unit_rows(w: Vector) -> Vector:
@@ -115,6 +118,7 @@ def pushed_run(problem: Edited, discount: float, steps: int) -> tuple[Vector, Ve
     """
     rng, w, h = np.random.default_rng(0), problem.start, np.zeros_like(problem.start)
     m, v, beta, zm, zv, against = np.zeros_like(w), np.zeros_like(w), np.log(1e-6), 0.0, 0.0, 0.0
+    meta_t = 0
     sizes = []
     for t in range(1, steps + 1):
         g, alpha = problem.grad(w, rng), np.exp(beta)
@@ -122,12 +126,16 @@ def pushed_run(problem: Edited, discount: float, steps: int) -> tuple[Vector, Ve
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         u = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
         w, h = w - alpha * u, discount * h - alpha * u
-        w, h = problem.edit(w), problem.push(w, h)
-        zm, zv = 0.9 * zm + 0.1 * z, 0.999 * zv + 0.001 * z * z
-        direction = zm / (1 - 0.9**t) / max(np.sqrt(zv / (1 - 0.999**t)), 1e-300)
-        if against < 5.0:
-            against = max(0.0, against + (z > 0.0) - 0.5 * (z < 0.0))
-        beta -= 1e-2 * (10.0 if against < 5.0 else 1.0) * direction
+        if t > problem.since:
+            w, h = problem.edit(w), problem.push(w, h)
+        if z != 0.0 or t == 1:
+            meta_t += 1
+            zm, zv = 0.9 * zm + 0.1 * z, 0.999 * zv + 0.001 * z * z
+            root = np.sqrt(zv / (1 - 0.999**meta_t))
+            direction = zm / (1 - 0.9**meta_t) / max(root, 1e-300)
+            if against < 5.0:
+                against = max(0.0, against + (z > 0.0) - 0.5 * (z < 0.0))
+            beta -= 1e-2 * (10.0 if against < 5.0 else 1.0) * direction
         sizes.append(np.exp(beta))
     return w, np.array(sizes)
 

@@ -198,7 +198,7 @@ def test_public_names_document_their_parameters(name: str) -> None:
     assert documented(text) == parameters
 
 
-@pytest.mark.parametrize("name", ["init", "step"])
+@pytest.mark.parametrize("name", ["init", "step", "project"])
 def test_methods_document_their_parameters(name: str) -> None:
     method = getattr(mo.MetaOptimize, name)
     parameters = list(inspect.signature(method).parameters)[1:]

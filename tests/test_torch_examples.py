@@ -241,7 +241,7 @@ def test_curvature_learns(hvp: str, capsys: Any) -> None:
 def test_the_page_runs_as_it_is_printed(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "torch.md").read_text(encoding="utf-8")
     found = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(found) == 4
+    assert len(found) == 5
     check = "assert loss.item() < 0.5 and max(opt.step_sizes().values()) > 1e-4"
     done = subprocess.run(
         [sys.executable, "-c", "\n".join([found[0], check, *found[1:]])],

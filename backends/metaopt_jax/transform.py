@@ -51,6 +51,61 @@ class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
         named = self.named(params)
         return self.opt.diagnostics(self.core_state(state, params), named) if named else {}
 
+    def project(self, function: Callable[[Any], Any], params: Any, state: Any) -> tuple[Any, Any]:
+        """Return projected parameters, and the state whose traces went through the projection.
+
+        For weights that are held somewhere after a step: clipped to a box, within a norm, pruned
+        (docs/mathematics.md section 10). Where they are projected by hand, the way to the bound
+        that holds a weight stays in the trace, and step sizes may then rise without end.
+
+        Parameters
+        ----------
+        function : callable
+            From a pytree like `params`, of float32 or wider leaves, to the projected one, by
+            `jax.jvp`.
+        params : pytree
+            The parameters after the updates have been applied.
+        state : pytree
+            This transformation's, or that of a wrapper around it.
+
+        Returns
+        -------
+        params : pytree like `params`, in its dtypes
+        state : pytree like `state`
+
+        Raises
+        ------
+        ValueError, TypeError
+            If `function` returns something else, or with `approximation="full"`.
+
+        Examples
+        --------
+        >>> import jax.numpy as jnp, metaopt as mo
+        >>> tx = metaoptimize(base=mo.SGD(), meta=mo.SGD())
+        >>> params = {"w": jnp.array([0.5, -1.0])}
+        >>> positive = lambda params: jax.tree.map(lambda w: jnp.maximum(w, 0.0), params)
+        >>> params, state = tx.project(positive, params, tx.init(params))
+        >>> params["w"].tolist()
+        [0.5, 0.0]
+        """
+        structure = Structure.of(params)
+        if not structure.names:
+            return function(params), state
+
+        def jvp(weights: Any, tangents: Any) -> tuple[Any, Any]:
+            pair = (structure.pytree(weights),), (structure.pytree(tangents),)
+            new, along = jax.jvp(function, *pair)
+            return structure.leaves(new, "function(...)"), structure.leaves(along, "function(...)")
+
+        own = _own(state)
+        new_params, new = self.opt.project(
+            _arrays(structure, params, "params"), self.core_state(state, params), jvp
+        )
+        kept = own._replace(trace_or_average=structure.pytree({**new.trace, **new.average}))
+        return structure.pytree(new_params), jax.tree.map(
+            lambda node: kept if _ours(node) else node, state, is_leaf=_ours
+        )
+
     def core_state(self, state: Any, params: Any) -> mo.State:
         """Return the state, of at least one parameter, as the core has it: by names of leaves.
 
@@ -72,13 +127,13 @@ class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
         return dict(_arrays(Structure.of(params), params, "params"))
 
 
+def _ours(node: Any) -> bool:
+    return isinstance(node, MetaOptimizeState)
+
+
 def _own(state: Any) -> MetaOptimizeState:
     """Return the one state of MetaOptimize within `state`."""
-
-    def ours(node: Any) -> bool:
-        return isinstance(node, MetaOptimizeState)
-
-    found = [node for node in jax.tree.leaves(state, is_leaf=ours) if ours(node)]
+    found = [node for node in jax.tree.leaves(state, is_leaf=_ours) if _ours(node)]
     if len(found) != 1:
         msg = (
             f"`state` must hold one state of MetaOptimize; found {len(found)}. Of several, "

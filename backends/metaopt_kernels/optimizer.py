@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -211,10 +211,45 @@ class MetaOptimizer:
             else:
                 check_grads(found, self._params, self._plan.shapes)
                 self._pool.step(found, lrs)
-        for name, (tensor, _) in self._tensors.items():
-            if found[name] is not None and not tensor.is_inference():
-                # or autograd would go backward through what is no longer there
-                sys.modules["torch"].autograd.graph.increment_version(tensor)
+        self._mark_written(name for name, grad in found.items() if grad is not None)
+
+    def _mark_written(self, names: Iterable[str]) -> None:
+        """Tell autograd, or it would go backward through what is no longer there."""
+        for name in names:
+            if name in self._tensors and not self._tensors[name][0].is_inference():
+                sys.modules["torch"].autograd.graph.increment_version(self._tensors[name][0])
+
+    def project(
+        self,
+        jvp: Callable[
+            [Mapping[str, Any], Mapping[str, Any]], tuple[Mapping[str, Any], Mapping[str, Any]]
+        ],
+    ) -> None:
+        """Project the parameters in place, and push their traces through the projection.
+
+        Parameters
+        ----------
+        jvp : callable
+            As `metaopt.MetaOptimize.project` takes it; `metaopt.projection.elementwise` makes one.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `metaopt.MetaOptimize.project` does, and where a parameter lies, or is laid out,
+            otherwise than when the optimizer was made. Nothing is changed then.
+        """
+        self._check_params()
+        with self._device():
+            params, state = self.config.project(self._params, self.state, jvp)
+            for name, param in self._params.items():
+                param[...] = params[name]
+            self._mark_written(self._params)
+            if self._pool is None:
+                self._state = state
+                return
+            for kept, new in ((self.state.trace, state.trace), (self.state.average, state.average)):
+                for name, array in kept.items():
+                    array[...] = new[name]
 
     def _check_params(self) -> None:
         """Raise where parameters do not lie any more where, and as, steps write to them."""

@@ -3,7 +3,9 @@
 That is curvature, and a step size for every weight.
 """
 
+import importlib
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +20,7 @@ from metaopt_torch.rounding import lost, rounded
 from metaopt_torch.runs import Leaf
 from metaopt_torch.shards import devices, local, summed_along
 
-__all__ = ["check_parts", "copies", "core_step", "reduction"]
+__all__ = ["check_parts", "copies", "core_step", "project", "reduction"]
 
 
 def core_step(
@@ -52,13 +54,59 @@ def core_step(
         **options,
     )
     for name in grads:
-        leaf, new = leaves[name], new_params[name]
-        memory = local(leaf.param)
-        narrow = rounded(new, memory.dtype, rounding) if new.dtype != memory.dtype else new
-        memory.copy_(narrow)
-        if "compensation" in leaf.state:
-            local(leaf.state["compensation"]).copy_(lost(new, narrow))
+        _put(leaves[name], new_params[name], rounding)
     write(built, new_state)
+
+
+def project(
+    built: Built, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], rounding: str
+) -> None:
+    """Project the parameters, and push their traces through, in place.
+
+    Parameters
+    ----------
+    built : Built
+    function : callable
+        From weights by name to projected ones.
+    rounding : {"nearest", "stochastic", "kahan"}
+
+    Raises
+    ------
+    ValueError
+        If parameters are distributed: a function of a part need not be that of the whole.
+    """
+    leaves = built.leaves
+    for name, leaf in leaves.items():
+        if leaf.part.over is not None:
+            msg = (
+                f"`project` needs whole parameters; of {name!r} this process holds a part. Project "
+                "it by hand, and give `bounds` where weights stay at a bound."
+            )
+            raise ValueError(msg)
+
+    def jvp(weights: Mapping[str, Tensor], tangents: Mapping[str, Tensor]) -> Any:
+        with warnings.catch_warnings():  # of what torch itself imports with its first derivative
+            warnings.simplefilter("ignore", DeprecationWarning)
+            importlib.import_module("torch._decomp.decompositions_for_jvp")
+        # of clones, as a function may work in place
+        own = {name: weight.clone() for name, weight in weights.items()}
+        return torch.func.jvp(function, (own,), (dict(tangents),))
+
+    params = {name: _wide(leaf) for name, leaf in leaves.items()}
+    new_params, new_state = built.config.project(params, assemble(built), jvp)
+    for name, new in new_params.items():
+        if new is not params[name]:
+            _put(leaves[name], new, rounding)
+    write(built, new_state)
+
+
+def _put(leaf: Leaf, new: Tensor, rounding: str) -> None:
+    """Write a parameter, and keep what rounding takes from it where that is kept."""
+    memory = local(leaf.param)
+    narrow = rounded(new, memory.dtype, rounding) if new.dtype != memory.dtype else new
+    memory.copy_(narrow)
+    if "compensation" in leaf.state:
+        local(leaf.state["compensation"]).copy_(lost(new, narrow))
 
 
 def _wide(leaf: Leaf) -> Tensor:

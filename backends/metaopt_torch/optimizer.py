@@ -27,7 +27,7 @@ from metaopt_torch.containers import (
     zero_group,
 )
 from metaopt_torch.core_state import take, whole
-from metaopt_torch.core_step import check_parts, copies, core_step, reduction
+from metaopt_torch.core_step import check_parts, copies, core_step, project, reduction
 from metaopt_torch.curvature import (
     ADVICE,
     RandomState,
@@ -468,6 +468,39 @@ meta_first, skip_nonfinite
         for name, grad in grads.items():
             self._ready.leaves[name].check(grad)
         return grads
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def project(self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
+        """Project the parameters in place, and push their traces through the projection.
+
+        For weights that are held somewhere after a step: clipped to a box, within a norm, pruned
+        (docs/mathematics.md section 10). Where they are projected by hand, the way to the bound
+        that holds a weight stays in the trace, and step sizes may then rise without end.
+
+        Parameters
+        ----------
+        function : callable
+            From the parameters by name, float32 or wider, to projected ones; those that stay as
+            they are may be left out. It is differentiated forward by `torch.func.jvp`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If it returns something else, if parameters are distributed, or with
+            `approximation="full"`. Nothing is changed then.
+
+        Examples
+        --------
+        >>> import metaopt as mo
+        >>> param = torch.nn.Parameter(torch.tensor([0.5, -1.0]))
+        >>> opt = MetaOptimizer([("w", param)], base=mo.SGD(), meta=mo.SGD(), compile=False)
+        >>> opt.project(lambda params: {"w": params["w"].clamp(min=0.0)})
+        >>> param.tolist()
+        [0.5, 0.0]
+        """
+        self._refresh()
+        project(self._ready, function, self._rounding)
 
     def step_sizes(self) -> dict[str, Tensor]:
         """Return the learned step sizes by block, before the multiplier `lr`.
