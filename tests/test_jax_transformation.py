@@ -224,7 +224,7 @@ RULES: dict[str, Any] = {
     ("base", "meta", "by"),
     [
         *((base, meta, "step_size") for base in ("SGD", "Adam", "RMSprop") for meta in RULES),
-        *(("SGD", meta, "start") for meta in ("SGD", "Lion")),
+        *((base, meta, "start") for base in ("SGD", "Adam") for meta in RULES),
     ],
 )
 def test_it_can_be_differentiated(base: str, meta: str, by: str) -> None:
