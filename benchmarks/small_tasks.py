@@ -6,10 +6,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SmallTasks"]
+import metaopt as mo
+
+__all__ = ["SmallTasks", "stuck"]
 
 WIDTH = 21
 SAMPLES = 64
+#: Fixed step sizes that are tried from where a run ended, and for how long.
+TRIED = (1e-4, 1e-3, 1e-2, 1e-1)
+TRIAL = 200
+#: Steps in which a step size that is too small should have grown.
+LATELY = 50
 
 Rows = Any
 
@@ -154,3 +161,60 @@ class SmallTasks:
         """Return the losses over all samples, without noise."""
         pairs = zip(params, self.tasks, strict=True)
         return np.array([t.value_and_grad(w[: len(t.start)], slice(None))[0] for w, t in pairs])
+
+    def run(
+        self, opt: mo.MetaOptimize, params: Rows, steps: int, seed: int
+    ) -> tuple[Rows, list[Any]]:
+        """Return the parameters at the end and the step sizes after each step, one per task.
+
+        Parameters
+        ----------
+        opt : metaopt.MetaOptimize
+            With `blocks="node"`: a step size for each row.
+        params : array (tasks, WIDTH)
+        steps, seed : int
+        """
+        rng, leaves = np.random.default_rng(seed), {"rows": params}
+        state, sizes = opt.init(leaves), []
+        for _ in range(steps):
+            grads = {"rows": self.gradients(leaves["rows"], rng)}
+            leaves, state = opt.step(leaves, grads, state)
+            sizes.append(opt.step_sizes(state)["rows"])
+        return leaves["rows"], sizes
+
+
+def stuck(tasks: SmallTasks, base: mo.Rule, params: Rows, sizes: list[Any], seed: int) -> Any:
+    """Say which tasks ended with a step size that is far too small and does not grow.
+
+    One is where a fixed step size more than a hundred times the last one takes, within `TRIAL`
+    steps from there, 2% or more off what the loss has fallen by, and the last one is no larger
+    than `LATELY` steps before.
+
+    Parameters
+    ----------
+    tasks : SmallTasks
+    base : Rule
+        The update of the weights.
+    params, sizes
+        As `SmallTasks.run` returns them.
+    seed : int
+        Of the trials.
+
+    Returns
+    -------
+    array (tasks,), bool
+    """
+    last = sizes[-1]
+    small = (last < 0.01 * max(TRIED)) & (last <= sizes[-LATELY])
+    if not np.any(small):
+        return small
+    losses = tasks.losses(params)
+    best, best_size = losses.copy(), last.copy()
+    for size in TRIED:
+        fixed = mo.MetaOptimize(
+            base=base, meta=mo.SGD(), step_size=size, meta_lr=0.0, blocks="node"
+        )
+        after = tasks.losses(tasks.run(fixed, params, TRIAL, seed)[0])
+        best, best_size = np.minimum(after, best), np.where(after < best, size, best_size)
+    would_help = losses - best > 0.02 * (tasks.losses(tasks.start) - best)
+    return small & (last < 0.01 * best_size) & would_help

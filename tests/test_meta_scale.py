@@ -1,5 +1,6 @@
 """The meta update in float32 as in float64: any scale of the loss, small steps, exact zeros."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,8 @@ def test_a_learned_step_size_grows_whatever_the_scale_of_the_loss(dtype: str) ->
     sizes = [np.exp(in_numpy(opt, scale, dtype)[1]) for scale in (1e-12, 1e-6, 1.0, 1e6, 1e12)]
     assert min(sizes) > 1.5e-6
     assert relative_error(sizes, [sizes[2]] * 5) < rounding(dtype, operations=100, steps=STEPS)
+    with_eps = replace(opt, meta=mo.AdamW(eps=1e-8))  # which is too large for a loss that small
+    assert np.exp(in_numpy(with_eps, 1e-6, dtype)[1]) < 1.01e-6
 
 
 def test_eps_is_that_of_the_role() -> None:

@@ -9,7 +9,9 @@ import pytest
 from metaopt_conformance.tolerances import relative_error
 
 import metaopt as mo
-from tests.small_tasks import SmallTasks
+from benchmarks import small_tasks
+from benchmarks import stuck as benchmark
+from benchmarks.small_tasks import SmallTasks, stuck
 
 TASKS = SmallTasks()
 METAS: dict[str, Any] = {"Adam": mo.AdamW(), "fast start": mo.FastStart(mo.AdamW())}
@@ -17,33 +19,25 @@ METAS: dict[str, Any] = {"Adam": mo.AdamW(), "fast start": mo.FastStart(mo.AdamW
 STEPS = 2000
 
 
-def run(opt: mo.MetaOptimize, params: Any, steps: int, seed: int = 1) -> tuple[Any, list[Any]]:
-    """Return the parameters and the step sizes after each step."""
-    rng, params = np.random.default_rng(seed), {"rows": params}
-    state, sizes = opt.init(params), []
-    for _ in range(steps):
-        params, state = opt.step(params, {"rows": TASKS.gradients(params["rows"], rng)}, state)
-        sizes.append(opt.step_sizes(state)["rows"])
-    return params["rows"], sizes
-
-
 @pytest.mark.parametrize("meta", METAS)
 def test_no_run_ends_with_a_step_size_that_is_far_too_small(meta: str) -> None:
     opt = mo.MetaOptimize(
         base=mo.AdamW(), meta=METAS[meta], step_size=1e-3, meta_lr=0.1, blocks="node"
     )
-    params, sizes = run(opt, TASKS.start, STEPS)
-    losses = TASKS.losses(params)
-    best, best_size = losses.copy(), sizes[-1].copy()
-    for size in 10.0 ** np.arange(-4.0, 0.0):
-        fixed = mo.MetaOptimize(
-            base=mo.AdamW(), meta=mo.SGD(), step_size=size, meta_lr=0.0, blocks="node"
-        )
-        after = TASKS.losses(run(fixed, params, 200)[0])
-        best, best_size = np.minimum(after, best), np.where(after < best, size, best_size)
-    would_help = losses - best > 0.02 * (TASKS.losses(TASKS.start) - best)
-    stuck = (sizes[-1] < 0.01 * best_size) & (sizes[-1] <= sizes[-50]) & would_help
-    assert [task.name for task, found in zip(TASKS.tasks, stuck, strict=True) if found] == []
+    params, sizes = TASKS.run(opt, TASKS.start, STEPS, seed=1)
+    found = stuck(TASKS, mo.AdamW(), params, sizes, seed=1)
+    assert [task.name for task, is_so in zip(TASKS.tasks, found, strict=True) if is_so] == []
+
+
+def test_the_count_of_stuck_runs_has_the_rule_off_and_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"META_LRS": (0.3,), "COLLAPSES": (0.0, 1e-2), "STEPS": 150}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(small_tasks, "TRIAL", 10)
+    found = benchmark.counted(TASKS, seeds=1)
+    for meta in benchmark.METAS:
+        assert found[0.0, meta, 0.3] != found[1e-2, meta, 0.3]
+    assert mo.passes.COLLAPSE == 1e-2
+    assert len(list(benchmark.report(found, 1))) == 4 + 3 + 2
 
 
 @pytest.mark.parametrize("bounds", [None, (1e-8, 10.0)])

@@ -22,6 +22,7 @@ from filelock import FileLock
 from metaopt_conformance.tolerances import rounding
 
 import metaopt as mo
+from benchmarks import one_batch_first
 from benchmarks.training.cells import Cell, best_of, cells, keep, kept, merged, worst_of
 from benchmarks.training.data import DataMissingError, cifar, jpegs
 from benchmarks.training.goals import advised, misses
@@ -34,6 +35,7 @@ from benchmarks.training.results import Result, read
 from benchmarks.training.stories import stories
 from benchmarks.training.studies import GRIDS, SCHEDULED, STARTS, comparison, idbd, maps
 from benchmarks.training.tasks import TASKS, Task
+from benchmarks.training.tasks.digits import DigitsNetwork, OneBatchFirst
 from benchmarks.training.tasks.linear import DriftingRegression
 from benchmarks.training.trials import Clipped, Offsets
 from tests.made_up_data import (
@@ -157,6 +159,24 @@ def trained(
     for step in range(5):
         steps.step(step, lambda step=step: task(step))  # type: ignore[misc]
     return {name: param.detach() for name, param in task.named_parameters()}
+
+
+def test_one_batch_comes_first_and_then_all_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = OneBatchFirst((0, 1))
+    first, *others = (task.batch(step, 8, 1000) for step in (0, 1, 999, 1000))
+    assert [torch.equal(first, other) for other in others] == [True, True, False]
+    with torch.no_grad():
+        task.get_parameter("0.bias")[0] = -1e3
+    assert task.evaluate()["dead"][0] >= 0.5 > task.evaluate()["dead"][1]
+    for kind, steps in ((OneBatchFirst, 4), (DigitsNetwork, 2)):
+        monkeypatch.setattr(kind, "steps", steps)
+        monkeypatch.setattr(kind, "every", 1)
+    monkeypatch.setattr(OneBatchFirst, "alone", 2)
+    assert one_batch_first.main(["--logs", str(tmp_path / "runs"), "--seeds", "1"]) == 0
+    lines = list(one_batch_first.report(list(read(tmp_path / "runs"))))
+    assert len(lines) == 6 + 2 * len(STARTS) + len(GRIDS["AdamW"])
 
 
 def test_equal_seeds_see_equal_data_and_others_do_not() -> None:

@@ -11,7 +11,7 @@ from benchmarks.training.layers import Linear, rows
 from benchmarks.training.tasks.task import Measures, Task
 from metaopt.demo.data import load_digits
 
-__all__ = ["DigitsNetwork"]
+__all__ = ["DigitsNetwork", "OneBatchFirst"]
 
 
 class DigitsNetwork(Task):
@@ -60,3 +60,29 @@ class DigitsNetwork(Task):
         images, labels = self._test
         loss, accuracy = rows(self._values(images.expand(runs, -1, -1)), labels.expand(runs, -1))
         return {"loss": loss, "accuracy": accuracy}
+
+
+class OneBatchFirst(DigitsNetwork):
+    """The digits network, trained on one and the same batch before it sees the others.
+
+    Parameters
+    ----------
+    seeds : sequence of int
+    """
+
+    #: Steps on the one batch.
+    alone: ClassVar[int] = 1000
+    steps: ClassVar[int] = alone + DigitsNetwork.steps
+
+    def batch(self, step: int, size: int, among: int) -> Tensor:
+        """Return which examples a step sees: those of step 0 as long as it is alone."""
+        return super().batch(0 if step < self.alone else step, size, among)
+
+    def evaluate(self) -> Measures:
+        """Return also "dead", the part of hidden units that are 0 on all training images."""
+        images, _ = self._train
+        x, dead = images.expand(len(self.seeds), -1, -1), []
+        for layer in list(self.children())[:-1]:
+            x = layer(x).relu()
+            dead.append((x == 0.0).all(1))
+        return super().evaluate() | {"dead": torch.cat(dead, 1).float().mean(1)}
