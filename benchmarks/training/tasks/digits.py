@@ -73,6 +73,7 @@ class OneBatchFirst(DigitsNetwork):
     #: Steps on the one batch.
     alone: ClassVar[int] = 1000
     steps: ClassVar[int] = alone + DigitsNetwork.steps
+    every: ClassVar[int] = 100
 
     def batch(self, step: int, size: int, among: int) -> Tensor:
         """Return which examples a step sees: those of step 0 as long as it is alone."""
