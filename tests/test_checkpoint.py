@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from metaopt_conformance.table import FORMS, METAS, SIGMAS
 from metaopt_conformance.translate import contents
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -140,21 +141,9 @@ def leaves(tree: Any) -> list[Any]:
     return [tree]
 
 
-decays = st.sampled_from([0.0, 0.5, 0.9, 0.999])
 weight_decays = st.sampled_from([0.0, 0.1])
-bases = st.one_of(
-    st.builds(mo.SGD, momentum=decays, weight_decay=weight_decays),
-    st.builds(mo.RMSprop, beta2=decays, weight_decay=weight_decays, bias_correction=st.booleans()),
-    st.builds(
-        mo.AdamW, betas=st.tuples(decays, decays), weight_decay=weight_decays, delayed=st.booleans()
-    ),
-    st.builds(mo.Lion, betas=st.tuples(decays, decays), weight_decay=weight_decays),
-)
-metas = st.one_of(
-    st.builds(mo.SGD, momentum=decays),
-    st.builds(mo.AdamW, betas=st.tuples(decays, decays)),
-    st.builds(mo.Lion, betas=st.tuples(decays, decays)),
-)
+bases = st.builds(replace, st.sampled_from(FORMS), weight_decay=weight_decays)
+metas = st.sampled_from(list(METAS.values()))
 configurations = st.builds(
     mo.MetaOptimize,
     base=st.one_of(bases, st.builds(lambda rule, rest: {"w": rule, "*": rest}, bases, bases)),
@@ -165,7 +154,7 @@ configurations = st.builds(
     blocks=st.sampled_from(
         ["scalar", "tensor", "node", "weight", {"w": "w", "rest": "*"}, mo.blocks.node(-1)]
     ),
-    sigma=st.sampled_from(["exp", "identity", "softplus", mo.Sigmoid(1e-4, 0.5), mo.Exp()]),
+    sigma=st.sampled_from([*SIGMAS.values(), mo.Exp()]),
     bounds=st.sampled_from([None, (1e-3, 0.1)]),
     approximation=st.sampled_from(["l", "2x2"]),
     curvature=st.sampled_from(["none", "diagonal", "exact"]),

@@ -13,10 +13,11 @@ import pytest
 from metaopt_conformance import backends
 from metaopt_conformance.__main__ import main
 from metaopt_conformance.backends import BACKENDS, UnavailableError, find
-from metaopt_conformance.cases import BASES, METAS, OPTIONS, Case
+from metaopt_conformance.cases import OPTIONS, Case
 from metaopt_conformance.covering import covering
 from metaopt_conformance.families import FAMILIES
 from metaopt_conformance.suite import ADAPTED, run
+from metaopt_conformance.table import BASES, METAS
 
 NUMPY = find("numpy")
 

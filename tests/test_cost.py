@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from metaopt_conformance.table import BASES, METAS, SIGMAS
 
 import metaopt as mo
 from metaopt import arrays
@@ -110,18 +111,9 @@ def meta_operations(opt: mo.MetaOptimize, space: Recording) -> int:
     return len(space.operations)
 
 
-BASES = [
-    mo.SGD(weight_decay=0.1),
-    mo.SGD(momentum=0.9, weight_decay=0.1),
-    mo.RMSprop(weight_decay=0.1),
-    mo.AdamW(weight_decay=0.1),
-    mo.Lion(weight_decay=0.1),
-]
-
-
 @pytest.mark.parametrize("discount", [1.0, 0.9, 0.0])
-@pytest.mark.parametrize("sigma", ["exp", "identity", "softplus", mo.Sigmoid(1e-6, 1.0)], ids=str)
-@pytest.mark.parametrize("base", BASES, ids=repr)
+@pytest.mark.parametrize("sigma", SIGMAS.values(), ids=str)
+@pytest.mark.parametrize("base", BASES.values(), ids=repr)
 def test_operations_of_a_step(base: Any, sigma: Any, discount: float, space: Recording) -> None:
     opt = mo.MetaOptimize(base=base, meta=mo.Lion(), sigma=sigma, discount=discount)
     extra = meta_operations(opt, space) - plain_operations(base, space)
@@ -134,7 +126,7 @@ def test_operations_do_not_depend_on_the_meta_update(blocks: Any, space: Recordi
         meta_operations(
             mo.MetaOptimize(base=mo.AdamW(), meta=meta, blocks=blocks, meta_first=first), space
         )
-        for meta in (mo.SGD(), mo.RMSprop(), mo.AdamW(), mo.Lion())
+        for meta in METAS.values()
         for first in (False, True)
     }
     assert len(counts) == 1
@@ -151,7 +143,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("sigma", ["exp", "identity"])
-@pytest.mark.parametrize("base", BASES, ids=repr)
+@pytest.mark.parametrize("base", BASES.values(), ids=repr)
 def test_operations_of_the_traced_step(base: Any, sigma: Any) -> None:
     jax = pytest.importorskip("jax")
     params = {"w": jax.numpy.ones(SIZE, "float32")}
@@ -195,7 +187,7 @@ def meta_step(opt: Any, state: Any, param: Any, grad: Any, kept: Any, slots: Any
 
 
 @pytest.mark.parametrize("blocks", ["scalar", "tensor", {"a": "*"}], ids=str)
-@pytest.mark.parametrize("base", BASES, ids=repr)
+@pytest.mark.parametrize("base", BASES.values(), ids=repr)
 def test_arrays_of_state(base: Any, blocks: Any) -> None:
     opt = mo.MetaOptimize(base=base, meta=mo.AdamW(), blocks=blocks)
     params = {"w": np.ones(SIZE, "float32")}

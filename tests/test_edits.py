@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from metaopt_conformance.table import RULES
 from metaopt_conformance.tolerances import distance
 
 import metaopt as mo
@@ -321,7 +322,7 @@ def test_weights_that_are_loaded_before_the_first_step_are_no_step(kind: Any) ->
     seed=st.integers(0, 2**16),
     discount=st.sampled_from([1.0, 0.9, 0.5, 0.0]),
     decay=st.sampled_from([0.0, 0.1]),
-    base=st.sampled_from([mo.SGD, mo.AdamW, mo.Lion, mo.RMSprop]),
+    base=st.sampled_from([row.kind for row in RULES]),
     blocks=st.sampled_from(["scalar", "tensor", "weight"]),
     lrs=st.lists(st.sampled_from([1.0, 0.0, 0.3]), min_size=6, max_size=6),
     missing=st.sets(st.integers(0, 5)),

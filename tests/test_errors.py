@@ -7,15 +7,17 @@ checked to leave params, gradients, state and configuration as they were.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
+from metaopt_conformance import table
 from metaopt_conformance.translate import contents
 
 import metaopt as mo
 from metaopt.rules import Rule
+from metaopt.step_sizes import NAMED
 
 SHAPES = {"w": (2, 3), "b": (3,)}
 NAN, INF = math.nan, math.inf
@@ -43,31 +45,46 @@ def refused(call: Any, error: Errors, *parts: str) -> None:
 
 ONE_TO_BE = "must lie in [0, 1); got"
 NOT_NEGATIVE = "must be finite and not negative; got"
+#: Of every rule with such an option: a value out of range, and what the message has.
+REFUSED: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
+    "betas": [
+        ((1.0, 0.9), ("`betas[0]`", ONE_TO_BE, "1.0.")),
+        ((NAN, 0.9), ("`betas[0]`", ONE_TO_BE, "nan.")),
+        ((0.9, -0.1), ("`betas[1]`", ONE_TO_BE, "-0.1.")),
+        ((0.9, 1.5), ("`betas[1]`", ONE_TO_BE, "1.5.")),
+        (0.9, ("`betas` must be two numbers", "got 0.9.")),
+        (None, ("`betas` must be two numbers", "got None.")),
+        ((0.9, 0.9, 0.9), ("`betas` must be two numbers in [0, 1); got (0.9, 0.9, 0.9).",)),
+    ],
+    "beta2": [(1, ("`beta2`", ONE_TO_BE, "1.")), (-0.5, ("`beta2`", ONE_TO_BE, "-0.5."))],
+    "momentum": [
+        (1.0, ("`momentum`", ONE_TO_BE, "1.0.")),
+        (-0.9, ("`momentum`", ONE_TO_BE, "-0.9.")),
+    ],
+    "eps": [
+        (-1e-8, ("`eps`", NOT_NEGATIVE, "-1e-08.")),
+        (INF, ("`eps`", NOT_NEGATIVE, "inf.")),
+        (NAN, ("`eps`", NOT_NEGATIVE, "nan.")),
+    ],
+    "weight_decay": [
+        (-1, ("`weight_decay`", NOT_NEGATIVE, "-1.")),
+        (NAN, ("`weight_decay`", NOT_NEGATIVE, "nan.")),
+        (INF, ("`weight_decay`", NOT_NEGATIVE, "inf.")),
+    ],
+}
+
+
+def options_of(kind: type[Any]) -> list[str]:
+    return [option.name for option in fields(kind) if option.init]
+
+
 RULES: dict[str, tuple[type[Any], dict[str, Any], tuple[str, ...]]] = {
-    "AdamW beta1 is 1": (mo.AdamW, {"betas": (1.0, 0.9)}, ("`betas[0]`", ONE_TO_BE, "1.0.")),
-    "AdamW beta2 negative": (mo.AdamW, {"betas": (0.9, -0.1)}, ("`betas[1]`", ONE_TO_BE, "-0.1.")),
-    "AdamW beta nan": (mo.AdamW, {"betas": (NAN, 0.9)}, ("`betas[0]`", ONE_TO_BE, "nan.")),
-    "AdamW one beta": (mo.AdamW, {"betas": 0.9}, ("`betas` must be two numbers", "got 0.9.")),
-    "AdamW three betas": (
-        mo.AdamW,
-        {"betas": (0.9, 0.9, 0.9)},
-        ("`betas` must be two numbers in [0, 1); got (0.9, 0.9, 0.9).",),
-    ),
-    "AdamW eps negative": (mo.AdamW, {"eps": -1e-8}, ("`eps`", NOT_NEGATIVE, "-1e-08.")),
-    "AdamW eps infinite": (mo.AdamW, {"eps": INF}, ("`eps`", NOT_NEGATIVE, "inf.")),
-    "AdamW decay negative": (mo.AdamW, {"weight_decay": -1}, ("`weight_decay`", NOT_NEGATIVE)),
-    "AdamW decay nan": (mo.AdamW, {"weight_decay": NAN}, ("`weight_decay`", NOT_NEGATIVE, "nan.")),
-    "Lion c is 1": (mo.Lion, {"betas": (1.0, 0.9)}, ("`betas[0]`", ONE_TO_BE, "1.0.")),
-    "Lion rho above 1": (mo.Lion, {"betas": (0.9, 1.5)}, ("`betas[1]`", ONE_TO_BE, "1.5.")),
-    "Lion no betas": (mo.Lion, {"betas": None}, ("`betas` must be two numbers", "got None.")),
-    "Lion decay negative": (mo.Lion, {"weight_decay": -0.1}, ("`weight_decay`", NOT_NEGATIVE)),
-    "RMSprop beta2 is 1": (mo.RMSprop, {"beta2": 1}, ("`beta2`", ONE_TO_BE, "1.")),
-    "RMSprop beta2 negative": (mo.RMSprop, {"beta2": -0.5}, ("`beta2`", ONE_TO_BE, "-0.5.")),
-    "RMSprop eps nan": (mo.RMSprop, {"eps": NAN}, ("`eps`", NOT_NEGATIVE, "nan.")),
-    "RMSprop decay negative": (mo.RMSprop, {"weight_decay": -1}, ("`weight_decay`", NOT_NEGATIVE)),
-    "SGD momentum is 1": (mo.SGD, {"momentum": 1.0}, ("`momentum`", ONE_TO_BE, "1.0.")),
-    "SGD momentum negative": (mo.SGD, {"momentum": -0.9}, ("`momentum`", ONE_TO_BE, "-0.9.")),
-    "SGD decay infinite": (mo.SGD, {"weight_decay": INF}, ("`weight_decay`", NOT_NEGATIVE)),
+    **{
+        f"{row.kind.__name__} {name}={value}": (row.kind, {name: value}, parts)
+        for row in table.RULES
+        for name in options_of(row.kind)
+        for value, parts in REFUSED.get(name, ())
+    },
     "SGD delayed without momentum": (
         mo.SGD,
         {"delayed": True},
@@ -78,6 +95,11 @@ RULES: dict[str, tuple[type[Any], dict[str, Any], tuple[str, ...]]] = {
     "Sigmoid from 0": (mo.Sigmoid, {"lo": 0.0, "hi": 0.1}, ("0 < lo < hi < inf; got 0.0",)),
     "Sigmoid to infinity": (mo.Sigmoid, {"lo": 0.1, "hi": INF}, ("0 < lo < hi < inf", "inf.")),
 }
+
+
+def test_every_option_that_is_a_number_is_refused_out_of_range() -> None:
+    options = {name for row in table.RULES for name in options_of(row.kind)}
+    assert options - {"delayed", "bias_correction"} == REFUSED.keys()
 
 
 @pytest.mark.parametrize("case", RULES)
@@ -156,7 +178,7 @@ CONSTRUCTOR: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] 
     "sigma unknown": (
         {"sigma": "sigmoid"},
         ValueError,
-        ("`sigma` must be one of 'exp', 'identity', 'softplus', or a map", "'sigmoid'."),
+        (f"`sigma` must be one of {', '.join(map(repr, NAMED))}, or a map", "'sigmoid'."),
     ),
     "sigma a class": ({"sigma": mo.Sigmoid}, ValueError, ("`sigma` must be one of", "Sigmoid")),
     "bounds swapped": (

@@ -11,6 +11,7 @@ optax = pytest.importorskip("optax")
 
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import io_callback  # noqa: E402
+from metaopt_conformance.table import BASES, signs  # noqa: E402
 from metaopt_jax import metaoptimize, transformation  # noqa: E402
 
 import metaopt as mo  # noqa: E402
@@ -48,12 +49,8 @@ def temporaries(program: Any) -> int:
     return int(program.memory_analysis().temp_size_in_bytes // SIZE)
 
 
-RULES: dict[str, Any] = {
-    "SGD": mo.SGD(weight_decay=0.1),
-    "SGD momentum": mo.SGD(momentum=0.9, weight_decay=0.1),
-    "RMSprop": mo.RMSprop(weight_decay=0.1),
-    "AdamW": mo.AdamW(weight_decay=0.1),
-}
+#: Those that do not read what they replace.
+RULES = {name: rule for name, rule in BASES.items() if not signs(rule)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "Adam": {"base": mo.AdamW()},

@@ -12,6 +12,7 @@ import pytest
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
 
+from metaopt_conformance.table import RULES  # noqa: E402
 from metaopt_jax import metaoptimize  # noqa: E402
 
 import metaopt as mo  # noqa: E402
@@ -19,10 +20,8 @@ import metaopt as mo  # noqa: E402
 jnp = jax.numpy
 
 BASES: dict[str, Any] = {
-    "AdamW": mo.AdamW(),
     "SGD momentum": mo.SGD(momentum=0.9),
-    "RMSprop": mo.RMSprop(),
-    "Lion": mo.Lion(),
+    **{row.kind.__name__: row.kind() for row in RULES if row.kind is not mo.SGD},
 }
 METAS: dict[str, Any] = {"Adam": mo.AdamW(), "Lion": mo.Lion()}
 STEPS, ALLOWED = 30_000, 3e-2

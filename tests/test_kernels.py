@@ -10,14 +10,14 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from metaopt_conformance import tolerances
+from metaopt_conformance import table, tolerances
 from metaopt_conformance.translate import contents, values_of
 from metaopt_kernels import MetaOptimizer, cpu, memory
 from metaopt_kernels.memory import address
@@ -37,15 +37,13 @@ SHAPES: dict[str, tuple[int, ...]] = {
 STEPS = 6
 
 BASES: dict[str, Any] = {
-    "SGD": mo.SGD(weight_decay=0.1),
-    "SGDm": mo.SGD(momentum=0.9, weight_decay=0.1),
-    "RMSprop": mo.RMSprop(beta2=0.9, eps=1e-2),
-    "AdamW": mo.AdamW(betas=(0.8, 0.9), eps=1e-2, weight_decay=0.1),
+    **table.BASES,
     "eps=0": mo.AdamW(betas=(0.8, 0.0), eps=0.0),
-    "Lion": mo.Lion(weight_decay=0.1),
-    "SGDm, delayed": mo.SGD(momentum=0.9, delayed=True),
-    "RMSprop, delayed": mo.RMSprop(beta2=0.9, delayed=True),
-    "AdamW, delayed": mo.AdamW(eps=1e-2, delayed=True),
+    **{
+        f"{name}, delayed": replace(rule, delayed=True)
+        for name, rule in table.BASES.items()
+        if table.has(rule, "delayed")
+    },
 }
 
 
@@ -67,13 +65,6 @@ BLOCKS: dict[str, Any] = {
     "groups": {"biases": ("bias", "gain"), "rest": "*"},
     "ends": Ends(),
 }
-SIGMAS: dict[str, Any] = {
-    "exp": "exp",
-    "identity": "identity",
-    "softplus": "softplus",
-    "sigmoid": mo.Sigmoid(1e-3, 0.5),
-}
-
 needs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None,
     reason="numba is not installed: NumPy arrays have no kernels",
@@ -137,11 +128,11 @@ def configured(**options: Any) -> dict[str, Any]:
 
 
 @needs_numba
-@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("sigma", table.SIGMAS)
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("base", BASES)
 def test_a_step_in_one_pass_equals_the_core(base: str, blocks: str, sigma: str) -> None:
-    options = configured(base=BASES[base], blocks=BLOCKS[blocks], sigma=SIGMAS[sigma])
+    options = configured(base=BASES[base], blocks=BLOCKS[blocks], sigma=table.SIGMAS[sigma])
     fused = run_fused(MetaOptimizer(start(), fused=True, **options))
     assert_close(fused, run_core(mo.MetaOptimize(**options), start()), "float64")
 

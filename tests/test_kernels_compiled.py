@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metaopt_conformance import tolerances
+from metaopt_conformance import table, tolerances
 from metaopt_conformance.backends import UnavailableError, find
 from metaopt_conformance.cases import Case
 from metaopt_conformance.suite import run
@@ -177,15 +177,13 @@ def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 RULES: dict[str, Any] = {
-    "SGD": mo.SGD(weight_decay=0.1),
-    "SGDm": mo.SGD(momentum=0.9),
-    "RMSprop": mo.RMSprop(beta2=0.9, eps=1e-2, weight_decay=0.1),
-    "AdamW": mo.AdamW(betas=(0.8, 0.9), eps=1e-2, weight_decay=0.1),
+    **table.BASES,
     "eps=0": mo.AdamW(betas=(0.8, 0.0), eps=0.0),
-    "Lion": mo.Lion(weight_decay=0.1),
-    "SGDm, delayed": mo.SGD(momentum=0.9, delayed=True),
-    "RMSprop, delayed": mo.RMSprop(beta2=0.9, delayed=True),
-    "AdamW, delayed": mo.AdamW(eps=1e-2, delayed=True),
+    **{
+        f"{name}, delayed": replace(rule, delayed=True)
+        for name, rule in table.BASES.items()
+        if table.has(rule, "delayed")
+    },
 }
 SHAPES: dict[str, tuple[int, ...]] = {"conv": (4, 3, 2, 2), "bias": (5,), "gain": (), "no": (0, 2)}
 STEPS = 5

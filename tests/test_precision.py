@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from metaopt_conformance.table import BASES, has, signs
 from metaopt_conformance.tolerances import relative_error, rounding
 
 import metaopt as mo
@@ -300,8 +301,12 @@ def test_counts_are_exact_beyond_the_integers_of_narrow_dtypes(
 @pytest.mark.parametrize("meta", [mo.SGD(), mo.AdamW(eps=1e-2)], ids=["SGD", "Adam"])
 @pytest.mark.parametrize(
     "base",
-    [mo.SGD(weight_decay=0.01), mo.SGD(momentum=0.9), mo.AdamW(eps=1.0), mo.RMSprop(eps=1.0)],
-    ids=["SGD", "momentum", "AdamW", "RMSprop"],
+    [
+        replace(rule, weight_decay=0.01, **({"eps": 1.0} if has(rule, "eps") else {}))
+        for rule in BASES.values()
+        if not signs(rule)
+    ],
+    ids=repr,
 )
 @pytest.mark.parametrize("level", ["scalar", "tensor", "weight"])
 def test_a_deep_run_in_float32_is_that_in_float64(level: str, base: Any, meta: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from metaopt_conformance.table import SIGMAS
 from metaopt_conformance.tolerances import relative_error
 
 import metaopt as mo
@@ -183,10 +184,10 @@ def test_a_block_that_comes_to_a_bound_starts_anew_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("sigma", ["exp", "identity", "softplus", mo.Sigmoid(1e-6, 1.0)])
+@pytest.mark.parametrize("sigma", SIGMAS.values(), ids=str)
 def test_beta_stays_where_step_sizes_are_normal_numbers(sigma: Any, dtype: str) -> None:
     opt = mo.MetaOptimize(base=mo.Lion(), meta=mo.Lion(), step_size=1e-3, meta_lr=50.0, sigma=sigma)
-    least, most = {"identity": (-(2.0**63), 2.0**63)}.get(sigma, (2.0**-64, 2.0**63))
+    least, most = (-(2.0**63) if sigma == "identity" else 2.0**-64), 2.0**63
     rng, params = np.random.default_rng(0), {"w": np.ones(2, dtype)}
     state = opt.init(params)
     with np.errstate(over="ignore", invalid="ignore"):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from metaopt_conformance.table import BASES
 from metaopt_conformance.translate import values_of
 
 torch = pytest.importorskip("torch")
@@ -38,12 +39,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-RULES: dict[str, Any] = {
-    "SGDm": mo.SGD(momentum=0.9, weight_decay=0.1),
-    "RMSprop": mo.RMSprop(weight_decay=0.1),
-    "AdamW": mo.AdamW(weight_decay=0.1),
-    "Lion": mo.Lion(weight_decay=0.1),
-}
+RULES = {name: rule for name, rule in BASES.items() if rule.slots}
 OPTIONS: dict[str, dict[str, Any]] = {
     "scalar": {},
     "tensor": {"blocks": "tensor", "meta": mo.AdamW()},

@@ -14,9 +14,10 @@ torch = pytest.importorskip("torch")
 from metaopt_conformance import torch_adapter  # noqa: E402
 from metaopt_conformance.against_oracle import single_steps  # noqa: E402
 from metaopt_conformance.backends import find  # noqa: E402
-from metaopt_conformance.cases import BASES, METAS, OPTIONS, Case, pairs  # noqa: E402
+from metaopt_conformance.cases import OPTIONS, Case, pairs  # noqa: E402
 from metaopt_conformance.covering import covering  # noqa: E402
 from metaopt_conformance.runs import Under  # noqa: E402
+from metaopt_conformance.table import BASES, METAS, SIGMAS  # noqa: E402
 from metaopt_torch import MetaOptimizer, runs  # noqa: E402
 
 import metaopt as mo  # noqa: E402
@@ -76,7 +77,7 @@ OF_THE_ADAPTER: Mapping[str, Sequence[Any]] = {
 #: Of options that change a compiled pass, the values that do; each pass takes a second to compile.
 FEW: Mapping[str, Sequence[Any]] = {
     "blocks": ("scalar", "tensor", "node", "weight", "groups"),
-    "sigma": ("exp", "identity", "softplus"),
+    "sigma": tuple(name for name, sigma in SIGMAS.items() if sigma == name),
     "discount": (1.0, 0.9),
     "meta_first": (False, True),
     "trace": ("update", "gradient"),

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from metaopt_conformance import table
 from metaopt_conformance.translate import values_of
 
 torch = pytest.importorskip("torch")
@@ -16,14 +17,10 @@ from metaopt.arrays import map_leaves, to_numpy  # noqa: E402
 SHAPES = {"w": (6, 5), "b": (6,), "conv": (3, 2, 2, 2), "scale": (), "empty": (0, 3)}
 STEPS = 8
 BASES: dict[str, Any] = {
-    "SGD": mo.SGD(weight_decay=0.1),
-    "SGDm": mo.SGD(momentum=0.8),
-    "RMSprop": mo.RMSprop(beta2=0.8, eps=1e-3),
-    "AdamW": mo.AdamW(betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1),
-    "Lion": mo.Lion(betas=(0.8, 0.9), weight_decay=0.1),
+    **table.BASES,
     "mixed": {"w": mo.Lion(), "*": mo.AdamW(eps=1e-3)},
 }
-METAS: dict[str, Any] = {"SGD": mo.SGD(), "Adam": mo.AdamW(eps=1e-3), "Lion": mo.Lion()}
+METAS = table.METAS
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tensor": {"blocks": "tensor"},

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from metaopt_conformance.backends import UnavailableError, find
-from metaopt_conformance.cases import BASES, METAS, OPTIONS, Case
+from metaopt_conformance.cases import OPTIONS, Case
 from metaopt_conformance.families import FAMILIES
 from metaopt_conformance.runs import Under
+from metaopt_conformance.table import BASES, METAS
 
 CASES = [
     case

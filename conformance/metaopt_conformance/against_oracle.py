@@ -7,11 +7,12 @@ import numpy as np
 
 import metaopt as mo
 from metaopt.arrays import namespace
-from metaopt_conformance import oracle, sigmas, tolerances
+from metaopt_conformance import oracle, tolerances
 from metaopt_conformance.cases import Case
 from metaopt_conformance.oracle_runs import by_weight, config, oracle_run, oracle_step, wanted
 from metaopt_conformance.runs import Under
 from metaopt_conformance.translate import block_index, from_dense, slices
+from metaopt_conformance.updates import signed
 from metaopt_conformance.verdicts import Failure, finite_alike, judged
 
 __all__ = ["single_steps", "trajectory"]
@@ -44,7 +45,7 @@ def _reported(under: Under, case: Case, params: Any, state: mo.State, want: orac
     opt = case.opt()
     _, names = block_index(opt.blocks, case.subject.shapes)
     told = opt.diagnostics(state, params)
-    sizes = sigmas.sigma(config(case).sigma, want.beta)
+    sizes = config(case).sigma.value(want.beta)
     norms = np.sqrt(np.sum(want.H**2, axis=0))
     for what, key, by_name, values in (
         ("step sizes", "", opt.step_sizes(state), sizes),
@@ -181,15 +182,15 @@ def _decided(case: Case, t: int, before: oracle.State, after: oracle.State) -> t
     weights = np.ones(case.subject.size, dtype=bool)
     grad = case.grad(t, before.w)
     for rule, at in config(case).base:
-        if rule.kind == "lion":
-            parts = rule.interpolation * before.m[at], (1.0 - rule.interpolation) * grad[at]
+        if rule.signs:
+            parts = signed(rule, grad[at], before.m[at])
             scale, total = np.max(np.abs(parts), axis=0), np.abs(sum(parts))
             weights[at] = (total > margin * scale) | (scale == 0.0) | np.isinf(total)
     blocks, meta = np.ones(len(before.beta), dtype=bool), config(case).meta
     terms = np.sum(_terms(case, t, before), axis=0)
     unused = np.logical_not(np.abs(after.z) < config(case).largest)
-    if meta.kind == "lion":
-        parts = meta.interpolation * before.meta_m, (1.0 - meta.interpolation) * after.z
+    if meta.signs:
+        parts = signed(meta, after.z, before.meta_m)
         scale = np.abs(parts[0]) + (1.0 - meta.interpolation) * terms
         blocks = (np.abs(sum(parts)) > margin * scale) | (scale == 0.0) | unused
     if meta.factor != 1.0:

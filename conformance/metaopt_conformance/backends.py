@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from metaopt_conformance.table import counterpart
+
 __all__ = ["BACKENDS", "DTYPES", "Backend", "UnavailableError", "find", "names"]
 
 GROUP = "metaopt_conformance.backends"
@@ -222,24 +224,15 @@ def _has_cpp_compiler() -> bool:
 
 
 def _torch_optimizer(torch: Any, rule: Any, params: Mapping[str, Any]) -> Any:
-    leaves = {name: param.clone().requires_grad_() for name, param in params.items()}
-    kind = type(rule).__name__
-    if kind == "AdamW":
-        theirs = torch.optim.AdamW(
-            leaves.values(),
-            betas=rule.betas,
-            eps=rule.eps,
-            weight_decay=rule.weight_decay,
-        )
-    elif kind == "RMSprop" and not rule.bias_correction and rule.weight_decay == 0.0:
-        theirs = torch.optim.RMSprop(leaves.values(), alpha=rule.beta2, eps=rule.eps)
-    elif kind == "SGD" and rule.weight_decay == 0.0:
-        momentum = {"momentum": rule.momentum, "dampening": rule.momentum}
-        theirs = torch.optim.SGD(leaves.values(), **momentum)
-        for leaf in leaves.values() if rule.momentum else ():
-            theirs.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
-    else:
+    found = counterpart("torch", rule)
+    if found is None:
         return None
+    name, options = found
+    leaves = {leaf: param.clone().requires_grad_() for leaf, param in params.items()}
+    theirs = getattr(torch.optim, name)(leaves.values(), **options)
+    for leaf in leaves.values() if options.get("momentum") else ():
+        # else torch starts it with the whole first gradient
+        theirs.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
 
     def step(grads: Mapping[str, Any], lr: float) -> Any:
         theirs.param_groups[0]["lr"] = lr
@@ -286,22 +279,15 @@ def _adapter(module: str) -> Any:
 
 
 def _optax_optimizer(rule: Any, params: Mapping[str, Any]) -> Any:
+    found = counterpart("optax", rule)
+    if found is None:
+        return None
     try:
         optax = importlib.import_module("optax")
     except ModuleNotFoundError:
         return None
-    kind = type(rule).__name__
-    decay = {"weight_decay": rule.weight_decay} if rule.weight_decay else {}
-    if kind == "AdamW":
-        make = optax.adamw if decay else optax.adam
-        options = {"b1": rule.betas[0], "b2": rule.betas[1], "eps": rule.eps} | decay
-    elif kind == "Lion":
-        make, options = optax.lion, {"b1": rule.betas[0], "b2": rule.betas[1]} | decay
-    elif kind == "SGD" and rule.momentum == 0.0 and not decay:
-        make, options = optax.sgd, {}
-    else:
-        return None
-    theirs = optax.inject_hyperparams(make)(1.0, **options)
+    name, options = found
+    theirs = optax.inject_hyperparams(getattr(optax, name))(1.0, **options)
     current = {"params": dict(params), "state": theirs.init(dict(params))}
 
     def step(grads: Mapping[str, Any], lr: float) -> Any:

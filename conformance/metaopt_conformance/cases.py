@@ -9,43 +9,25 @@ from typing import Any
 import numpy as np
 
 import metaopt as mo
+from metaopt.step_sizes import step_size_map
 from metaopt_conformance.backends import DTYPES
 from metaopt_conformance.oracle import Matrix
 from metaopt_conformance.problems import PROBLEMS, Problem
+from metaopt_conformance.table import BASES, MAPS, METAS, RULES, SIGMAS, has
 from metaopt_conformance.translate import block_index
 from metaopt_conformance.updates import Vector
 
-__all__ = ["BASES", "METAS", "OPTIONS", "SCHEDULE", "Case", "pairs"]
+__all__ = ["OPTIONS", "SCHEDULE", "Case", "pairs"]
 
-# eps is large enough that rounding is not amplified where a gradient is small
-BASES: dict[str, Any] = {
-    "SGD": mo.SGD(weight_decay=0.1),
-    "SGDm": mo.SGD(momentum=0.9, weight_decay=0.1),
-    "RMSprop": mo.RMSprop(beta2=0.8, eps=1e-2, weight_decay=0.1),
-    "AdamW": mo.AdamW(betas=(0.8, 0.9), eps=1e-2, weight_decay=0.1),
-    "Lion": mo.Lion(betas=(0.8, 0.9), weight_decay=0.1),
-}
-METAS: dict[str, Any] = {
-    "SGD": mo.SGD(),
-    "RMSprop": mo.RMSprop(beta2=0.8, eps=1e-2),
-    "Adam": mo.AdamW(betas=(0.8, 0.9), eps=1e-2),
-    "Lion": mo.Lion(betas=(0.8, 0.9)),
-}
-#: The rules above forget within a dozen steps; these are the decay rates that are used.
-USUAL: dict[type, dict[str, Any]] = {
-    mo.RMSprop: {"beta2": 0.999},
-    mo.AdamW: {"betas": (0.9, 0.999)},
-    mo.Lion: {"betas": (0.9, 0.99)},
-}
-STEP_SIZES = {"SGD": 0.15, "SGDm": 0.2, "RMSprop": 0.05, "AdamW": 0.05, "Lion": 0.05}
-META_LRS = {"SGD": 0.1, "RMSprop": 0.1, "Adam": 0.15, "Lion": 0.05}
+RATES = {name: use.rate for row in RULES for name, use in row.bases.items()}
+META_RATES = {name: use.rate for row in RULES for name, use in row.metas.items()}
+#: The rules of the table forget within a dozen steps; these are the decay rates that are used.
+USUAL: dict[type, Mapping[str, Any]] = {row.kind: row.usual for row in RULES}
 BLOCKS: dict[str, Any] = {name: name for name in ("scalar", "tensor", "node", "weight")} | {
     "last node": mo.blocks.node(axis=-1),
     "groups": {"biases": ("*bias",), "rest": "*"},
 }
-SIGMAS: dict[str, Any] = {name: name for name in ("exp", "identity", "softplus")} | {
-    "sigmoid": mo.Sigmoid(3e-4, 0.5)
-}
+ADDITIVE = {row.name for row in MAPS if row.additive}
 SCHEDULE = (1.0, 0.5, 0.0, 1.0, 0.25)
 
 OPTIONS: Mapping[str, Sequence[Any]] = {
@@ -81,7 +63,8 @@ class Case:
     name : str
         Tells checks apart that are no matter of configuration: special cases and laws.
     base, meta, problem, curvature, blocks, sigma : str
-        Keys of the tables here, and of `PROBLEMS`; "rectified" is a curvature of its own.
+        Keys of the tables here, of those in `table`, and of `PROBLEMS`; "rectified" is a
+        curvature of its own.
     approximation, discount, trace, meta_first, skip_nonfinite
         As `metaopt.MetaOptimize` takes them.
     eps, bias_correction, delayed
@@ -191,10 +174,8 @@ class Case:
 
     def _varied(self, rule: Any) -> Any:
         changes: dict[str, Any] = {} if self.decays == "fast" else dict(USUAL.get(type(rule), {}))
-        options = {"eps": self.eps, "bias_correction": self.bias_correction}
-        if rule.slots:
-            options["delayed"] = self.delayed
-        changes |= {name: value for name, value in options.items() if hasattr(rule, name)}
+        options = ("eps", "bias_correction", "delayed")
+        changes |= {name: getattr(self, name) for name in options if has(rule, name)}
         return replace(rule, **changes)
 
     def opt(self) -> mo.MetaOptimize:
@@ -252,8 +233,8 @@ class Case:
                 and self.rules() == replace(self, **{name: usual}).rules()
             ):
                 return f"{name} changes neither {self.base} nor {self.meta}"
-        if self.eps != plain.eps and not hasattr(BASES[self.base], "eps"):
-            return f"eps needs base RMSprop or AdamW, not {self.base}"
+        if self.eps != plain.eps and not has(BASES[self.base], "eps"):
+            return f"eps needs a base that has one, not {self.base}"
         if self.eps == 0.0 and self.delayed and "RMSprop" in (self.base, self.meta):
             # a gradient over the root of older ones alone, which may be as small as they like
             return "delayed RMSprop needs eps above 0"
@@ -275,7 +256,7 @@ class Case:
         if self.faulty == "huge" and not self.wide:
             if self.dtype == "float16" or self.first_leaf != "same":
                 return "faulty huge needs leaves of one dtype with room for it"
-            if hasattr(BASES[self.base], "eps"):
+            if has(BASES[self.base], "eps"):
                 return "faulty huge, in float32, needs a base that does not square it"
         if self.first_leaf == self.dtype:
             return f"first_leaf is {self.dtype} already"
@@ -297,9 +278,9 @@ OF_A_RUN = ("name", "lr", "missing", "faulty", "dtype", "first_leaf", "steps")
 @cache
 def _opt(case: Case) -> mo.MetaOptimize:
     base, meta = case.rules()
-    step_size = STEP_SIZES[case.base] * _shortening(base)
-    meta_lr = META_LRS[case.meta] * _shortening(meta)
-    if case.sigma == "identity":  # step sizes move by differences, and z is by them
+    step_size = RATES[case.base] * _shortening(base)
+    meta_lr = META_RATES[case.meta] * _shortening(meta)
+    if case.sigma in ADDITIVE:  # and z is by differences of step sizes
         meta_lr *= 0.05 * _shortening(base) ** 2
     shapes, blocks = case.subject.shapes, BLOCKS[case.blocks]
     _, names = block_index(blocks, shapes)
@@ -371,7 +352,7 @@ def _parsed(name: str, value: str) -> Any:
 def _bounds(case: Case, step_size: float, first: str) -> Any:
     """Return bounds that are soon touched."""
     lo, hi = 0.9 * step_size, 1.1 * step_size
-    least = {"identity": -np.inf, "sigmoid": SIGMAS["sigmoid"].lo}.get(case.sigma, 0.0)
+    least, _ = step_size_map(SIGMAS[case.sigma]).range
     return {"none": None, "all": (lo, hi), "one": {first: (lo, hi)}, "upper": (least, hi)}[
         case.bounds
     ]

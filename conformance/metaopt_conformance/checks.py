@@ -12,7 +12,9 @@ from metaopt_conformance.cases import SCHEDULE, Case
 from metaopt_conformance.laws import LAWS
 from metaopt_conformance.literature import FORMS
 from metaopt_conformance.runs import Under
+from metaopt_conformance.table import signs, update_of
 from metaopt_conformance.translate import contents, flat
+from metaopt_conformance.updates import signed
 from metaopt_conformance.verdicts import Failure, Skip, judged
 
 __all__ = ["compiled", "laws", "plain_optimizer", "pure", "special"]
@@ -24,10 +26,11 @@ def plain_optimizer(under: Under, case: Case) -> float:
         msg = "the library has no optimizers of its own"
         raise Skip(msg)
     rule, meta = case.rules()
-    if case.base not in ("AdamW", "Lion"):  # whose decay is the one that libraries do not couple
-        rule = replace(rule, weight_decay=0.0)
     params = under.arrays(case.subject.start(), case)
     theirs = under.backend.plain(rule, params)
+    if theirs is None:  # perhaps as the library's weight decay is another
+        rule = replace(rule, weight_decay=0.0)
+        theirs = under.backend.plain(rule, params)
     if theirs is None:
         msg = f"the library has no {case.base} of this form"
         raise Skip(msg)
@@ -36,7 +39,7 @@ def plain_optimizer(under: Under, case: Case) -> float:
     firm = np.ones(case.subject.size, dtype=bool)
     for t in range(case.steps):
         grad = case.grad(t, under.vector(params, case))
-        if case.base == "Lion":
+        if signs(rule):
             firm &= _signs_are_firm(under, case, rule, state, grad)
         grads = under.arrays(grad, case)
         lr = case.multiplier(t)
@@ -49,11 +52,10 @@ def plain_optimizer(under: Under, case: Case) -> float:
 
 
 def _signs_are_firm(under: Under, case: Case, rule: Any, state: mo.State, grad: Any) -> Any:
-    """Say for which weights rounding cannot turn the sign in a Lion's step."""
+    """Say for which weights rounding cannot turn the sign in a step of Lion or its like."""
     slots = {name: slots["exp_avg"] for name, slots in state.slots.items()}
-    interpolation, _ = rule.betas
     moment = flat(slots, case.subject.shapes, under.backend.to_numpy)
-    parts = interpolation * moment, (1.0 - interpolation) * grad
+    parts = signed(update_of(rule), grad, moment)
     margin = tolerances.sign_margin(wide=case.wide)
     scale = np.max(np.abs(parts), axis=0)
     return (np.abs(sum(parts)) > margin * scale) | (scale == 0.0)

@@ -7,13 +7,14 @@ from functools import cache
 from typing import Any
 
 from metaopt_conformance.against_oracle import single_steps, trajectory
-from metaopt_conformance.cases import BASES, METAS, OPTIONS, Case, pairs
+from metaopt_conformance.cases import OPTIONS, Case, pairs
 from metaopt_conformance.checks import compiled, laws, plain_optimizer, pure, special
 from metaopt_conformance.covering import covering
 from metaopt_conformance.derivatives import jets, trace_differences
 from metaopt_conformance.laws import LAWS
 from metaopt_conformance.literature import FORMS
 from metaopt_conformance.runs import Under
+from metaopt_conformance.table import BASES, METAS, has
 from metaopt_conformance.verdicts import Skip
 
 __all__ = ["FAMILIES", "Family"]
@@ -105,8 +106,8 @@ def _of_rules(_dtypes: Dtypes, _quick: bool) -> Iterator[Case]:
 
 
 def _of_optimizers(dtypes: Dtypes, _quick: bool) -> Iterator[Case]:
-    for base in BASES:
-        plain = Case(base=base, bias_correction=base != "RMSprop", steps=50)
+    for base, rule in BASES.items():
+        plain = Case(base=base, bias_correction=not has(rule, "bias_correction"), steps=50)
         for dtype in ("float64", "float32"):
             for lr in ("constant", "schedule") if dtype in dtypes else ():
                 yield replace(plain, dtype=dtype, lr=lr)

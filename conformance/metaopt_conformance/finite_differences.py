@@ -14,7 +14,6 @@ import numpy as np
 
 from metaopt_conformance.oracle import Config, Matrix, State, counted_against, speed
 from metaopt_conformance.problems import Problem
-from metaopt_conformance.sigmas import first, sigma
 from metaopt_conformance.tolerances import STEP
 from metaopt_conformance.updates import Vector, direction, partials
 
@@ -76,8 +75,8 @@ def _trace(
     """Return H' with everything live but the hatted B and the moments' traces."""
     gamma, new = config.discount, np.empty_like(state.H)
     beta_trace = gamma * recorded.B + (1.0 - gamma) * np.eye(config.blocks)
-    rate = first(config.sigma, state.beta)[:, None] * beta_trace
-    alpha = sigma(config.sigma, state.beta)[config.block_of]
+    rate = config.sigma.first(state.beta)[:, None] * beta_trace
+    alpha = config.sigma.value(state.beta)[config.block_of]
     grad_trace = problem.hessian(t, state.w) @ (gamma * state.H)
     for rule, at in config.base:
         moments = grad[at], state.m[at], state.v[at], state.count[at] + 1
@@ -96,7 +95,7 @@ def _trace(
 
 
 def _base(config: Config, state: State, grad: Vector, beta: Vector) -> State:
-    alpha = sigma(config.sigma, beta)[config.block_of]
+    alpha = config.sigma.value(beta)[config.block_of]
     w, m, v = state.w.copy(), state.m.copy(), state.v.copy()
     for rule, at in config.base:
         u, m[at], v[at] = direction(rule, grad[at], state.m[at], state.v[at], state.count[at] + 1)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import metaopt as mo
-from metaopt_conformance import tolerances
+from metaopt_conformance import table, tolerances
 from metaopt_conformance.runs import Under
 from metaopt_conformance.translate import contents
 from metaopt_conformance.verdicts import Failure
@@ -32,16 +32,9 @@ KINDS = st.sampled_from(
         {"head": "leaf0", "rest": "*"},
     ]
 )
-RULES = st.sampled_from(
-    [
-        mo.SGD(momentum=0.8, weight_decay=0.1),
-        mo.RMSprop(beta2=0.8, eps=1e-2),
-        mo.AdamW(betas=(0.8, 0.9), eps=1e-2, weight_decay=0.1),
-        mo.Lion(betas=(0.8, 0.9)),
-    ]
-)
-METAS = st.sampled_from([mo.SGD(), mo.AdamW(betas=(0.8, 0.9), eps=1e-2), mo.Lion()])
-SCALE_FREE = st.sampled_from([mo.Lion(), mo.AdamW(eps=0.0)])
+RULES = st.sampled_from(list(table.BASES.values()))
+METAS = st.sampled_from(list(table.METAS.values()))
+SCALE_FREE = st.sampled_from(list(table.SCALE_FREE.values()))
 BLOCKS = st.sampled_from(["scalar", "tensor", "node", "weight"])
 FOLLOWED = st.sampled_from(
     [("none", "l"), ("diagonal", "2x2"), ("exact", "l"), ("exact", "2x2"), ("exact", "full")]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from metaopt_conformance.sigmas import beta_range, first, inverse, second, sigma
+from metaopt_conformance.sigmas import Exp, Sigma
 from metaopt_conformance.updates import (
     Bends,
     Partials,
@@ -47,7 +47,7 @@ class Config:
     step_size : array (m,)
         Initial step sizes.
     meta_lr, discount : float
-    sigma : "exp", "identity", "softplus" or a pair (lo, hi) for the sigmoid between these
+    sigma : Sigma
     bounds : pair of arrays (m,), or None
     approximation : {"l", "2x2", "full"}
     curvature : {"none", "diagonal", "exact"}
@@ -64,7 +64,7 @@ class Config:
     step_size: Vector
     meta_lr: float
     discount: float = 1.0
-    sigma: Any = "exp"
+    sigma: Sigma = Exp()  # noqa: RUF009
     bounds: tuple[Vector, Vector] | None = None
     approximation: str = "l"
     curvature: str = "none"
@@ -83,7 +83,7 @@ class Config:
     def follows_beta(self) -> bool:
         """Whether Y can feed back: z changes with the weights, and a direction with z."""
         changes = self.curvature != "none" and self.discount > 0.0
-        return changes and self.approximation != "l" and self.meta.kind != "lion"
+        return changes and self.approximation != "l" and not self.meta.signs
 
     @property
     def follows_third(self) -> bool:
@@ -94,7 +94,7 @@ class Config:
     def follows_hessian(self) -> bool:
         """Whether anything that feeds back changes with the gradient."""
         changes = self.curvature != "none" and self.discount > 0.0
-        return changes and (self.follows_beta or any(rule.kind != "lion" for rule, _ in self.base))
+        return changes and (self.follows_beta or any(not rule.signs for rule, _ in self.base))
 
     @property
     def own(self) -> Flags:
@@ -151,7 +151,7 @@ def init(config: Config, w: Vector) -> State:
         m=np.zeros(n),
         v=np.zeros(n),
         count=np.zeros(n),
-        beta=inverse(config.sigma, config.step_size),
+        beta=config.sigma.inverse(config.step_size),
         meta_m=np.zeros(m),
         meta_v=np.zeros(m),
         against=np.zeros(m),
@@ -302,7 +302,7 @@ def base_update(
 ) -> State:
     """Return the weights and moments after w' = w - alpha (u + kappa w) (section 5)."""
     u, m, v = _directions(config, state, grad)
-    alpha = lr * sigma(config.sigma, beta)[config.block_of]
+    alpha = lr * config.sigma.value(beta)[config.block_of]
     w = state.w - alpha * (u + config.weight_decay * state.w)
     return replace(into, w=w, m=m, v=v, count=state.count + 1)
 
@@ -321,8 +321,8 @@ def base_traces(
 ) -> State:
     """Return X' = Phi_x X + Phi_g (Hess H) + Phi_alpha lr sigma' B (section 3)."""
     d, kappa = _derivatives(Partials, partials, config, state, grad), config.weight_decay
-    alpha = lr * sigma(config.sigma, beta)[config.block_of]
-    alpha_trace = (lr * first(config.sigma, beta)[config.block_of])[:, None] * B[config.block_of]
+    alpha = lr * config.sigma.value(beta)[config.block_of]
+    alpha_trace = (lr * config.sigma.first(beta)[config.block_of])[:, None] * B[config.block_of]
     followed = _directions(config, state, grad)[0] + kappa * state.w
     if config.trace == "gradient":
         followed = _without_momentum(config, state, grad)
@@ -361,10 +361,10 @@ def third_trace(
     kappa = config.weight_decay
     u = _directions(config, state, grad)[0]
     block_of, beta = config.block_of, state.beta
-    alpha = lr * sigma(config.sigma, beta)[block_of]
+    alpha = lr * config.sigma.value(beta)[block_of]
     B = hatted.B[block_of]
-    alpha_trace = (lr * first(config.sigma, beta)[block_of])[:, None] * B
-    alpha_bend = _pairs((lr * second(config.sigma, beta)[block_of])[:, None] * B, B)
+    alpha_trace = (lr * config.sigma.first(beta)[block_of])[:, None] * B
+    alpha_bend = _pairs((lr * config.sigma.second(beta)[block_of])[:, None] * B, B)
     # once for the h in the formula's own discount, once for the trace of h
     w_bend = np.where(awake, config.discount, 1.0)[:, None, None] * hatted.Z
     g_bend = third(hatted.H, hatted.H) + np.einsum("ab,bij->aij", hessian, w_bend)
@@ -402,14 +402,14 @@ def meta_update(
     u, m, v = direction(config.meta, z, state.meta_m, state.meta_v, count)
     against = counted_against(config, state.against, z)
     beta = state.beta - config.meta_lr * speed(config, against) * u
-    limited = np.clip(beta, *beta_range(config.sigma))
+    limited = np.clip(beta, *config.sigma.beta_range)
     if config.bounds is not None:
         lo, hi = config.bounds
-        sizes = np.clip(sigma(config.sigma, limited), lo, hi)
-        inside = sizes == sigma(config.sigma, limited)
-        limited = np.where(inside, limited, inverse(config.sigma, sizes))
+        sizes = np.clip(config.sigma.value(limited), lo, hi)
+        inside = sizes == config.sigma.value(limited)
+        limited = np.where(inside, limited, config.sigma.inverse(sizes))
     arrives = at_bound(config, limited) & np.logical_not(at_bound(config, state.beta))
-    sizes = sigma(config.sigma, limited)
+    sizes = config.sigma.value(limited)
     peak = np.maximum(state.peak, sizes)
     collapsed = (sizes > 0.0) & (sizes < 0.01 * peak)
     restarts = moves & (arrives | collapsed)
@@ -431,10 +431,10 @@ def meta_update(
 
 def at_bound(config: Config, beta: Vector) -> Flags:
     """Say which blocks are at a bound, to 1e-5 (section 11)."""
-    bounds = [np.full(len(beta), bound) for bound in beta_range(config.sigma)]
+    bounds = [np.full(len(beta), bound) for bound in config.sigma.beta_range]
     if config.bounds is not None:
         with np.errstate(all="ignore"):  # the inverse of what no step size can be
-            bounds += [inverse(config.sigma, bound) for bound in config.bounds]
+            bounds += [config.sigma.inverse(bound) for bound in config.bounds]
     return np.any([np.abs(beta - bound) <= 1e-5 * np.abs(beta) for bound in bounds], axis=0)
 
 

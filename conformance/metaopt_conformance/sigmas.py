@@ -1,76 +1,125 @@
-"""The maps from meta-parameters to step sizes, by hand: docs/mathematics.md section 8.
+"""The maps from meta-parameters to step sizes, by hand: docs/mathematics.md section 8."""
 
-A kind is "exp", "identity", "softplus" or a pair (lo, hi) for the sigmoid between these.
-"""
-
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from metaopt_conformance.updates import Vector
 
-__all__ = ["beta_range", "first", "inverse", "second", "sigma"]
+__all__ = ["Exp", "Identity", "Sigma", "Sigmoid", "Softplus"]
+
+SMALL, LARGE = 2.0**-63, 2.0**63
 
 
-def beta_range(kind: Any) -> tuple[float, float]:
-    """Return where beta is kept (section 8)."""
-    small, large = 2.0**-63, 2.0**63
-    if kind == "exp":
-        return np.log(small), np.log(large)
-    if kind == "identity":
-        return -large, large
-    if kind == "softplus":
-        return np.log(small), large
-    return -16.0, 16.0
+class Sigma(Protocol):
+    """A map: its value, its first two derivatives, and its inverse."""
+
+    @property
+    def beta_range(self) -> tuple[float, float]:
+        """Where beta is kept."""
+        ...
+
+    def value(self, beta: Vector) -> Vector:
+        """Return the step sizes of meta-parameters."""
+        ...
+
+    def first(self, beta: Vector) -> Vector:
+        """Return the derivative of `value`."""
+        ...
+
+    def second(self, beta: Vector) -> Vector:
+        """Return the second derivative of `value`."""
+        ...
+
+    def inverse(self, sizes: Vector) -> Vector:
+        """Return the meta-parameters of step sizes."""
+        ...
 
 
-def sigma(kind: Any, beta: Vector) -> Vector:
-    """Return the step sizes of meta-parameters (section 8)."""
-    if kind == "exp":
+@dataclass(frozen=True)
+class Exp:
+    """The exponential."""
+
+    beta_range: ClassVar[tuple[float, float]] = (np.log(SMALL), np.log(LARGE))
+
+    def value(self, beta: Vector) -> Vector:  # noqa: D102
         return np.exp(beta)
-    if kind == "identity":
-        return beta
-    if kind == "softplus":
-        return np.logaddexp(beta, 0.0)
-    lo, hi = kind
-    return np.asarray(lo * (hi / lo) ** (1.0 / (1.0 + np.exp(-beta))))
 
-
-def first(kind: Any, beta: Vector) -> Vector:
-    """Return the derivative of `sigma`."""
-    if kind == "exp":
+    def first(self, beta: Vector) -> Vector:  # noqa: D102
         return np.exp(beta)
-    if kind == "identity":
-        return np.ones_like(beta)
-    logistic = 1.0 / (1.0 + np.exp(-beta))
-    if kind == "softplus":
-        return logistic
-    lo, hi = kind
-    return sigma(kind, beta) * np.log(hi / lo) * logistic * (1.0 - logistic)
 
-
-def second(kind: Any, beta: Vector) -> Vector:
-    """Return the second derivative of `sigma`."""
-    if kind == "exp":
+    def second(self, beta: Vector) -> Vector:  # noqa: D102
         return np.exp(beta)
-    if kind == "identity":
-        return np.zeros_like(beta)
-    logistic = 1.0 / (1.0 + np.exp(-beta))
-    if kind == "softplus":
-        return logistic * (1.0 - logistic)
-    lo, hi = kind
-    slope = np.log(hi / lo) * logistic * (1.0 - logistic)  # of log sigma
-    return sigma(kind, beta) * (slope**2 + slope * (1.0 - 2.0 * logistic))
 
-
-def inverse(kind: Any, sizes: Vector) -> Vector:
-    """Return the meta-parameters of step sizes."""
-    if kind == "exp":
+    def inverse(self, sizes: Vector) -> Vector:  # noqa: D102
         return np.log(sizes)
-    if kind == "identity":
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The step size itself."""
+
+    beta_range: ClassVar[tuple[float, float]] = (-LARGE, LARGE)
+
+    def value(self, beta: Vector) -> Vector:  # noqa: D102
+        return beta
+
+    def first(self, beta: Vector) -> Vector:  # noqa: D102
+        return np.ones_like(beta)
+
+    def second(self, beta: Vector) -> Vector:  # noqa: D102
+        return np.zeros_like(beta)
+
+    def inverse(self, sizes: Vector) -> Vector:  # noqa: D102
         return sizes
-    if kind == "softplus":
+
+
+@dataclass(frozen=True)
+class Softplus:
+    """The logarithm of 1 + exp(beta)."""
+
+    beta_range: ClassVar[tuple[float, float]] = (np.log(SMALL), LARGE)
+
+    def value(self, beta: Vector) -> Vector:  # noqa: D102
+        return np.logaddexp(beta, 0.0)
+
+    def first(self, beta: Vector) -> Vector:  # noqa: D102
+        return _logistic(beta)
+
+    def second(self, beta: Vector) -> Vector:  # noqa: D102
+        return _logistic(beta) * (1.0 - _logistic(beta))
+
+    def inverse(self, sizes: Vector) -> Vector:  # noqa: D102
         return np.log(np.expm1(sizes))
-    lo, hi = kind
-    share = np.log(sizes / lo) / np.log(hi / lo)
-    return np.log(share / (1.0 - share))
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """From lo to hi, a logistic function in the logarithm."""
+
+    lo: float
+    hi: float
+    beta_range: ClassVar[tuple[float, float]] = (-16.0, 16.0)
+
+    def value(self, beta: Vector) -> Vector:  # noqa: D102
+        return np.asarray(self.lo * (self.hi / self.lo) ** _logistic(beta))
+
+    def first(self, beta: Vector) -> Vector:  # noqa: D102
+        return self.value(beta) * self._slope(beta)
+
+    def second(self, beta: Vector) -> Vector:  # noqa: D102
+        slope = self._slope(beta)
+        return self.value(beta) * (slope**2 + slope * (1.0 - 2.0 * _logistic(beta)))
+
+    def inverse(self, sizes: Vector) -> Vector:  # noqa: D102
+        share = np.log(sizes / self.lo) / np.log(self.hi / self.lo)
+        return np.log(share / (1.0 - share))
+
+    def _slope(self, beta: Vector) -> Vector:
+        """Return the derivative of the logarithm."""
+        return np.log(self.hi / self.lo) * _logistic(beta) * (1.0 - _logistic(beta))
+
+
+def _logistic(beta: Vector) -> Vector:
+    return 1.0 / (1.0 + np.exp(-beta))

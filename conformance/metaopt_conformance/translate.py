@@ -10,7 +10,8 @@ import numpy as np
 import metaopt as mo
 from metaopt.arrays import map_leaves, to_numpy
 from metaopt_conformance.oracle import Config, Matrix, State
-from metaopt_conformance.updates import Update, Vector
+from metaopt_conformance.table import sigma_of, update_of
+from metaopt_conformance.updates import Vector
 
 __all__ = [
     "Shapes",
@@ -120,32 +121,6 @@ def _matches(name: str, patterns: Any) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def update_of(rule: Any) -> Update:
-    """Return a rule of the library as the oracle's."""
-    common = {"weight_decay": rule.weight_decay, "delayed": getattr(rule, "delayed", False)}
-    eps: Any = getattr(rule, "eps", None)  # a number, as the rule has its role
-    if isinstance(rule, mo.FastStart):
-        return replace(update_of(rule.rule), factor=rule.factor, patience=rule.patience)
-    if isinstance(rule, mo.SGD):
-        return Update(kind="sgd", rho=rule.momentum, **common)
-    if isinstance(rule, mo.RMSprop):
-        return Update(
-            kind="rmsprop",
-            decay_sq=rule.beta2,
-            eps=eps,
-            bias_correction=rule.bias_correction,
-            **common,
-        )
-    if isinstance(rule, mo.AdamW):
-        rho, decay_sq = rule.betas
-        return Update(kind="adamw", rho=rho, decay_sq=decay_sq, eps=eps, **common)
-    if isinstance(rule, mo.Lion):
-        interpolation, rho = rule.betas
-        return Update(kind="lion", interpolation=interpolation, rho=rho, **common)
-    msg = f"`rule` must be one of metaopt's own; got {rule!r}."
-    raise TypeError(msg)
-
-
 def config_of(opt: mo.MetaOptimize, shapes: Shapes, largest: float = 2.0**511) -> Config:
     """Return a configuration of the library as the oracle's."""
     block_of, names = block_index(opt.blocks, shapes)
@@ -166,7 +141,7 @@ def config_of(opt: mo.MetaOptimize, shapes: Shapes, largest: float = 2.0**511) -
         else np.full(len(names), sizes, dtype=np.float64),
         meta_lr=opt.meta_lr,
         discount=opt.discount,
-        sigma=(opt.sigma.lo, opt.sigma.hi) if isinstance(opt.sigma, mo.Sigmoid) else opt.sigma,
+        sigma=sigma_of(opt.sigma),
         bounds=None if opt.bounds is None else _bounds(opt.bounds, names),
         approximation=opt.approximation,
         curvature=getattr(kind, "kind", kind),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Bends", "Partials", "Update", "Vector", "bends", "direction", "partials"]
+__all__ = ["Bends", "Partials", "Update", "Vector", "bends", "direction", "partials", "signed"]
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -47,6 +47,21 @@ class Update:
     factor: float = 1.0
     patience: int = 1
 
+    @property
+    def signs(self) -> bool:
+        """Whether the direction is a sign, of which no derivative is taken."""
+        return self.kind == "lion"
+
+    @property
+    def has_m(self) -> bool:
+        """Whether there is a first moment."""
+        return self.kind in ("adamw", "lion") or (self.kind == "sgd" and self.rho > 0.0)
+
+    @property
+    def has_v(self) -> bool:
+        """Whether there is a second moment, of which the direction divides by the root."""
+        return self.kind in ("adamw", "rmsprop")
+
 
 @dataclass(frozen=True)
 class Partials:
@@ -78,48 +93,45 @@ def direction(
     """Return u, m' and v' of the step number `count`, the first being 1; all shapes equal."""
     next_m, next_v = _next_moments(rule, g, m, v)
     if rule.kind == "sgd":
-        if rule.rho == 0.0:
+        if not rule.has_m:
             return g, next_m, next_v
         return (np.where(count > 1, m, 0.0) if rule.delayed else next_m), next_m, next_v
-    if rule.kind == "lion":
-        u = np.sign(rule.interpolation * m + (1.0 - rule.interpolation) * g)
-        return u, next_m, next_v
+    if rule.signs:
+        return np.sign(sum(signed(rule, g, m))), next_m, next_v
     q = _quotient(rule, g, m, v, count)
     return np.where(q.defined, q.numerator / q.divisor, 0.0), next_m, next_v
+
+
+def signed(rule: Update, g: Vector, m: Vector) -> tuple[Vector, Vector]:
+    """Return the two parts of what a rule that `signs` takes the sign of."""
+    return rule.interpolation * m, (1.0 - rule.interpolation) * g
 
 
 def partials(rule: Update, g: Vector, m: Vector, v: Vector, count: Vector) -> Partials:
     """Return the derivatives of `direction` at the same arguments."""
     zero, one = np.zeros_like(g), np.ones_like(g)
-    has_m = rule.kind in ("adamw", "lion") or (rule.kind == "sgd" and rule.rho > 0.0)
-    has_v = rule.kind in ("adamw", "rmsprop")
-    m_g = (1.0 - rule.rho) * one if has_m else zero
-    m_m = rule.rho * one if has_m else zero
-    v_g = 2.0 * (1.0 - rule.decay_sq) * g if has_v else zero
-    v_v = rule.decay_sq * one if has_v else zero
+    m_g = (1.0 - rule.rho) * one if rule.has_m else zero
+    m_m = rule.rho * one if rule.has_m else zero
+    v_g = 2.0 * (1.0 - rule.decay_sq) * g if rule.has_v else zero
+    v_v = rule.decay_sq * one if rule.has_v else zero
 
     u_g = u_m = u_v = zero
-    if rule.kind == "sgd" and not has_m:
+    if rule.kind == "sgd" and not rule.has_m:
         u_g = one
     elif rule.kind == "sgd" and rule.delayed:
         u_m = np.where(count > 1, 1.0, 0.0)
     elif rule.kind == "sgd":
         u_g, u_m = m_g, m_m
-    elif has_v:
+    elif rule.has_v:
         q = _quotient(rule, g, m, v, count)
         # the root has slope 1 / (2 cv s), taken as 0 where the root is 0
         root_v = np.where(q.root > 0.0, 1.0 / (2.0 * q.correction_sq * _positive(q.root)), 0.0)
         by_moment = np.where(q.defined, -q.numerator / q.divisor**2 * root_v, 0.0)
-        by_mean = np.where(q.defined, 1.0 / (q.correction * q.divisor), 0.0)
-        if rule.kind == "rmsprop" and rule.delayed:
-            u_g, u_v = by_mean, by_moment
-        elif rule.kind == "rmsprop":
-            u_g, u_v = by_mean + by_moment * v_g, by_moment * v_v
-        elif rule.delayed:
-            u_m, u_v = by_mean, by_moment
-        else:
-            u_g = by_mean * m_g + by_moment * v_g
-            u_m, u_v = by_mean * m_m, by_moment * v_v
+        u_g = np.where(q.defined, q.by_g / q.divisor, 0.0)
+        u_m = np.where(q.defined, q.by_m / q.divisor, 0.0)
+        u_v = by_moment
+        if not rule.delayed:
+            u_g, u_v = u_g + by_moment * v_g, by_moment * v_v
     return Partials(u_g, u_m, u_v, m_g, m_m, v_g, v_v)
 
 
@@ -130,13 +142,10 @@ def bends(rule: Update, g: Vector, m: Vector, v: Vector, count: Vector) -> Bends
     u = a / (s + eps) has u_as = -1 / (s + eps)^2 and u_ss = 2 a / (s + eps)^3.
     """
     zero = np.zeros_like(g)
-    if rule.kind in ("sgd", "lion"):
+    if not rule.has_v:
         return Bends(zero, zero, zero, zero, zero)
     q = _quotient(rule, g, m, v, count)
-    a_g, a_m = np.ones_like(g), zero
-    if rule.kind == "adamw":
-        a_g = zero if rule.delayed else (1.0 - rule.rho) / q.correction
-        a_m = (1.0 if rule.delayed else rule.rho) / q.correction
+    a_g, a_m = q.by_g, q.by_m
     # s = sqrt(v' / cv), by v' and then, with v' = decay v + (1 - decay) g^2, by g and v
     root = _positive(q.root)
     slope = np.where(q.root > 0.0, 1.0 / (2.0 * q.correction_sq * root), 0.0)
@@ -163,45 +172,52 @@ def bends(rule: Update, g: Vector, m: Vector, v: Vector, count: Vector) -> Bends
 
 @dataclass(frozen=True)
 class _Quotient:
-    """The parts of u = numerator / (root + eps), and where it is defined (elsewhere 0)."""
+    """The parts of u = numerator / (root + eps), and where it is defined (elsewhere 0).
 
+    The numerator is linear: `by_g` g + `by_m` m.
+    """
+
+    by_g: Vector
+    by_m: Vector
     numerator: Vector
     root: Vector
     divisor: Vector
-    correction: Vector
     correction_sq: Vector
     defined: Any
 
 
 def _next_moments(rule: Update, g: Vector, m: Vector, v: Vector) -> tuple[Vector, Vector]:
-    next_m, next_v = m, v
-    if rule.kind in ("adamw", "lion") or (rule.kind == "sgd" and rule.rho > 0.0):
-        next_m = rule.rho * m + (1.0 - rule.rho) * g
-    if rule.kind in ("adamw", "rmsprop"):
-        next_v = rule.decay_sq * v + (1.0 - rule.decay_sq) * g**2
+    next_m = rule.rho * m + (1.0 - rule.rho) * g if rule.has_m else m
+    next_v = rule.decay_sq * v + (1.0 - rule.decay_sq) * g**2 if rule.has_v else v
     return next_m, next_v
 
 
 def _quotient(rule: Update, g: Vector, m: Vector, v: Vector, count: Vector) -> _Quotient:
+    rho = rule.rho
     next_m, next_v = _next_moments(rule, g, m, v)
     steps = count - 1.0 if rule.delayed else count
-    used_m, used_v = (m, v) if rule.delayed else (next_m, next_v)
+    used_v = v if rule.delayed else next_v
     # where nothing has been seen yet the corrections are 0, and so is the direction
     correction_sq = _positive(1.0 - rule.decay_sq**steps)
-    correction = _positive(1.0 - rule.rho**steps)
-    if rule.kind == "rmsprop":
-        correction = np.ones_like(g)
-        if not rule.bias_correction:
-            correction_sq = np.ones_like(g)
+    if not rule.bias_correction:
+        correction_sq = np.ones_like(g)
     root = np.sqrt(used_v / correction_sq)
     defined = (steps > 0) & ((used_v > 0.0) | (rule.eps > 0.0))
-    if rule.kind == "rmsprop" and rule.delayed:
-        defined = defined & (used_v > 0.0)
+    correction = _positive(1.0 - rho**steps)
+    if rule.kind == "rmsprop":
+        numerator, by_g, by_m = g, np.ones_like(g), np.zeros_like(g)
+        if rule.delayed:
+            defined = defined & (used_v > 0.0)
+    elif rule.delayed:
+        numerator, by_g, by_m = m / correction, np.zeros_like(g), 1.0 / correction
+    else:
+        numerator, by_g, by_m = next_m / correction, (1.0 - rho) / correction, rho / correction
     return _Quotient(
-        numerator=g if rule.kind == "rmsprop" else used_m / correction,
+        by_g=by_g,
+        by_m=by_m,
+        numerator=numerator,
         root=root,
         divisor=_positive(root + rule.eps),
-        correction=correction,
         correction_sq=correction_sq,
         defined=defined,
     )
