@@ -19,7 +19,7 @@ from metaopt.arrays import (
     to_numpy,
 )
 from metaopt.numerics import SMALLEST
-from metaopt.passes import COMPENSATION, PEAK
+from metaopt.passes import COMPENSATION, PEAK, RECOVERIES, SCALE
 from metaopt.plan import Plan
 from metaopt.rules.elementwise import check_elementwise
 from metaopt.rules.fast_start import FastStart
@@ -339,9 +339,9 @@ def check_rules(base: Any, meta: Any) -> None:
         what = "`uses_param`" if uses_param(meta) else "`slot_shapes`"
         msg = f"`meta` must have no {what}, which is for updates of weights; got {meta!r}."
         raise ValueError(msg)
-    for slot in (COMPENSATION, PEAK):
+    for slot in (COMPENSATION, PEAK, SCALE, RECOVERIES):
         if slot in meta.slots:
-            msg = f"`meta` must have no slot {slot!r}, which every block has already; got {meta!r}."
+            msg = f"`meta` must have no slot {slot!r}, which blocks have already; got {meta!r}."
             raise ValueError(msg)
     if meta.weight_decay != 0.0:
         msg = (

@@ -29,6 +29,7 @@ from metaopt.curvature import Curvature, Diagonal, curvature
 from metaopt.passes import (
     COLLAPSE,
     PEAK,
+    RECOVERIES,
     Leaf,
     MetaStep,
     begun,
@@ -40,6 +41,7 @@ from metaopt.passes import (
 )
 from metaopt.plan import Following, Plan, following, make_plan, rules_by_leaf
 from metaopt.projection import JVP, pushed
+from metaopt.recovery import recovered
 from metaopt.rules.rule import Rule, in_role
 from metaopt.rules.sgd import SGD
 from metaopt.state import State
@@ -92,6 +94,10 @@ class MetaOptimize:
         Update the meta-parameters before the weights of the same step.
     skip_nonfinite : bool, default False
         Leave everything as it is in steps whose gradients hold inf or NaN.
+    recover : bool, default False
+        Have blocks that diverge go back: where a meta-gradient is not finite the weights become
+        their average, moments and traces start anew, and the step size is a third of what it was
+        (section 11). It needs what an average is kept for, see above.
 
     Raises
     ------
@@ -124,6 +130,7 @@ class MetaOptimize:
     trace: str = "update"
     meta_first: bool = False
     skip_nonfinite: bool = False
+    recover: bool = False
 
     _partition: Partition = field(init=False, repr=False, compare=False)
     _sigma: StepSizeMap = field(init=False, repr=False, compare=False)
@@ -139,6 +146,7 @@ class MetaOptimize:
         inputs.check_choice("trace", self.trace, ("update", "gradient"))
         inputs.check_flag("meta_first", self.meta_first)
         inputs.check_flag("skip_nonfinite", self.skip_nonfinite)
+        inputs.check_flag("recover", self.recover)
         sigma, kind = step_size_map(self.sigma), curvature(self.curvature)
         inputs.check_bounds(self.bounds, sigma.range)
         sizes = self.step_size
@@ -154,6 +162,19 @@ class MetaOptimize:
                     msg = f'`trace="gradient"` needs rules with `without_momentum`; got {rule!r}.'
                     raise ValueError(msg)
                 rule.without_momentum()
+        point = np.zeros(())
+        value = sigma.value(point)
+        if self.recover:
+            for option, fits in (
+                ('`curvature` "none"', kind.kind == "none"),
+                ('`sigma` "exp"', sigma.first(point, value) is value),
+                ('`trace` "update"', self.trace == "update"),
+                ("`skip_nonfinite` False", not self.skip_nonfinite),
+            ):
+                if not fits:
+                    name = option.split("`")[1]
+                    msg = f"`recover` needs {option}; got {getattr(self, name)!r}."
+                    raise ValueError(msg)
         if self.approximation == "full" and (kind.kind != "exact" or self.meta_first):
             what = (
                 f'`curvature` "exact"; got {self.curvature!r}'
@@ -296,7 +317,15 @@ class MetaOptimize:
                 partition=self._partition,
                 follow=self._following(rules),
                 traced=traced,
+                recover=self.recover,
             )
+            if self.recover and len(plan.averaged) < len(shapes):
+                name = next(name for name in shapes if name not in plan.averaged)
+                msg = (
+                    f"`recover` needs parameters of float32 or wider; got `params[{name!r}]` of "
+                    f"{dtypes[name]}, or a state that has its trace."
+                )
+                raise ValueError(msg)
             inputs.check_blocks("bounds", self.bounds, plan.blocks.families)
             self._plans[key] = plan
             # also as the plan of its own states, which `step` looks for, maybe while it is compiled
@@ -440,19 +469,16 @@ class MetaOptimize:
             If names, shapes or dtypes do not fit, `lr` is negative, or what `curvature` needs is
             not given. Nothing is changed then, nor ever.
         """
-        deltas, new_state = self.update(
-            params,
-            grads,
-            state,
-            lr=lr,
-            hvp=hvp,
-            third=third,
-            hessian_diagonal=hessian_diagonal,
-            reduce=reduce,
-            copies=copies,
+        deltas, new_state = self._update(
+            params, grads, state, lr, hvp, third, hessian_diagonal, reduce, copies
         )
+        new_params = {name: _less(param, deltas[name]) for name, param in params.items()}
+        if self.recover:
+            plan = self._plan_for(params, state)
+            moves = parts.awake_leaves(grads, inputs.multipliers(lr, plan.shapes))
+            new_params, new_state = recovered(plan, moves, (params, state), (new_params, new_state))
         return kind_of(params)(
-            (name, solid(_less(param, deltas[name]))) for name, param in params.items()
+            (name, solid(param)) for name, param in new_params.items()
         ), new_state
 
     def update(
@@ -488,8 +514,29 @@ class MetaOptimize:
         Raises
         ------
         ValueError, TypeError
-            As `step` does.
+            As `step` does; with `recover`, as weights that have diverged cannot be given by what is
+            to be taken from them.
         """
+        if self.recover:
+            msg = (
+                "`update` does not go with `recover`: what is taken from weights of 1e90 cannot "
+                "bring them back to 1. Call `step`."
+            )
+            raise ValueError(msg)
+        return self._update(params, grads, state, lr, hvp, third, hessian_diagonal, reduce, copies)
+
+    def _update(
+        self,
+        params: Mapping[str, Array],
+        grads: Mapping[str, Any],
+        state: State,
+        lr: Any,
+        hvp: Any,
+        third: Any,
+        hessian_diagonal: Mapping[str, Any] | None,
+        reduce: parts.Reduce | None,
+        copies: Mapping[str, int] | None,
+    ) -> tuple[Leaves[Any], State]:
         plan = self._plan_for(params, state)
         inputs.check_grads(grads, params, plan.shapes)
         inputs.check_curvature(hvp, third, hessian_diagonal, grads, params, plan)
@@ -850,7 +897,8 @@ class MetaOptimize:
             each a mapping like `step_sizes`; so are, of booleans, "pinned", where a step size is at
             a bound, "collapsed", where it is below a tenth of the largest since the trace started,
             and "asleep", where the last meta-gradient was exactly 0; "restarts" of the trace, by
-            block (at weight level by leaf); "skipped", the steps left out.
+            block (at weight level by leaf); "skipped", the steps left out; with `recover`,
+            "recoveries", how often each block has gone back.
 
         Raises
         ------
@@ -884,7 +932,7 @@ class MetaOptimize:
             if blocks.partition.per_leaf
             else blocks.by_name(state.restarts)
         )
-        return {
+        found = {
             "beta": _solid(blocks.by_name(state.beta)),
             "meta_grad": _solid(blocks.by_name(state.meta_grad)),
             "trace_norm": _solid(blocks.by_name(norms)),
@@ -894,6 +942,9 @@ class MetaOptimize:
             "restarts": _solid(restarts),
             "skipped": state.skipped,
         }
+        if self.recover:
+            found["recoveries"] = _solid(blocks.by_name(state.meta_slots[RECOVERIES]))
+        return found
 
 
 def _size(size: Any) -> Any:

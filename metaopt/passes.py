@@ -8,6 +8,7 @@ a leaf in one, and a trace restarts one step later; `one_pass` is that with all 
 the state.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from metaopt.step_sizes import StepSizeMap
 __all__ = [
     "COMPENSATION",
     "PEAK",
+    "RECOVERIES",
+    "SCALE",
     "Leaf",
     "LeafStep",
     "MetaStep",
@@ -43,6 +46,10 @@ __all__ = [
 COMPENSATION = "compensation"
 #: The largest step size since the trace started.
 PEAK = "peak"
+#: With `recover`, the largest meta-gradient of late; and how often the block has recovered.
+SCALE, RECOVERIES = "scale", "recoveries"
+#: What a recovery divides the step size by, and how much of the scale is left after a step.
+RECOVERY, FORGET = 3.0, 0.999
 #: A step size below this share of its peak has collapsed (section 11).
 COLLAPSE = 1e-2
 
@@ -526,10 +533,13 @@ def _meta_piece(
     restart = moves & (meets | collapsed)
     started = starts if present is None else starts & present
     new |= {COMPENSATION: xp.where(new_beta == exact, lost, 0.0), PEAK: peak}
+    if SCALE in slots:
+        new[SCALE] = xp.maximum(xp.abs(z), FORGET * slots[SCALE])
+        new[RECOVERIES] = slots[RECOVERIES]
     new = {slot: xp.where(moves, new[slot], slots[slot]) for slot in slots}
     new_traces = {slot: xp.where(moves, new_traces[slot], held[slot]) for slot in traces}
-    lasting = (COMPENSATION, *getattr(rule, "lasting", ()))
-    return _Piece(
+    lasting = (COMPENSATION, RECOVERIES, *getattr(rule, "lasting", ()))
+    piece = _Piece(
         xp.where(moves, new_beta, beta),
         {slot: new[slot] if slot in lasting else xp.where(restart, 0.0, new[slot]) for slot in new},
         xp.where(restart, xp.zeros_like(count), count + cast(moves | started, count.dtype)),
@@ -540,6 +550,24 @@ def _meta_piece(
             else xp.where(restart, 0.0, new_traces[slot])
             for slot in traces
         },
+    )
+    return _recovered(piece, finite, lo, lasting) if SCALE in slots else piece
+
+
+def _recovered(piece: _Piece, finite: Any, lo: Any, lasting: tuple[str, ...]) -> _Piece:
+    """Return blocks of which those without a usable meta-gradient start anew, with less."""
+    xp = namespace(piece.beta)
+    lower = piece.beta - math.log(RECOVERY)
+    slots = {
+        slot: value if slot in lasting else xp.where(finite, value, 0.0)
+        for slot, value in piece.slots.items()
+    }
+    slots[COMPENSATION] = xp.where(finite, slots[COMPENSATION], 0.0)
+    slots[RECOVERIES] = slots[RECOVERIES] + xp.where(finite, 0.0, xp.ones_like(lower))
+    return piece._replace(
+        beta=xp.where(finite, piece.beta, xp.where(lower < lo, lo, lower)),
+        slots=slots,
+        count=xp.where(finite, piece.count, xp.zeros_like(piece.count)),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from metaopt.arrays import Leaves, Namespace, Shape, compute_dtype, is_narrow, per_leaf
 from metaopt.blocks import Blocks, Partition, first_match
 from metaopt.curvature import Curvature
-from metaopt.passes import COMPENSATION, PEAK
+from metaopt.passes import COMPENSATION, PEAK, RECOVERIES, SCALE
 from metaopt.rules.rule import Rule, feeding_slots, follows_weights, slot_shapes
 from metaopt.traces import Layout, choose_layout
 
@@ -113,6 +113,7 @@ def make_plan(
     partition: Partition,
     follow: Following,
     traced: frozenset[str],
+    recover: bool = False,
 ) -> Plan:
     """Return the plan for leaves of these shapes and dtypes; those in `traced` keep their traces.
 
@@ -151,10 +152,11 @@ def make_plan(
         ),
         state={},
     )
-    return replace(plan, state=_state(plan, meta, xp.int32))
+    slots = (*meta.slots, COMPENSATION, PEAK, *((SCALE, RECOVERIES) if recover else ()))
+    return replace(plan, state=_state(plan, slots, xp.int32))
 
 
-def _state(plan: Plan, meta: Rule, integer: Any) -> dict[str, Any]:
+def _state(plan: Plan, meta_slots: tuple[str, ...], integer: Any) -> dict[str, Any]:
     """Return the shape and dtype of every array of a state."""
     layout, shapes, dtypes = plan.layout, plan.shapes, plan.dtypes
     blocks, families = layout.blocks, len(layout.blocks.families)
@@ -172,7 +174,7 @@ def _state(plan: Plan, meta: Rule, integer: Any) -> dict[str, Any]:
         "count": per_leaf((name, Spec((), integer)) for name in shapes),
         "meta_count": per_block(dtype=integer),
         "beta": per_block(),
-        "meta_slots": per_leaf((slot, per_block()) for slot in (*meta.slots, COMPENSATION, PEAK)),
+        "meta_slots": per_leaf((slot, per_block()) for slot in meta_slots),
         "slots": per_leaf(
             (
                 name,

@@ -262,8 +262,14 @@ def transformation(
     ------
     ValueError
         If a number in `lr` is negative or not finite, or `axis_name` is given and every weight has
-        a step size of its own.
+        a step size of its own; or if `opt` has `recover`.
     """
+    if opt.recover:
+        msg = (
+            "`recover` does not go with optax, where updates are added: what is added to weights "
+            "of 1e90 cannot bring them back to 1. Use `metaopt.MetaOptimize.step`."
+        )
+        raise ValueError(msg)
     _check_multiplier(lr)
     if axis_name is not None and mo.blocks.partition(opt.blocks).per_leaf:
         msg = '`axis_name` does not go with `blocks="weight"`; use jax.jit with shardings.'

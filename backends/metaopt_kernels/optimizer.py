@@ -46,8 +46,8 @@ class MetaOptimizer:
         reason to warn.
     **options
         `step_size`, `meta_lr`, `discount`, `blocks` and all others of `metaopt.MetaOptimize`, of
-        which `meta_first`, `skip_nonfinite` and curvature other than "none" take more than one
-        pass, and so the core.
+        which `meta_first`, `skip_nonfinite`, `recover` and curvature other than "none" take more
+        than one pass, and so the core.
 
     Attributes
     ----------
@@ -422,7 +422,7 @@ def _needs_more(config: mo.MetaOptimize, plan: Any) -> str:
     """Return what of the options takes more than one pass, if anything."""
     if plan.curvature != "none":
         return f"`curvature` {plan.curvature!r} takes more than one pass"
-    for option in ("meta_first", "skip_nonfinite"):
+    for option in ("meta_first", "skip_nonfinite", "recover"):
         if getattr(config, option):
             return f"`{option}` takes more than one pass"
     return ""

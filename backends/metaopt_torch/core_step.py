@@ -185,6 +185,11 @@ def reduction(leaves: Mapping[str, Leaf], *, groups: bool = False) -> Reduce | N
 
 def check_parts(built: Built) -> None:
     """Raise ValueError where leaves are distributed in a way that this kind of step cannot take."""
+    if built.config.recover:
+        for name, leaf in built.leaves.items():
+            if leaf.part.over is not None:
+                msg = f"`recover` needs whole parameters; of {name!r} this process holds a part."
+                raise ValueError(msg)
     if built.plan.curvature == "none":  # a step size for every weight needs no other device
         return
     parts = [leaf.part for leaf in built.leaves.values()]

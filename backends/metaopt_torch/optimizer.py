@@ -72,7 +72,7 @@ class MetaOptimizer(torch.optim.Optimizer):
     base, meta : Rule
         The update of the weights, or several by name pattern, and that of the step sizes.
     step_size, meta_lr, discount, blocks, sigma, bounds, approximation, curvature, trace, \
-meta_first, skip_nonfinite
+meta_first, skip_nonfinite, recover
         As for `metaopt.MetaOptimize`.
     lr : float or tensor, default 1.0
         Multiplies the learned step sizes; what learning-rate schedulers drive. 0 freezes.
@@ -127,6 +127,7 @@ meta_first, skip_nonfinite
         trace: str = "update",
         meta_first: bool = False,
         skip_nonfinite: bool = False,
+        recover: bool = False,
         lr: float | Tensor = 1.0,
         weight_decay: float | None = None,
         maximize: bool = False,
@@ -156,6 +157,7 @@ meta_first, skip_nonfinite
             trace=trace,
             meta_first=meta_first,
             skip_nonfinite=skip_nonfinite,
+            recover=recover,
         )
         self._hvp, self._rounding, self._compile = hvp, rounding, compile
         check_group(process_group)
@@ -211,7 +213,9 @@ meta_first, skip_nonfinite
                 if kept is not None:
                     group["param_names"] = kept
             raise
-        self._in_core = built.plan.curvature != "none" or built.vectors.per_leaf
+        self._in_core = (
+            built.plan.curvature != "none" or built.vectors.per_leaf or built.config.recover
+        )
         if self._in_core:
             check_parts(built)
         self._engine = HessianFree(built, self._rounding, self._compiler(), self._engine)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.passes import COMPENSATION, PEAK
+from metaopt.passes import COMPENSATION, PEAK, RECOVERIES, SCALE
 from metaopt.plan import Plan
 from metaopt.rules import Rule
 from metaopt_torch.changes import Index, moved
@@ -198,7 +198,8 @@ def names_of_vectors(meta: Rule) -> set[str]:
     """Return all names under which groups may hold vectors with this meta update."""
     always = {"beta", "meta_grad", "meta_count", "restarts", "step", "skipped"}
     traces = {name_of_trace(key) for key in ("beta", *meta.slots)}
-    return always | traces | {f"meta_{slot}" for slot in (*meta.slots, COMPENSATION, PEAK)}
+    slots = (*meta.slots, COMPENSATION, PEAK, SCALE, RECOVERIES)
+    return always | traces | {f"meta_{slot}" for slot in slots}
 
 
 def name_of_trace(key: str) -> str:
