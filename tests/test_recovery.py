@@ -229,13 +229,13 @@ def test_the_core_recovers_under_jit() -> None:
     state = opt.init(params)
     grad = jax.grad(lambda params: rosenbrock(params["w"]))
 
-    @jax.jit
     def step(params: Any, fields: Any) -> Any:
         params, state = opt.step(params, grad(params), mo.State(**fields))
         return params, vars(state)
 
+    step_once = jax.jit(step)
     fields = vars(state)
     for _ in range(2000):
-        params, fields = step(params, fields)
+        params, fields = step_once(params, fields)
     assert fields["meta_slots"]["recoveries"][0] >= 1
     assert rosenbrock(params["w"]) < rosenbrock(START)
