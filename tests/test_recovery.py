@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import metaopt as mo
+from metaopt import numerics
+from metaopt.projection import elementwise
 
 #: As the README has them.
 README: dict[str, Any] = {
@@ -179,6 +181,41 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     same, loaded = mo.load(tmp_path / "run", params)
     assert same == opt
     np.testing.assert_equal(vars(loaded), vars(state))
+
+
+@pytest.mark.parametrize("library", ["array_api_strict", "torch"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("blocks", ["scalar", "tensor", "node", "weight"])
+def test_other_libraries_recover_and_project(library: str, dtype: str, blocks: str) -> None:
+    xp = pytest.importorskip(library)
+    opt = mo.MetaOptimize(
+        base=mo.AdamW(),
+        meta=mo.FastStart(mo.AdamW()),
+        step_size=0.1,
+        discount=0.9,
+        blocks=blocks,
+        recover=True,
+    )
+    kind = getattr(xp, dtype)
+    params: Any = {
+        "a": xp.ones((2, 3), dtype=kind),
+        "b": xp.full((), 2.0, dtype=kind),
+        "c": xp.ones((0, 2), dtype=kind),
+    }
+    clip = elementwise(lambda w: {name: numerics.minimum(x, 1.5) for name, x in w.items()})
+    state = opt.init(params)
+    for t in range(6):
+        grads = params | ({"a": params["a"] * float("inf")} if t == 3 else {})
+        lr = {"a": 1.0, "b": xp.asarray(0.5 if t < 4 else 0.0), "c": 1.0}
+        with np.errstate(invalid="ignore"):
+            params, state = opt.step(params, grads, state, lr=lr)
+        params, state = opt.project(params, state, clip)
+    recoveries = opt.diagnostics(state, params)["recoveries"]
+    assert bool(xp.all(recoveries["all" if blocks == "scalar" else "a"] == 1.0))
+    for param in params.values():
+        assert param.dtype == kind
+        assert bool(xp.all(xp.isfinite(param)))
+    assert float(params["b"]) <= 1.5
 
 
 def test_torch_recovers_by_the_core() -> None:
