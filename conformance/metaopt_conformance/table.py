@@ -174,6 +174,30 @@ RULES = (
         },
     ),
     RuleRow(
+        kind=mo.NAdamW,
+        update=lambda rule: {"kind": "nadamw", "rho": rule.betas[0], "decay_sq": rule.betas[1]},
+        forms=(
+            mo.NAdamW(betas=(0.7, 0.9), eps=0.01),
+            mo.NAdamW(betas=(0.7, 0.9), eps=0.0),
+            mo.NAdamW(betas=(0.0, 0.9), eps=0.01),
+        ),
+        bases={"NAdamW": Use(mo.NAdamW(betas=(0.8, 0.9), eps=1e-2, weight_decay=0.1), 0.05)},
+        metas={"NAdam": Use(mo.NAdamW(betas=(0.8, 0.9), eps=1e-2), 0.15)},
+        usual={"betas": (0.9, 0.999)},
+        scale_free=True,
+        own={
+            "optax": lambda rule: (
+                "nadamw",
+                {
+                    "b1": rule.betas[0],
+                    "b2": rule.betas[1],
+                    "eps": rule.eps,
+                    "weight_decay": rule.weight_decay,
+                },
+            ),
+        },
+    ),
+    RuleRow(
         kind=mo.Lion,
         update=lambda rule: {
             "kind": "lion",

@@ -20,7 +20,7 @@ class Update:
 
     Parameters
     ----------
-    kind : {"sgd", "rmsprop", "adamw", "lion"}
+    kind : {"sgd", "rmsprop", "adamw", "nadamw", "lion"}
     rho : float
         Decay of the first moment; SGD has none at 0.
     interpolation : float
@@ -55,12 +55,12 @@ class Update:
     @property
     def has_m(self) -> bool:
         """Whether there is a first moment."""
-        return self.kind in ("adamw", "lion") or (self.kind == "sgd" and self.rho > 0.0)
+        return self.kind in ("adamw", "nadamw", "lion") or (self.kind == "sgd" and self.rho > 0.0)
 
     @property
     def has_v(self) -> bool:
         """Whether there is a second moment, of which the direction divides by the root."""
-        return self.kind in ("adamw", "rmsprop")
+        return self.kind in ("adamw", "nadamw", "rmsprop")
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,10 @@ def _quotient(rule: Update, g: Vector, m: Vector, v: Vector, count: Vector) -> _
         numerator, by_g, by_m = g, np.ones_like(g), np.zeros_like(g)
         if rule.delayed:
             defined = defined & (used_v > 0.0)
+    elif rule.kind == "nadamw":
+        ahead = _positive(1.0 - rho ** (count + 1.0))  # of the step after this
+        numerator = rho * next_m / ahead + (1.0 - rho) * g / correction
+        by_g, by_m = (1.0 - rho) * (rho / ahead + 1.0 / correction), rho**2 / ahead
     elif rule.delayed:
         numerator, by_g, by_m = m / correction, np.zeros_like(g), 1.0 / correction
     else:
