@@ -78,8 +78,8 @@ class MetaOptimize:
     blocks : {"scalar", "tensor", "node", "weight"}, mapping or Partition, default "scalar"
         Which weights share a step size; a mapping gives named groups by pattern. See
         `metaopt.blocks`.
-    sigma : {"exp", "identity", "softplus"} or StepSizeMap, default "exp"
-        From meta-parameters to step sizes; see `metaopt.step_sizes`.
+    sigma : str or StepSizeMap, default "exp"
+        From meta-parameters to step sizes, a name or a map of docs/mathematics.md section 8.
     bounds : (float, float) or mapping of block name to (float, float), optional
         Least and largest step size, before the multiplier `lr`; held to rounding. Of a mapping,
         blocks that are left out have none.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from metaopt_conformance.table import SIGMAS, sigma_of
 from metaopt_conformance.tolerances import FORMULA, relative_error, rounding
 
 import metaopt as mo
@@ -20,10 +21,7 @@ SETTINGS = settings(
 )
 
 MAPS: dict[str, StepSizeMap] = {
-    "exp": mo.Exp(),
-    "identity": mo.Identity(),
-    "softplus": mo.Softplus(),
-    "sigmoid": mo.Sigmoid(1e-6, 0.5),
+    **{name: step_size_map(sigma) for name, sigma in SIGMAS.items()},
     "sigmoid, narrow": mo.Sigmoid(0.9, 1.1),
 }
 every_map = pytest.mark.parametrize("name", MAPS)
@@ -63,18 +61,8 @@ def test_first_and_second_are_the_derivatives(backend: Any, name: str) -> None:
 @every_map
 def test_the_formulas_are_those_of_section_8(backend: Any, name: str) -> None:
     sigma, beta = MAPS[name], betas(-8.0, 8.0)
-    pi = 1 / (1 + np.exp(-beta))
-    one = np.ones_like(beta)
-    if isinstance(sigma, mo.Sigmoid):
-        span = math.log(sigma.hi) - math.log(sigma.lo)
-        value, a = np.exp(math.log(sigma.lo) + span * pi), span * pi * (1 - pi)
-        want = (value, value * a, value * (a * a + a * (1 - 2 * pi)))
-    else:
-        want = {
-            "exp": (np.exp(beta),) * 3,
-            "identity": (beta, one, 0 * one),
-            "softplus": (np.log1p(np.exp(beta)), pi, pi * (1 - pi)),
-        }[name]
+    by_hand = sigma_of(sigma)
+    want = (by_hand.value(beta), by_hand.first(beta), by_hand.second(beta))
     there = backend.asarray(beta)
     value = sigma.value(there)
     got = (value, sigma.first(there, value), sigma.second(there, value))
