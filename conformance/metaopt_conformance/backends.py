@@ -64,7 +64,8 @@ class Backend:
         not, the cases that need them are skipped. It may change params in place: they are its own.
     plain : callable or None, default None
         From a `metaopt` rule and params to a function from gradients and a step size to the params
-        after a step of the library's own optimizer, or None where it has no such rule.
+        after a step of the library's own optimizer, or None where it has no such rule; it is then
+        asked once more without weight decay.
     slow : bool, default False
         Take the quick part for the whole: for libraries in which a step of a dozen numbers takes a
         tenth of a second.
