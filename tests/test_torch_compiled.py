@@ -23,7 +23,7 @@ from metaopt_conformance.tolerances import (  # noqa: E402
     spacing,
     without,
 )
-from metaopt_torch import MetaOptimizer, compiler, passes, runs  # noqa: E402
+from metaopt_torch import MetaOptimizer, buckets, compiler, passes  # noqa: E402
 from torch._inductor.utils import run_and_get_code  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
@@ -75,7 +75,7 @@ def options_of(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("small", [0, 2**16], ids=["direct", "packed"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_compiled_and_eager_steps_agree(name: str, small: int, monkeypatch: Any) -> None:
-    monkeypatch.setitem(runs.SMALL, "cpu", small)
+    monkeypatch.setitem(buckets.SMALL, "cpu", small)
     monkeypatch.setattr(compiler, "CHUNK", 2**10)  # several chunks in the eager one
     nets = [network() for _ in range(2)]
     opts = [
@@ -182,7 +182,8 @@ def test_steps_and_sizes_and_schedules_do_not_recompile(monkeypatch: Any) -> Non
     wider = torch.nn.Sequential(torch.nn.Linear(20, 301), torch.nn.Linear(301, 3))
     other = MetaOptimizer(wider.named_parameters(), compile=True, **options)
     wider(torch.randn(4, 20)).square().mean().backward()
-    other._hessian_free._passes = opt._hessian_free._passes
+    engines: Any = other._engine, opt._engine
+    engines[0]._passes = engines[1]._passes
     other.step()
     meta_update_of_another_size = 1
     assert len(graphs) <= meta_update_of_another_size
@@ -194,7 +195,7 @@ def test_one_graph_serves_arrays_wherever_in_their_memory_they_begin(
 ) -> None:
     """As counts of leaves, step sizes of blocks and gradients in one buffer do."""
     graphs = made(monkeypatch)
-    monkeypatch.setitem(runs.SMALL, "cpu", 0)
+    monkeypatch.setitem(buckets.SMALL, "cpu", 0)
     options: dict[str, Any] = {"base": RULES["AdamW"], "meta": mo.Lion(), "step_size": 1e-2}
     nets = [
         [torch.ones(4, size, requires_grad=True) for size in (30, 33, 41, 50)] for _ in range(2)
@@ -218,7 +219,7 @@ def test_one_graph_serves_arrays_wherever_in_their_memory_they_begin(
 def test_graphs_of_one_size_are_not_taken_for_another(order: int, monkeypatch: Any) -> None:
     """Sizes that are equal, or 1, might be taken for always equal, or always 1; strides too."""
     graphs = made(monkeypatch)
-    monkeypatch.setitem(runs.SMALL, "cpu", 0)
+    monkeypatch.setitem(buckets.SMALL, "cpu", 0)
     options: dict[str, Any] = {"base": RULES["AdamW"], "meta": mo.Lion(), "blocks": "node"}
     shapes = [(40, 40), (40, 30), (1, 30), (30, 1), (1, 1), (30, 40)][::order]
     allowed = rounding("float32", operations=60, steps=1)
@@ -228,7 +229,8 @@ def test_graphs_of_one_size_are_not_taken_for_another(order: int, monkeypatch: A
         for param, flag in zip(params, (True, False), strict=True):
             opt = MetaOptimizer([param], compile=flag, step_size=1e-2, **options)
             if flag:
-                opt._hessian_free._passes = passed = passed or opt._hessian_free._passes
+                engine: Any = opt._engine
+                engine._passes = passed = passed or engine._passes
             for step in range(2):
                 generator = torch.Generator().manual_seed(step)
                 param.grad = torch.randn(shape, generator=generator)
@@ -436,7 +438,7 @@ def test_after_a_regrouping_that_failed_the_next_step_is_whole(
             param.grad = None if index in resting else param.detach().clone()
         opt.step()
 
-    plain, calls = runs.Run._adopted, []
+    plain, calls = buckets.Bucket._adopted, []
 
     def out_of_memory(self: Any, key: str) -> Any:
         calls.append(key)
@@ -447,7 +449,7 @@ def test_after_a_regrouping_that_failed_the_next_step_is_whole(
     params, opt = made()
     stepped(params, opt)
     with monkeypatch.context() as full:
-        full.setattr(runs.Run, "_adopted", out_of_memory)
+        full.setattr(buckets.Bucket, "_adopted", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             stepped(params, opt, (2, 5))
     twins, other = made()
@@ -723,8 +725,9 @@ def test_a_warning_that_is_an_error_comes_again(monkeypatch: Any) -> None:
 def test_without_a_compiler_steps_are_eager_with_one_warning(monkeypatch: Any) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     net = network()
-    with pytest.warns(UserWarning, match=r"lacks a C\+\+ compiler"):
+    with pytest.warns(UserWarning, match=r"lacks a C\+\+ compiler") as said:
         opt = MetaOptimizer(net.parameters(), base=mo.SGD(), meta=mo.Lion())
+    assert said[0].filename == __file__
     trained(opt, net, 1)
     MetaOptimizer(net.parameters(), base=mo.SGD(), meta=mo.Lion(), compile=False)
 
@@ -837,7 +840,7 @@ def test_state_is_the_rules_own_and_one_number_a_weight(name: str, blocks: str) 
         for entry in opt.state.values()
         for tensor in entry.values()
     }
-    padding = 4 * runs.ROW * len(params)
+    padding = 4 * buckets.ROW * len(params)
     own = 4 * weights * (len(RULES[name].slots) + 1)
     assert own <= sum(storages.values()) <= own + padding * 4
 

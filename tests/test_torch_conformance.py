@@ -18,7 +18,7 @@ from metaopt_conformance.cases import OPTIONS, Case, pairs  # noqa: E402
 from metaopt_conformance.covering import covering  # noqa: E402
 from metaopt_conformance.runs import Under  # noqa: E402
 from metaopt_conformance.table import BASES, METAS, SIGMAS  # noqa: E402
-from metaopt_torch import MetaOptimizer, runs  # noqa: E402
+from metaopt_torch import MetaOptimizer, buckets  # noqa: E402
 
 import metaopt as mo  # noqa: E402
 from metaopt.arrays import per_leaf  # noqa: E402
@@ -144,7 +144,7 @@ def _without_decay(base: Any) -> Any:
 
 def compared(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(case, Compiled)
-    monkeypatch.setitem(runs.SMALL, "cpu", 2**16 if case.packed else 0)
+    monkeypatch.setitem(buckets.SMALL, "cpu", 2**16 if case.packed else 0)
     under = Under(replace(find("torch"), optimizer=partial(Optimizer, case)), adapter=True)
     with warnings.catch_warnings():
         if case.faulty != "nothing":

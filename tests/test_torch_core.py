@@ -9,7 +9,7 @@ from metaopt_conformance.translate import values_of
 torch = pytest.importorskip("torch")
 
 from metaopt_conformance.tolerances import relative_error, rounding  # noqa: E402
-from metaopt_torch import MetaOptimizer, runs  # noqa: E402
+from metaopt_torch import MetaOptimizer, buckets  # noqa: E402
 
 import metaopt as mo  # noqa: E402
 from metaopt.arrays import map_leaves, to_numpy  # noqa: E402
@@ -178,7 +178,7 @@ CASES = [
 def test_a_run_is_the_cores(
     base: str, meta: str, name: str, direct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(runs.SMALL, "cpu", 0 if direct else 2**16)
+    monkeypatch.setitem(buckets.SMALL, "cpu", 0 if direct else 2**16)
     options = options_of(base, meta, name)
     params = {n: p.requires_grad_() for n, p in start().items()}
     opt = MetaOptimizer(list(params.items()), **options, compile=False)

@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from metaopt_torch import MetaOptimizer, runs  # noqa: E402
+from metaopt_torch import MetaOptimizer, buckets  # noqa: E402
 from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
 
 import metaopt as mo  # noqa: E402
@@ -54,7 +54,7 @@ def normal(*shape: int, seed: int = 0) -> Any:
 
 @pytest.fixture(params=[0, 2**16], ids=["direct", "packed"])
 def small(request: Any, monkeypatch: Any) -> None:
-    monkeypatch.setitem(runs.SMALL, "cpu", request.param)
+    monkeypatch.setitem(buckets.SMALL, "cpu", request.param)
 
 
 def freed(tensor: Any) -> Any:
@@ -145,13 +145,13 @@ def test_leaves_that_rest_and_come_back_are_packed_once(
 ) -> None:
     """Not anew in every step in which others have a gradient, to the core's numbers."""
     layers, steps, made = 6, 30, []
-    plain = runs.Run.__init__
+    plain = buckets.Bucket.__init__
 
     def counting(self: Any, leaves: Any) -> None:
         made.append(len(leaves))
         plain(self, leaves)
 
-    monkeypatch.setattr(runs.Run, "__init__", counting)
+    monkeypatch.setattr(buckets.Bucket, "__init__", counting)
     numbers = []
     rests = PATTERNS[pattern]
     grads = [
@@ -200,13 +200,13 @@ class Whole(mo.SGD):
 def test_no_pass_is_handed_a_gradient_that_is_negated_by_a_bit(base: Any, monkeypatch: Any) -> None:
     """A compiled one reads the memory itself."""
     found: list[Any] = []
-    plain = runs.Run.buffers
+    plain = buckets.Bucket.buffers
 
     def looked_at(self: Any, grads: Any) -> Any:
         found.append(plain(self, grads))
         return found[-1]
 
-    monkeypatch.setattr(runs.Run, "buffers", looked_at)
+    monkeypatch.setattr(buckets.Bucket, "buffers", looked_at)
     param = normal(4).requires_grad_()
     want = param.detach() + 1e-2 * torch.ones(4)
     opt = MetaOptimizer([param], **(OPTIONS | {"base": base, "meta": mo.Lion()}))

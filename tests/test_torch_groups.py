@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from metaopt_conformance.tolerances import relative_error  # noqa: E402
-from metaopt_torch import MetaOptimizer, optimizer, runs  # noqa: E402
+from metaopt_torch import MetaOptimizer, buckets  # noqa: E402
 
 import metaopt as mo  # noqa: E402
 from tests.torch_states import assert_same  # noqa: E402
@@ -29,7 +29,7 @@ every_partition = pytest.mark.parametrize("blocks", BLOCKS)
 
 @pytest.fixture(params=[0, 2**16], ids=["direct", "packed"])
 def small(request: Any, monkeypatch: Any) -> None:
-    monkeypatch.setitem(runs.SMALL, "cpu", request.param)
+    monkeypatch.setitem(buckets.SMALL, "cpu", request.param)
 
 
 def normal(*shape: int, seed: int = 0) -> Any:
@@ -275,7 +275,7 @@ def test_rows_whose_state_is_filled_with_zeros_are_new(blocks: str) -> None:
 def test_compiled_steps_follow_edits_as_eager_ones_do(
     blocks: str, small: int, monkeypatch: Any
 ) -> None:
-    monkeypatch.setitem(runs.SMALL, "cpu", small)
+    monkeypatch.setitem(buckets.SMALL, "cpu", small)
     nets = [[parameter(3, 2, seed=1), parameter(5, seed=2), parameter(2, 2, seed=3)] for _ in "ab"]
     opts = [
         MetaOptimizer(params, compile=flag, blocks=blocks, **OPTIONS)
@@ -685,7 +685,7 @@ def test_steps_that_find_nothing_edited_build_nothing(monkeypatch: Any) -> None:
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(optimizer, "build", never)
+    monkeypatch.setattr("metaopt_torch.base.build", never)
     for t in range(6):
         params[0].requires_grad_(t % 2 == 0)
         opt.param_groups[0]["weight_decay"] = 0.1 * t

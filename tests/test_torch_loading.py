@@ -198,3 +198,17 @@ def test_shapes_are_looked_at_where_nothing_was_learned_yet() -> None:
     frozen = MetaOptimizer([torch.ones(2)], **OPTIONS)
     with pytest.raises(ValueError, match=r"of '0' has shape \(3,\); expected"):
         frozen.load_state_dict(opt.state_dict())
+
+
+def test_dense_traces_are_loaded_in_another_dtype() -> None:
+    net = network()
+    options: dict[str, Any] = OPTIONS | {"blocks": "tensor", "curvature": "exact"}
+    opt = MetaOptimizer(net.named_parameters(), **options)
+    trained(net, opt, range(3))
+    narrow = network().float()
+    other = MetaOptimizer(narrow.named_parameters(), **options)
+    other.load_state_dict(opt.state_dict())
+    for wide, param in zip(net.parameters(), narrow.parameters(), strict=True):
+        for key in ("trace", "exp_avg_trace"):
+            assert opt.state[wide][key].any()
+            torch.testing.assert_close(other.state[param][key], opt.state[wide][key].float())

@@ -5,7 +5,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from metaopt.rules import Rule
 from metaopt_torch.passes import Arrays, Pass
 
-__all__ = ["Compiled", "Eager", "Once", "in_chunks", "missing", "placement"]
+__all__ = ["Compiled", "Eager", "Once", "chosen", "in_chunks", "placement"]
 
 #: Numbers that an eager pass takes at a time: on a CPU what its cache holds, elsewhere what makes
 #: a launch worth its while.
@@ -41,7 +41,21 @@ def _compiling() -> Iterator[None]:
         yield
 
 
-def missing(device: torch.device) -> str | None:
+def chosen(compile: bool | None, devices: Iterable[torch.device]) -> bool | None:
+    """Return whether to compile, None for where it works; warn where it cannot be."""
+    if compile is not None:
+        return compile
+    lacking = [text for device in devices if (text := _missing(device)) is not None]
+    if lacking:
+        warnings.warn(
+            f"torch.compile lacks {lacking[0]}: steps are run eagerly, several times "
+            "slower. Pass `compile=False` for that without this warning.",
+            stacklevel=5,  # whoever calls the optimizer's constructor
+        )
+    return False if lacking else None
+
+
+def _missing(device: torch.device) -> str | None:
     """Return what `torch.compile` lacks for this kind of device, None if nothing is known to."""
     if device.type == "cpu":
         named = os.environ.get("CXX")
@@ -54,15 +68,15 @@ def missing(device: torch.device) -> str | None:
 
 
 class Kernel(NamedTuple):
-    """A compiled graph, and what says for which sizes it holds."""
+    """A compiled graph, and its symbolic inputs, whose guards say for which sizes it holds."""
 
     run: Callable[..., Any]
     inputs: list[Any]
 
     def takes(self, arrays: Arrays) -> bool:
-        """Say whether it holds for arrays of these sizes and strides.
+        """Return whether it holds for arrays of these sizes and strides.
 
-        Those that were equal, or 1, when it was made may be taken for always so.
+        Sizes that were equal, or 1, when it was made may be specialized on.
         """
         env = self.inputs[0].fake_mode.shape_env
         given = [_outline(array) for array in arrays.values()]
@@ -73,31 +87,25 @@ class Once:
     """Emits a warning at most once per optimizer, whose passes share it."""
 
     def __init__(self) -> None:
-        self._said = False
+        self._done = False
 
     def warn(self, message: str) -> None:
         """Warn, unless it has."""
-        if not self._said:
+        if not self._done:
             warnings.warn(message, stacklevel=2)
-            self._said = True  # not where the warning is made an error
+            self._done = True  # not where the warning is made an error
 
 
 class Compiled:
     """A pass compiled by Inductor, once for each rule and for all sizes and steps.
 
-    Dynamo is passed over. A step calls a pass for every large tensor, and what Dynamo looks at in
-    each call takes longer than a small pass itself. Here a kernel is looked up by the identity of
-    the rule, and by device, dtypes, shapes, strides and the number of threads; when these are new,
-    those that were made before are asked whether they hold for them.
+    Without Dynamo: a step calls a pass for every large tensor, and checking Dynamo's guards takes
+    longer than a small pass itself. Here a kernel is looked up by the identity of the rule, and by
+    device, dtypes, shapes, strides and the number of threads; when these are new, kernels that were
+    made before are asked whether they hold for them.
 
-    Parameters
-    ----------
-    function : Pass
-    otherwise : Eager, optional
-        What runs where compilation, or a first launch, fails, with a warning; without it the error
-        is raised. Either way nothing has been written to yet.
-    warning : Once, optional
-        What warns, by default once for this pass.
+    `otherwise` runs, with a warning, where compilation or a first launch fails; without it the
+    error is raised. Either way nothing has been written to yet.
     """
 
     def __init__(
@@ -105,12 +113,13 @@ class Compiled:
     ) -> None:
         self._function, self._otherwise = function, otherwise
         self._warning = Once() if warning is None else warning
-        self._failed: set[Any] = set()
-        self._ready: dict[Any, tuple[Callable[..., Any], Rule]] = {}
-        self._kernels: dict[Any, list[Kernel]] = {}
+        self._failed: set[Hashable] = set()
+        self._ready: dict[Hashable, tuple[Callable[..., Any], Rule]] = {}
+        self._kernels: dict[Hashable, list[Kernel]] = {}
 
     def prepared(self, rule: Rule, arrays: Arrays) -> Callable[..., Any]:
         """Return what is called with the values of `arrays`, which it may write to."""
+        # every step comes by here for every bucket: nothing slower than a lookup
         values = arrays.values()
         kinds = tuple([(type(a), a.dtype, a.shape, a.stride()) for a in values])
         device, threads = next(iter(values)).device, torch.get_num_threads()
@@ -118,13 +127,14 @@ class Compiled:
         ready = self._ready.get(key)
         if ready is None:
             with _compiling():
-                ready = self._ready[key] = self._found(rule, arrays), rule  # which keeps its id
+                # with the rule, whose id no other object gets while it is kept
+                ready = self._ready[key] = self._found(rule, arrays), rule
         return ready[0]
 
     def _found(self, rule: Rule, arrays: Arrays) -> Callable[..., Any]:
-        same = rule if isinstance(rule, Hashable) else id(rule)
+        same = rule if isinstance(rule, Hashable) else id(rule)  # a user's own may not be
         dtypes = tuple([(array.dtype, array.device, array.dim()) for array in arrays.values()])
-        key = (same, tuple(arrays), dtypes, torch.get_num_threads())  # which code is made for
+        key = (same, tuple(arrays), dtypes, torch.get_num_threads())  # Inductor bakes these in
         kernels = self._kernels.setdefault(key, [])
         kind = key, tuple(map(type, arrays.values()))
         try:
@@ -161,7 +171,7 @@ class Compiled:
         def function(*values: Tensor) -> Any:
             return self._function(rule, dict(zip(names, values, strict=True)))
 
-        # made here, for the tracer's own would let a float64 of a CPU become a constant
+        # in a mode of our own: the tracer's would burn a float64 of a CPU in as a constant
         mode = FakeTensorMode(shape_env=shapes.ShapeEnv())
         outlines = [mode.from_tensor(_outline(array)) for array in arrays.values()]
         with mode:
@@ -187,18 +197,14 @@ class Compiled:
         (kernel, nodes), *_ = made
         arguments = [node for node in nodes if node.op == "placeholder"]
         if len(arguments) != len(inputs) or _results(nodes) != results:
-            return Kernel(whole, inputs)  # constants are among them, or what is written to
+            # constants became arguments, or buffers became results: leave these to AOTAutograd
+            return Kernel(whole, inputs)
         copied = [node.args[0] for node in nodes if node.target is torch.ops.aten.copy_.default]
         return Kernel(_directly(kernel, [arguments.index(node) for node in copied]), inputs)
 
 
 class Eager:
-    """A pass run as it is.
-
-    Parameters
-    ----------
-    function : Pass
-    """
+    """A pass run as it is."""
 
     def __init__(self, function: Pass) -> None:
         self._function = function

@@ -1,6 +1,6 @@
 """Who has sharded a parameter behind a plain tensor, and over which processes.
 
-A DTensor says where it lies. Others hold their part in a plain tensor: what marks it, or who holds
+A DTensor says where it lies. Others hold their shard in a plain tensor: what marks it, or who holds
 it, is looked for here, so that none is taken for the whole.
 """
 
@@ -31,27 +31,16 @@ FSDP1, DEEPSPEED, MEGATRON = "_fsdp_flattened", "ds_id", "tensor_model_parallel"
 
 
 class Containers:
-    """Knows over which processes plain tensors are distributed.
+    """Knows over which processes plain tensors are distributed."""
 
-    Parameters
-    ----------
-    given : ProcessGroup or None
-        That of all plain tensors which do not say it themselves.
-    """
-
-    def __init__(self, given: Any) -> None:
-        self._given = given
+    def __init__(self, given: dist.ProcessGroup | None) -> None:
+        self._given = given  # that of all plain tensors which do not say it themselves
         self._handles: list[Any] | None = None
 
     def group_of(self, name: str, param: Tensor) -> Any:
-        """Return the processes that hold the other parts of a parameter; None if it is whole here.
+        """Return the group that holds the other shards of a parameter; None if it is whole here.
 
-        Raises
-        ------
-        ValueError
-            If it is a part, and the others cannot be found.
-        TypeError
-            If its memory cannot be read.
+        ValueError is raised where these cannot be found, TypeError where its memory cannot be read.
         """
         if isinstance(param, DTensor):
             return None
@@ -69,7 +58,8 @@ class Containers:
             raise ValueError(msg)
         if getattr(param, FSDP1, False):
             return self._of_fsdp1(name, param)
-        if self._given is None and hasattr(param, MEGATRON) and _several():
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        if self._given is None and hasattr(param, MEGATRON) and several:
             msg = (
                 f"`params[{name!r}]` is Megatron's and may be a part of one. Pass "
                 "`process_group=`, the processes that each hold a part of the parameters."
@@ -99,10 +89,6 @@ class Containers:
             )
             raise ValueError(msg)
         return self._given
-
-
-def _several() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _caller(module: str, name: str) -> Any:

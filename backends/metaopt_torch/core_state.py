@@ -11,11 +11,11 @@ import metaopt as mo
 from metaopt.passes import usable
 from metaopt.plan import Spec
 from metaopt_torch.build import Built
-from metaopt_torch.places import Path, paths, place
-from metaopt_torch.runs import KEPT
-from metaopt_torch.shards import gathered, local, window
+from metaopt_torch.leaf import TRACES
+from metaopt_torch.shards import gathered, local, sliced
+from metaopt_torch.state_keys import Path, state_key, walk
 
-__all__ = ["assemble", "take", "whole", "write"]
+__all__ = ["assemble", "check_whole", "whole", "write"]
 
 
 def assemble(built: Built) -> mo.State:
@@ -24,67 +24,61 @@ def assemble(built: Built) -> mo.State:
 
 
 def write(built: Built, state: mo.State) -> None:
-    """Copy a state into the tensors that `assemble` returns."""
-    for path, spec in paths(built.plan.state):
+    """Copy a state, as `assemble` returns it or of whole parameters, into the tensors held here."""
+    for path, spec in walk(built.plan.state):
         value, held = _get(state, path), _held(built, path, spec)
-        if held is not value:
-            held.copy_(value)
+        if value is held:  # a step leaves it alone
+            continue
+        name, _ = state_key(path, per_leaf=built.block_state.per_leaf)
+        if name is not None and value.shape != held.shape:
+            value = sliced(value, built.leaves[name].shard)
+        held.copy_(value)
 
 
 def _held(built: Built, path: Path, spec: Spec) -> Tensor:
-    name, key = place(path, per_leaf=built.vectors.per_leaf)
+    name, key = state_key(path, per_leaf=built.block_state.per_leaf)
     if name is None:
-        return built.vectors[key]
+        return built.block_state[key]
     leaf = built.leaves[name]
     if key in leaf.state:
         return local(leaf.state[key])
     shape = spec.shape
     if key != "step" and not leaf.own_shape(key):
-        shape = (*spec.shape[: -leaf.param.dim() or None], *leaf.part.shape)
+        shape = (*spec.shape[: -leaf.param.dim() or None], *leaf.shard.shape)
     return torch.zeros(shape, dtype=spec.dtype, device=leaf.param.device)
 
 
-def whole(built: Built, *, restarts: bool) -> mo.State:
-    """Return the state of whole parameters, copied; of those that a group holds, this part's.
+def check_whole(built: Built) -> None:
+    """Raise ValueError where parameters are shards that keep no shape."""
+    for name, leaf in built.leaves.items():
+        if leaf.shard.group is not None:
+            msg = (
+                f"The core's state needs whole parameters; of {name!r} this process holds a "
+                "part without its shape. Use `state_dict` and torch.distributed.checkpoint."
+            )
+            raise ValueError(msg)
 
-    Parameters
-    ----------
-    built : Built
-    restarts : bool
-        Whether traces are yet to restart where the last meta-gradient cannot be used.
-    """
-    keep = usable(built.vectors["meta_grad"]) if restarts else None
+
+def whole(built: Built) -> mo.State:
+    """Return the state of whole parameters, copied; of those that a group holds, this shard's."""
+    # after a step of one pass, traces are yet to restart where z cannot be used
+    keep = None if built.z_first else usable(built.block_state["meta_grad"])
 
     def tensor(path: Path, spec: Spec) -> Tensor:
-        name, key = place(path, per_leaf=built.vectors.per_leaf)
+        name, key = state_key(path, per_leaf=built.block_state.per_leaf)
         if name is None:
-            return built.vectors[key].clone()
+            return built.block_state[key].clone()
         leaf = built.leaves[name]
         if key not in leaf.state:
             return torch.zeros(spec.shape, dtype=spec.dtype, device=leaf.param.device)
         value = gathered(leaf.state[key])
-        if key in KEPT and keep is not None:
+        if key in TRACES and keep is not None:
             columns = built.plan.layout.columns(keep, name, len(spec.shape)).to(value.device)
             begin = gathered(leaf.param.detach()) if key == "average" else 0.0
             value = torch.where(columns, value, begin)
         return value
 
     return _state(built, tensor)
-
-
-def take(built: Built, state: mo.State) -> None:
-    """Copy the state of whole parameters into this device's parts."""
-    for path, _ in paths(built.plan.state):
-        value = _get(state, path)
-        name, key = place(path, per_leaf=built.vectors.per_leaf)
-        if name is None:
-            built.vectors[key].copy_(value)
-            continue
-        leaf = built.leaves[name]
-        if key in leaf.state:
-            held = local(leaf.state[key])
-            whole = key == "step" or leaf.own_shape(key)
-            held.copy_(value if whole else window(value, leaf.part))
 
 
 def _state(built: Built, tensor: Callable[[Path, Spec], Tensor]) -> mo.State:

@@ -1,4 +1,4 @@
-"""A step by the core's own `MetaOptimize.step`, for all that is not done in passes over runs.
+"""A step by the core's own `MetaOptimize.step`, for all that is not done in passes over buckets.
 
 That is curvature, and a step size for every weight.
 """
@@ -16,38 +16,46 @@ from metaopt.step import Reduce
 from metaopt_torch.build import Built
 from metaopt_torch.core_state import assemble, write
 from metaopt_torch.groups import multiplier_of
+from metaopt_torch.leaf import Leaf
 from metaopt_torch.rounding import lost, rounded
-from metaopt_torch.runs import Leaf
-from metaopt_torch.shards import devices, local, summed_along
+from metaopt_torch.shards import Devices, device_count, local, summed
 
-__all__ = ["check_parts", "copies", "core_step", "project", "reduction"]
+__all__ = ["check_sharding", "copies", "core_step", "project", "reduction"]
 
 
 def core_step(
-    built: Built, grads: Mapping[str, Tensor], rounding: str, derivatives: Mapping[str, Any]
+    built: Built,
+    grads: Mapping[str, Tensor],
+    rounding: str,
+    derivatives: Mapping[str, Any],
 ) -> None:
     """Move the leaves that have a gradient, in place.
 
-    Parameters
-    ----------
-    built : Built
-    grads : mapping of leaf name to tensor
-    rounding : {"nearest", "stochastic", "kahan"}
-    derivatives : mapping
-        `hvp`, `third` and `hessian_diagonal` as `MetaOptimize.step` takes them.
+    `derivatives` are `hvp`, `third` and `hessian_diagonal` as `MetaOptimize.step` takes them.
     """
     leaves = built.leaves
-    params = {name: _wide(leaf) for name, leaf in leaves.items()}
-    signed = {name: _signed(leaf, grads.get(name)) for name, leaf in leaves.items()}
-    state = assemble(built)
+
+    def signed(found: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Return gradients, or derivatives of them, of what is minimized."""
+        result: dict[str, Tensor | None] = {}
+        for name, leaf in leaves.items():
+            array = found.get(name)
+            if array is not None:
+                array = local(array).detach().to(leaf.dtype)
+                array = -array if leaf.group["maximize"] else array
+            result[name] = array
+        return result
+
+    def derivative(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *tangents: signed(function(*tangents))
+
     options: dict[str, Any] = {
-        name: _derivative(built, value) if callable(value) else value
-        for name, value in derivatives.items()
+        name: derivative(value) if callable(value) else value for name, value in derivatives.items()
     }
     new_params, new_state = built.config.step(
-        params,
-        signed,
-        state,
+        {name: _wide(leaf) for name, leaf in leaves.items()},
+        signed(grads),
+        assemble(built),
         lr={name: multiplier_of(leaf.group) for name, leaf in leaves.items()},
         reduce=reduction(leaves),
         copies=copies(leaves),
@@ -63,21 +71,12 @@ def project(
 ) -> None:
     """Project the parameters, and push their traces through, in place.
 
-    Parameters
-    ----------
-    built : Built
-    function : callable
-        From weights by name to projected ones.
-    rounding : {"nearest", "stochastic", "kahan"}
-
-    Raises
-    ------
-    ValueError
-        If parameters are distributed: a function of a part need not be that of the whole.
+    `function` is from weights by name to projected ones. ValueError is raised where parameters are
+    distributed: a function of a shard need not be that of the whole.
     """
     leaves = built.leaves
     for name, leaf in leaves.items():
-        if leaf.part.over is not None:
+        if leaf.shard.over is not None:
             msg = (
                 f"`project` needs whole parameters; of {name!r} this process holds a part. Project "
                 "it by hand, and give `bounds` where weights stay at a bound."
@@ -117,64 +116,43 @@ def _wide(leaf: Leaf) -> Tensor:
     return wide
 
 
-def _signed(leaf: Leaf, grad: Tensor | None) -> Tensor | None:
-    if grad is None:
-        return None
-    grad = local(grad).detach().to(leaf.dtype)
-    return -grad if leaf.group["maximize"] else grad
-
-
-def _derivative(built: Built, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a derivative of gradients as one of the signed gradients."""
-
-    def signed(*tangents: Any) -> dict[str, Any]:
-        found = function(*tangents)
-        return {name: _signed(leaf, found.get(name)) for name, leaf in built.leaves.items()}
-
-    return signed
-
-
-def _ways(leaves: Mapping[str, Leaf], *, groups: bool) -> dict[Any, set[int]]:
-    """Return what sums are taken over: meshes and along which dimensions, and groups; or these."""
-    ways: dict[Any, set[int]] = {}
+def _devices(leaves: Mapping[str, Leaf], *, groups: bool) -> dict[Devices, set[int]]:
+    """Return which devices share leaves: process groups, and unless only these meshes by axes."""
+    found: dict[Devices, set[int]] = {}
     for leaf in leaves.values():
-        part = leaf.part
-        if part.over is not None and (part.mesh is None or not groups):
-            ways.setdefault(part.over, set()).update(part.axes)
-    return ways
+        shard = leaf.shard
+        if shard.over is not None and (shard.mesh is None or not groups):
+            found.setdefault(shard.over, set()).update(shard.axes)
+    return found
 
 
 def copies(leaves: Mapping[str, Leaf], *, groups: bool = False) -> dict[str, int]:
-    """Return how often the sums of `reduction` count the same part of each leaf."""
-    ways = _ways(leaves, groups=groups)
+    """Return how often the sums of `reduction` count the same shard of each leaf."""
+    devices = _devices(leaves, groups=groups)
     return {
         name: math.prod(
-            devices(over, axes - set(leaf.part.axes))
-            for over, axes in ways.items()
-            if over is not leaf.part.group
+            device_count(over, axes - set(leaf.shard.axes))
+            for over, axes in devices.items()
+            if over is not leaf.shard.group
         )
         for name, leaf in leaves.items()
     }
 
 
 def reduction(leaves: Mapping[str, Leaf], *, groups: bool = False) -> Reduce | None:
-    """Return what adds sums over the devices that hold parts of the leaves; None for one device.
+    """Return what adds sums over the devices that hold shards of the leaves; None for one device.
 
-    Parameters
-    ----------
-    leaves : mapping of name to Leaf
-    groups : bool
-        Only over those that hold parts of plain tensors.
+    With `groups` only over those that hold shards of plain tensors.
     """
-    ways = _ways(leaves, groups=groups)
-    if not ways:
+    devices = _devices(leaves, groups=groups)
+    if not devices:
         return None
 
     def reduce(arrays: list[Any]) -> list[Any]:
         sizes = [array.numel() for array in arrays]
         total = torch.cat([array.reshape(-1) for array in arrays])
-        for over, axes in ways.items():
-            total = summed_along(total, over, sorted(axes))
+        for over, axes in devices.items():
+            total = summed(total, over, axes)
         return [
             piece.reshape(array.shape)
             for piece, array in zip(total.split(sizes), arrays, strict=True)
@@ -183,25 +161,25 @@ def reduction(leaves: Mapping[str, Leaf], *, groups: bool = False) -> Reduce | N
     return reduce
 
 
-def check_parts(built: Built) -> None:
+def check_sharding(built: Built) -> None:
     """Raise ValueError where leaves are distributed in a way that this kind of step cannot take."""
     if built.config.recover:
         for name, leaf in built.leaves.items():
-            if leaf.part.over is not None:
+            if leaf.shard.over is not None:
                 msg = f"`recover` needs whole parameters; of {name!r} this process holds a part."
                 raise ValueError(msg)
     if built.plan.curvature == "none":  # a step size for every weight needs no other device
         return
-    parts = [leaf.part for leaf in built.leaves.values()]
-    if all(part.over is None for part in parts):
+    shards = [leaf.shard for leaf in built.leaves.values()]
+    if all(shard.over is None for shard in shards):
         return
-    if any(part.group is not None for part in parts) or len({p.mesh for p in parts}) > 1:
+    if any(shard.group is not None for shard in shards) or len({s.mesh for s in shards}) > 1:
         msg = (
             '`curvature` other than "none" needs all parameters to be whole or DTensors of one '
             "mesh; these are not."
         )
         raise ValueError(msg)
-    if len({part.axes for part in parts}) > 1:
+    if len({shard.axes for shard in shards}) > 1:
         msg = (
             '`curvature` other than "none" needs all parameters to be sharded along the same '
             "dimensions of a mesh; these are not."

@@ -1,5 +1,6 @@
 """Hessian-vector products: by double backward, or from gradients of displaced parameters."""
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +13,10 @@ from metaopt.step import Reduce
 from metaopt_torch.shards import local
 
 __all__ = [
-    "ADVICE",
     "CHOICES",
+    "DoubleBackward",
     "RandomState",
-    "by_autograd",
     "by_central_difference",
-    "check_graph",
 ]
 
 CHOICES = ("autograd", "central")
@@ -32,7 +31,76 @@ ADVICE = (
 Arrays = Mapping[str, Tensor]
 
 
-def check_graph(grads: Arrays) -> None:
+class DoubleBackward:
+    """Gradients that `MetaOptimizer.backward` made, to be differentiated again."""
+
+    def __init__(self) -> None:
+        #: Gradients made since the last step, and the version of each.
+        self._made: list[tuple[weakref.ref[Tensor], int]] = []
+        self._checked = False
+
+    def add(self, loss: Tensor, params: Sequence[Tensor]) -> None:
+        """Add to the parameters' gradients those of a loss, with their graph."""
+        if not isinstance(loss, Tensor):
+            msg = f"`loss` must be a tensor; got {type(loss).__name__}."
+            raise TypeError(msg)
+        if loss.numel() != 1:
+            msg = f"`loss` must be one number; got shape {tuple(loss.shape)}."
+            raise ValueError(msg)
+        leaves = [param for param in params if param.requires_grad]
+        if not leaves:
+            msg = (
+                f"`loss` has no gradient: of {len(params)} parameters of this "
+                "optimizer none requires one. Call `requires_grad_()` on those that are to move."
+            )
+            raise ValueError(msg)
+        found: Sequence[Tensor | None] = [None]
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        if all(grad is None for grad in found):
+            why = "on others alone" if loss.requires_grad else "on nothing that requires a gradient"
+            msg = (
+                f"`loss` must depend on a parameter of this optimizer; got one that depends {why}. "
+                "Compute it from the parameters that the optimizer was given, outside of "
+                "`torch.no_grad`."
+            )
+            raise ValueError(msg)
+        self._made = [known for known in self._made if known[0]() is not None]
+        for param, grad in zip(leaves, found, strict=True):
+            if grad is not None:
+                param.grad = grad if param.grad is None else param.grad + grad
+                self._made.append((weakref.ref(param.grad), param.grad._version))
+
+    def derivatives(
+        self, grads: Arrays, params: Arrays
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Return `hvp` and `third` from these gradients."""
+        # those of a loss without second derivatives have no graph, wherever they come from
+        made = {(id(grad()), version) for grad, version in self._made}
+        own = [params[name].grad for name in grads]
+        constant = all(grad is not None and (id(grad), grad._version) in made for grad in own)
+        if not constant and not any(grad.requires_grad for grad in grads.values()):
+            msg = (
+                '`curvature="exact"` needs gradients that can be differentiated; that of '
+                f"{next(iter(grads))!r} has no graph. Call `optimizer.backward(loss)` in place of "
+                "`loss.backward()`; and where gradients are constants, change none of them in "
+                f"place before the step. {ADVICE}"
+            )
+            raise ValueError(msg)
+        if not self._checked:
+            _check_graph(grads)
+            self._checked = True
+        return _by_autograd(grads, params)
+
+    def release(self, params: Iterable[Tensor]) -> None:
+        """Let go of the graph, which holds all activations of the forward pass."""
+        self._made = []
+        for param in params:
+            if param.grad is not None and param.grad.requires_grad:
+                param.grad = param.grad.detach()
+
+
+def _check_graph(grads: Arrays) -> None:
     """Raise RuntimeError where a function has no second derivative and autograd would not say so.
 
     What is marked `once_differentiable` is left out of a second backward pass in silence.
@@ -50,7 +118,7 @@ def check_graph(grads: Arrays) -> None:
         waiting += [following for following, _ in node.next_functions]
 
 
-def by_autograd(grads: Arrays, params: Arrays) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _by_autograd(grads: Arrays, params: Arrays) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return `hvp` and `third` from gradients that a backward pass left with their graph.
 
     Leaves without a gradient are not looked at. Their products are None.
@@ -82,35 +150,27 @@ def by_autograd(grads: Arrays, params: Arrays) -> tuple[Callable[..., Any], Call
             raise RuntimeError(msg) from error
         return list(found)
 
-    def stacked(columns: Sequence[Sequence[Any]], like: Mapping[str, Any]) -> dict[str, Any]:
-        found = {
-            name: torch.stack([column[index] for column in columns])
-            for index, name in enumerate(names)
-        }
-        return {name: found.get(name) for name in like}
-
     def column(tangents: Arrays, index: int) -> dict[str, Tensor]:
         return {name: tangents[name][index] for name in names}
 
+    def products(outputs: Sequence[Tensor], tangents: Arrays) -> dict[str, Tensor]:
+        """Return derivatives along all tangents, stacked."""
+        count = len(tangents[names[0]])
+        columns = [along(outputs, column(tangents, j), graph=False) for j in range(count)]
+        return {name: torch.stack([c[i] for c in columns]) for i, name in enumerate(names)}
+
     outputs = [grads[name] for name in names]
 
-    def hvp(tangents: Arrays) -> dict[str, Any]:
-        count = len(tangents[names[0]])
-        return stacked(
-            [along(outputs, column(tangents, j), graph=False) for j in range(count)], tangents
-        )
+    def hvp(tangents: Arrays) -> dict[str, Tensor | None]:
+        return {**dict.fromkeys(tangents), **products(outputs, tangents)}
 
-    def third(us: Arrays, vs: Arrays) -> dict[str, Any]:
-        count = len(us[names[0]])
+    def third(us: Arrays, vs: Arrays) -> dict[str, Tensor | None]:
         rows = []
-        for j in range(count):
-            products = along(outputs, column(us, j), graph=True)
-            rows.append(
-                stacked([along(products, column(vs, k), graph=False) for k in range(count)], us)
-            )
+        for j in range(len(us[names[0]])):
+            rows.append(products(along(outputs, column(us, j), graph=True), vs))
         return {
-            name: None if name not in names else torch.stack([row[name] for row in rows])
-            for name in us
+            **dict.fromkeys(us),
+            **{name: torch.stack([row[name] for row in rows]) for name in names},
         }
 
     return hvp, third
@@ -137,6 +197,7 @@ def by_central_difference(
     reduce : callable, optional
         As `MetaOptimize.step` takes it.
     """
+    # the closure works on the parameters themselves: they are displaced, and put back
     held = {name: local(param).clone() for name, param in params.items()}
     kept = {name: param.grad for name, param in params.items()}
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from metaopt.plan import rules_by_leaf
 from metaopt.rules import Rule
 from metaopt.rules.rule import in_role
 from metaopt_torch.hyperparameters import adjusted
+from metaopt_torch.leaf import Group
 from metaopt_torch.memory import check_memory
 
 __all__ = [
     "MADE_WITH",
     "OPTIONS",
-    "ByGroup",
+    "Configured",
+    "Member",
     "check_groups",
     "check_numbers",
     "check_options",
@@ -33,15 +35,10 @@ __all__ = [
     "configured",
     "multiplier_of",
     "named",
-    "narrowed",
     "same",
-    "started",
-    "starts",
     "take_keys",
     "warn_of_unused_decay",
 ]
-
-Group = dict[str, Any]
 
 #: What a parameter group may say of its own, beside the hyperparameters of its rules.
 OPTIONS = ("lr", "weight_decay", "maximize", "block", "step_size", "bounds")
@@ -51,15 +48,9 @@ MADE_WITH = "made_with"
 
 @dataclass(frozen=True)
 class ByGroup(Partition):
-    """Leaves of groups with a block name in the block of that name, the others as `rest` says.
+    """Leaves of groups with a block name in the block of that name, the others as `rest` says."""
 
-    Parameters
-    ----------
-    named : tuple of (leaf name, block name)
-    rest : Partition
-    """
-
-    named: tuple[tuple[str, str], ...]
+    named: tuple[tuple[str, str], ...]  # leaf and block
     rest: Partition
 
     def assign(self, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
@@ -75,13 +66,22 @@ class ByGroup(Partition):
         return super().bind(shapes)
 
 
-def named(groups: Sequence[Group]) -> list[tuple[str, Tensor, Group]]:
-    """Return all parameters with their names and groups; without a name they are numbered."""
-    found: list[tuple[str, Tensor, Group]] = []
+class Member(NamedTuple):
+    """A parameter with its name and its group."""
+
+    name: str
+    param: Tensor
+    group: Group
+
+
+def named(groups: Sequence[Group]) -> list[Member]:
+    """Return all parameters of groups; those without a name are numbered."""
+    found: list[Member] = []
     for group in groups:
         names = group.get("param_names")
         for index, param in enumerate(group["params"]):
-            found.append((str(len(found)) if names is None else names[index], param, group))
+            name = str(len(found)) if names is None else names[index]
+            found.append(Member(name, param, group))
     return found
 
 
@@ -131,27 +131,14 @@ def take_keys(
     Other keys are the user's own, and stay as they are. Wrappers that are optimizers themselves
     (SAM, ZeroRedundancyOptimizer) copy all arguments of the constructor into the groups.
 
-    Parameters
-    ----------
-    group : dict
-    config : MetaOptimize
-        As it was given to the optimizer.
-    own : mapping of argument of the constructor to value
-        Those that are not in `config`.
-    hyper : iterable of str
-        Names of the rules' hyperparameters.
-    state : collection of str
-        Names of what groups hold of the state.
-
-    Raises
-    ------
-    ValueError
-        If a key is misspelt, is the optimizer's with another value that it could have, or the name
-        of its state.
+    `config` is as it was given to the optimizer, `own` are the constructor's other arguments,
+    `hyper` the names of the rules' hyperparameters, `state` those of what groups hold of the state.
+    ValueError is raised for a key that is misspelt, or the optimizer's with another value that it
+    could have, or the name of its state.
     """
     own = {field.name: getattr(config, field.name) for field in fields(config)} | dict(own)
     options = {*OPTIONS, *hyper}
-    for key in list(group):
+    for key in list(group):  # from which keys are deleted
         # the optimizer has its rules as they act in their roles
         acting = in_role(group[key], key) if key in ("base", "meta") else group[key]
         if key in own and same(acting, own[key]):
@@ -178,7 +165,7 @@ def take_keys(
 
 
 def _could_be(config: mo.MetaOptimize, key: str, value: Any, own: Any) -> bool:
-    """Say whether an argument of the constructor could have this value in place of its own."""
+    """Return whether an argument of the constructor could have this value in place of its own."""
     if not hasattr(config, key):
         return type(value) is type(own)
     try:
@@ -193,10 +180,10 @@ def warn_of_unused_decay(base: Any, weight_decay: float | None, groups: Sequence
 
     Groups say another then; transformers' Trainer makes such groups by itself.
     """
-    leaves = named(groups)
-    rules = rules_by_leaf(base, per_leaf((name, param) for name, param, _ in leaves))
+    members = named(groups)
+    rules = rules_by_leaf(base, per_leaf((name, param) for name, param, _ in members))
     meant: dict[float, bool] = {}
-    for name, _, group in leaves:
+    for name, _, group in members:
         expected = rules[name].weight_decay if weight_decay is None else weight_decay
         meant[expected] = meant.get(expected, False) or group["weight_decay"] in (None, expected)
     for decay, used in meant.items():
@@ -207,7 +194,7 @@ def warn_of_unused_decay(base: Any, weight_decay: float | None, groups: Sequence
                 f"The weight decay {decay} of {of} is that of no parameter: all groups say their "
                 f"own, {said}, and what a group says is what counts. Say it in the groups; with "
                 "the Trainer of transformers, in `TrainingArguments(weight_decay=...)`.",
-                stacklevel=3,
+                stacklevel=4,  # whoever calls the optimizer's constructor
             )
 
 
@@ -244,23 +231,21 @@ def check_rounding(rounding: str, groups: Sequence[Group]) -> None:
             raise ValueError(msg)
 
 
-def started(groups: Sequence[Group]) -> bool:
-    """Say whether groups come from a run, in which names may have been left by their parameters."""
+def _started(groups: Sequence[Group]) -> bool:
+    """Return whether groups come from a run, in which parameters may have left their names."""
     return any(MADE_WITH in group for group in groups)
 
 
-def narrowed(
-    config: mo.MetaOptimize, leaves: Sequence[tuple[str, Tensor, Group]]
-) -> mo.MetaOptimize:
+def _narrowed(config: mo.MetaOptimize, members: Sequence[Member]) -> mo.MetaOptimize:
     """Return the configuration without the patterns whose parameters have left."""
     base: Any = config.base
     if isinstance(base, Mapping):
-        won = _used({pattern: (pattern,) for pattern in base}, [name for name, _, _ in leaves])
+        won = _used({pattern: (pattern,) for pattern in base}, [name for name, _, _ in members])
         base = {pattern: base[pattern] for pattern in won} or base
     blocks: Any = config.blocks
     partition = mo.blocks.partition(blocks)
     if isinstance(partition, Named):
-        free = [name for name, _, group in leaves if group["block"] is None]
+        free = [name for name, _, group in members if group["block"] is None]
         blocks = _used(dict(partition.groups), free) or blocks
     return replace(config, base=base, blocks=blocks)
 
@@ -276,73 +261,80 @@ def _used(patterns: Mapping[str, tuple[str, ...]], names: Sequence[str]) -> dict
     return found
 
 
-def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> mo.MetaOptimize:
-    """Return what the groups make of the configuration given to the optimizer.
+class Configured(NamedTuple):
+    """What groups make of the configuration given to the optimizer."""
 
-    Raises
-    ------
-    ValueError
-        If groups that share a block disagree on its step size or bounds.
+    config: mo.MetaOptimize
+    #: By leaf, without the hyperparameters of groups, which passes take as arguments.
+    rules: dict[str, Rule]
+    #: Step sizes that blocks start with, which bounds of a later time may have clipped in `config`.
+    starts: dict[str, Any]
+
+
+def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> Configured:
+    """Return what groups make of the configuration given to the optimizer.
+
+    ValueError is raised where groups that share a block disagree on its step size or bounds.
     """
-    leaves = named(groups)
-    if not leaves:
+    members, started = named(groups), _started(groups)
+    if not members:
         msg = (
             f"`params` must hold a parameter; got {len(groups)} empty groups. Step sizes are "
             "made for parameters, on their device: begin with one, and add others by "
             "`add_param_group`."
         )
         raise ValueError(msg)
-    if started(groups):
-        config = narrowed(config, leaves)
+    if started:
+        config = _narrowed(config, members)
+    params = {name: param for name, param, _ in members}
+    rules = rules_by_leaf(config.base, per_leaf(params.items()))
     made: dict[Any, Rule] = {}
-    of_base = rules_by_leaf(config.base, per_leaf((name, param) for name, param, _ in leaves))
-    of_leaf = {name: adjusted(of_base[name], group, made) for name, _, group in leaves}
+    own_rules = {name: adjusted(rules[name], group, made) for name, _, group in members}
     base: Any = config.base
-    if any(of_leaf[name] is not of_base[name] for name in of_leaf):
-        base = {glob.escape(name): rule for name, rule in of_leaf.items()}
+    if any(own_rules[name] is not rules[name] for name in own_rules):
+        base = {glob.escape(name): rule for name, rule in own_rules.items()}
     blocks: Any = config.blocks
     by_group = tuple(
-        (name, group["block"]) for name, _, group in leaves if group["block"] is not None
+        (name, group["block"]) for name, _, group in members if group["block"] is not None
     )
-    if len(by_group) == len(leaves):  # by names alone, which files of the core can hold
+    if len(by_group) == len(members):  # by names alone, which files of the core can hold
         blocks = {}
         for name, block in by_group:
             blocks.setdefault(block, []).append(glob.escape(name))
     elif by_group:
         blocks = ByGroup(by_group, mo.blocks.partition(config.blocks))
     plain = replace(config, base=base, blocks=blocks, bounds=None)
-    family_of = plain.plan({name: param for name, param, _ in leaves}).blocks.family_of
-    sizes, pairs = starts(config, leaves, family_of), _by_block("bounds", config, leaves, family_of)
-    if started(groups):  # bounds may be newer, and hold for blocks that are still to come too
-        sizes = {key: _within(size, pairs[key]) for key, size in sizes.items()}
-    return replace(plain, step_size=_shared(sizes), bounds=_shared(pairs))
+    family_of = plain.plan(params).blocks.family_of
+    for option in ("step_size", "bounds") if not started else ():
+        _check_keys(option, getattr(config, option), family_of)
+    starts = _by_block("step_size", config, members, family_of)
+    bounds = _by_block("bounds", config, members, family_of)
+    sizes = starts
+    if started:  # bounds may be newer, and hold for blocks that are still to come too
+        sizes = {key: _within(size, bounds[key]) for key, size in starts.items()}
+    full = replace(plain, step_size=_shared(sizes), bounds=_shared(bounds))
+    return Configured(full, dict(rules), starts)
 
 
-def starts(
-    config: mo.MetaOptimize,
-    leaves: Sequence[tuple[str, Tensor, Group]],
-    family_of: Mapping[str, str],
-) -> dict[str, Any]:
-    """Return the step sizes that blocks start with, by block."""
-    return _by_block("step_size", config, leaves, family_of)
+def _check_keys(option: str, values: Any, family_of: Mapping[str, str]) -> None:
+    """Raise ValueError where values by block name a block that is none."""
+    for key in values if isinstance(values, Mapping) else ():
+        if key not in family_of.values():
+            known = ", ".join(dict.fromkeys(family_of.values()))
+            msg = f"`{option}` has unknown block {key!r}; expected any of: {known}."
+            raise ValueError(msg)
 
 
 def _by_block(
     option: str,
     config: mo.MetaOptimize,
-    leaves: Sequence[tuple[str, Tensor, Group]],
+    members: Sequence[Member],
     family_of: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return an option of groups by block; where they say None, that of the configuration."""
     default = getattr(config, option)
-    groups = [group for _, _, group in leaves]
-    for key in default if isinstance(default, Mapping) and not started(groups) else ():
-        if key not in family_of.values():
-            known = ", ".join(dict.fromkeys(family_of.values()))
-            msg = f"`{option}` has unknown block {key!r}; expected any of: {known}."
-            raise ValueError(msg)
     found: dict[str, Any] = {}
-    for name, _, group in leaves:
+    for name, _, group in members:
         key, value = family_of[name], group[option]
         if value is None:
             value = default.get(key) if isinstance(default, Mapping) else default
@@ -370,7 +362,7 @@ def _within(size: Any, pair: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Say whether two values of an option are equal; they may be arrays."""
+    """Return whether two values of an option are equal; they may be arrays."""
     if one is other:
         return True
     return np.shape(one) == np.shape(other) and bool(np.all(np.asarray(one == other)))

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from metaopt.rules import Rule
 
 __all__ = [
+    "Number",
     "adjusted",
     "agreed",
     "arguments",
@@ -21,15 +22,12 @@ __all__ = [
 #: What names of arrays begin with that stand for hyperparameters in a pass.
 PREFIX = "rule."
 
+Number: TypeAlias = float | tuple[float, ...]
 
-def hyperparameters(rule: Rule) -> dict[str, Any]:
-    """Return the numbers of a rule that a parameter group may say otherwise.
 
-    Returns
-    -------
-    dict of field name to float or tuple of float
-    """
-    found: dict[str, Any] = {"weight_decay": rule.weight_decay}
+def hyperparameters(rule: Rule) -> dict[str, Number]:
+    """Return the floats, and tuples of them, that a parameter group may say otherwise."""
+    found: dict[str, Number] = {"weight_decay": rule.weight_decay}
     known: tuple[Field[Any], ...] = fields(rule) if is_dataclass(rule) else ()
     for field in known:
         value = getattr(rule, field.name)
@@ -40,7 +38,7 @@ def hyperparameters(rule: Rule) -> dict[str, Any]:
     return found
 
 
-def agreed(rules: Iterable[Rule]) -> dict[str, Any]:
+def agreed(rules: Iterable[Rule]) -> dict[str, Number]:
     """Return the hyperparameters that all of these rules have, with one value.
 
     Zeros are left out, but that of weight decay: a rule without momentum has no state for any.
@@ -53,7 +51,7 @@ def agreed(rules: Iterable[Rule]) -> dict[str, Any]:
     }
 
 
-def overrides(own: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+def overrides(own: Mapping[str, Number], group: Mapping[str, Any]) -> dict[str, Number]:
     """Return what a group says of the hyperparameters `own` of a rule, where it differs."""
     found = {}
     for name, value in own.items():
@@ -64,7 +62,7 @@ def overrides(own: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
-def arguments(own: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(own: Mapping[str, Number], group: Mapping[str, Any]) -> dict[str, Number]:
     """Return the hyperparameters that a pass is handed, the rule's `own` being constants in it.
 
     Weight decay is among them wherever there is any: it may have a schedule, and what is constant
@@ -77,10 +75,8 @@ def arguments(own: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any
 def adjusted(rule: Rule, group: Mapping[str, Any], made: dict[Any, Rule]) -> Rule:
     """Return a rule with the hyperparameters of a group; equal ones are one object of `made`.
 
-    Raises
-    ------
-    ValueError, TypeError
-        If a value is none that the rule can have, or one with which it would keep other state.
+    ValueError or TypeError is raised for a value that the rule cannot have, or with which it would
+    keep other state.
     """
     changed = overrides(hyperparameters(rule), group)
     if not changed:
@@ -99,7 +95,7 @@ def adjusted(rule: Rule, group: Mapping[str, Any], made: dict[Any, Rule]) -> Rul
     return made[key]
 
 
-def as_numbers(changed: Mapping[str, Any]) -> dict[str, float]:
+def as_numbers(changed: Mapping[str, Number]) -> dict[str, float]:
     """Return hyperparameters as single numbers, under the names that `with_arrays` looks for."""
     found: dict[str, float] = {}
     for name, value in changed.items():

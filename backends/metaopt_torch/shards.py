@@ -1,15 +1,15 @@
 """What one device holds of a parameter, and sums over all devices.
 
-A plain tensor is its own only part, or one of as many as a group has processes. A DTensor is
-distributed over a mesh of devices: sharded along some dimensions of the mesh, replicated along the
-others.
+A plain tensor is whole, or one of as many shards as a process group has members. A DTensor is
+sharded along some dimensions of a mesh of devices and replicated along the others.
 """
 
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
@@ -19,16 +19,23 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 __all__ = [
-    "Part",
-    "devices",
+    "Devices",
+    "LocalShard",
+    "device_count",
     "gathered",
     "local",
-    "part_of",
-    "placed",
+    "redistributed",
+    "shard_of",
+    "sliced",
     "summed",
-    "summed_along",
-    "window",
 ]
+
+#: A mesh, or the process group that holds the shards of plain tensors.
+Devices: TypeAlias = Any
+Values = TypeVar("Values", Tensor, np.ndarray[Any, Any])
+
+#: Groups of meshes of several dimensions: making one is a collective call.
+_groups: dict[DeviceMesh, Any] = {}
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -42,11 +49,11 @@ def _arrived(tensor: Tensor) -> Tensor:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return a copy of the whole of a tensor, wherever its parts are; of a plain one as it is."""
+    """Return a copy of the whole of a DTensor, or of a plain tensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-def placed(grad: Tensor, param: Tensor) -> Tensor:
+def redistributed(grad: Tensor, param: Tensor) -> Tensor:
     """Return a gradient distributed as its parameter is."""
     if not isinstance(grad, DTensor) or not isinstance(param, DTensor):
         return grad
@@ -55,37 +62,24 @@ def placed(grad: Tensor, param: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Where this device's part of a parameter lies.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        Of the part.
-    offset : tuple of int
-        Of its first entry in the whole.
-    mesh : DeviceMesh or None
-        None for a plain tensor.
-    placements : tuple of Placement
-    group : ProcessGroup or None
-        Those that hold the other parts of a plain tensor; None where it is the whole.
-    """
+class LocalShard:
+    """Which slice of a parameter lies on this device."""
 
     shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    mesh: DeviceMesh | None = None
+    offset: tuple[int, ...]  # of its first entry in the whole
+    mesh: DeviceMesh | None = None  # None for a plain tensor
     placements: tuple[Placement, ...] = ()
-    group: Any = None
+    group: Any = None  # holds the other shards of a plain tensor; None where that is whole
 
     @property
-    def over(self) -> Any:
-        """What sums of parts are taken over: a mesh, a process group; None for a whole."""
+    def over(self) -> Devices | None:
+        """The devices that sums over the whole are taken over; None where no other is needed."""
         return self.group if self.mesh is None else self.mesh
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """The dimensions of the mesh along which devices hold different parts."""
-        return tuple(i for i, placed in enumerate(self.placements) if isinstance(placed, Shard))
+        """The dimensions of the mesh along which devices hold different shards."""
+        return tuple(i for i, kind in enumerate(self.placements) if isinstance(kind, Shard))
 
     @property
     def whole(self) -> bool:
@@ -98,8 +92,8 @@ class Part:
         )
 
     @property
-    def counts(self) -> bool:
-        """Whether this device's sums count: of a part that several hold those of one alone do."""
+    def primary(self) -> bool:
+        """Whether this device's sums count: of replicas those of the first alone do."""
         if self.mesh is None:
             return True
         coordinates = self.mesh.get_coordinate() or ()
@@ -109,7 +103,7 @@ class Part:
         )
 
     def wrap(self, tensor: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
-        """Return a tensor of the part as one of the whole; leading axes are those of columns."""
+        """Return a tensor of the shard as one of the whole; leading axes are those of columns."""
         if self.mesh is None:
             return tensor
         lead = len(shape) - len(self.shape)
@@ -139,72 +133,56 @@ def _alone(view: Tensor) -> Tensor:
     return view.new_empty(0).set_(part, 0, view.shape, view.stride())
 
 
-def part_of(tensor: Tensor, group: Any = None) -> Part:
-    """Return where this device's part of a tensor lies; of a plain one, in a group or as a whole.
-
-    Parameters
-    ----------
-    tensor : tensor
-    group : ProcessGroup, optional
-        Those that hold the other parts of a plain tensor.
-    """
+def shard_of(tensor: Tensor, group: Any = None) -> LocalShard:
+    """Return what this device holds of a tensor; `group` holds the other shards of a plain one."""
     if not isinstance(tensor, DTensor):
-        return Part(tuple(tensor.shape), (0,) * tensor.dim(), group=group)
+        return LocalShard(tuple(tensor.shape), (0,) * tensor.dim(), group=group)
     shape, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
-    return Part(tuple(shape), tuple(offset), tensor.device_mesh, tuple(tensor.placements))
+    return LocalShard(tuple(shape), tuple(offset), tensor.device_mesh, tuple(tensor.placements))
 
 
-def window(values: Any, part: Part) -> Any:
-    """Return what belongs to a part, of values that along its axes have all entries or one.
+def sliced(values: Values, shard: LocalShard) -> Values:
+    """Return the shard's slice of values that have all entries along the parameter's axes, or one.
 
-    Of a tensor or a NumPy array with the axes of the parameter as its last ones, a view. What is
-    distributed as the parameter is has its part on this device already.
+    These axes are the last ones. What is distributed as the parameter is lies here already.
     """
     if isinstance(values, DTensor):
         return values.to_local()
-    lead = values.ndim - len(part.shape)
-    cut = [
+    lead = values.ndim - len(shard.shape)
+    cut: list[Any] = [
         slice(None) if values.shape[lead + axis] == 1 else slice(start, start + length)
-        for axis, (start, length) in enumerate(zip(part.offset, part.shape, strict=True))
+        for axis, (start, length) in enumerate(zip(shard.offset, shard.shape, strict=True))
     ]
     return values[(..., *cut)]
 
 
-def summed(tensor: Tensor, over: Any) -> Tensor:
-    """Return the sum of a tensor over all devices of a mesh or group, by one collective."""
+def summed(tensor: Tensor, over: Devices, axes: Collection[int] | None = None) -> Tensor:
+    """Return the sum of a tensor over a group, or a mesh or some of its dimensions."""
+    if isinstance(over, DeviceMesh) and axes is not None and len(axes) < over.ndim:
+        for axis in sorted(axes):
+            tensor = _arrived(collectives.all_reduce(tensor, "sum", (over, axis)))
+        return tensor
     return _arrived(collectives.all_reduce(tensor, "sum", _group(over)))
 
 
-def _group(mesh: Any) -> Any:
+def _group(over: Devices) -> Any:
     """Return the process group of all devices of a mesh, made at its first use."""
-    if not isinstance(mesh, DeviceMesh):
-        return mesh
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    if mesh.size() == dist.get_world_size():
+    if not isinstance(over, DeviceMesh):
+        return over
+    if over.ndim == 1:
+        return over.get_group()
+    if over.size() == dist.get_world_size():
         return dist.group.WORLD
-    if mesh not in _groups:
-        ranks = sorted(mesh.mesh.flatten().tolist())
-        _groups[mesh] = dist.new_group(ranks, use_local_synchronization=True)
-    return _groups[mesh]
+    if over not in _groups:
+        ranks = sorted(over.mesh.flatten().tolist())
+        _groups[over] = dist.new_group(ranks, use_local_synchronization=True)
+    return _groups[over]
 
 
-_groups: dict[DeviceMesh, Any] = {}
-
-
-def devices(mesh: Any, axes: Collection[int]) -> int:
-    """Return how many devices a sum along these dimensions of a mesh, or over a group, is of."""
-    if not isinstance(mesh, DeviceMesh):
-        return dist.get_world_size(mesh)
-    return math.prod(mesh.size(axis) for axis in axes)
-
-
-def summed_along(tensor: Tensor, mesh: Any, axes: Sequence[int]) -> Tensor:
-    """Return the sum of a tensor over a group, or the devices along some dimensions of a mesh."""
-    if not isinstance(mesh, DeviceMesh) or len(axes) == mesh.ndim:
-        return summed(tensor, mesh)
-    for axis in axes:
-        tensor = _arrived(collectives.all_reduce(tensor, "sum", (mesh, axis)))
-    return tensor
+def device_count(over: Devices, axes: Collection[int]) -> int:
+    """Return how many devices `summed` adds up."""
+    if not isinstance(over, DeviceMesh):
+        return dist.get_world_size(over)
+    return math.prod(over.size(axis) for axis in axes)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from metaopt_torch.leaf import Group
 from metaopt_torch.shards import local
 
 __all__ = ["Watch"]
-
-Group = dict[str, Any]
 
 
 class Watch:
@@ -21,16 +20,11 @@ class Watch:
 
     By identity, and by the memory of tensors, which `data` or a resized storage replaces: numbers
     that are edited in place are read where they lie. It is asked in every step, so it is two flat
-    comparisons. The objects are kept, lest another one get the address.
-
-    Parameters
-    ----------
-    names : sequence of str
-        Keys of a group whose values are looked at.
+    comparisons. The objects are kept alive, so that no other one gets the address.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._names = tuple(names)
+        self._names = tuple(names)  # keys of a group whose values are looked at
         self._seen: list[Any] = []
         self._tensors: list[Tensor] = []
         self._addresses: list[int] = []
@@ -40,13 +34,14 @@ class Watch:
         self._seen = self._held(groups, states)
         values = [*chain.from_iterable(map(dict.values, states.values()))]
         values += [group.get(name) for group in groups for name in self._names]
+        # a fake or sparse tensor has no address; that it was replaced shows by identity
         dense = (v for v in values if isinstance(v, Tensor) and v.layout == torch.strided)
         held = (local(value) for value in dense)
         self._tensors = [tensor for tensor in held if not is_fake(tensor)]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
 
     def differs(self, groups: Sequence[Group], states: Mapping[Tensor, Any]) -> bool:
-        """Say whether anything was added, taken away or replaced since it was seen."""
+        """Return whether anything was added, taken away or replaced since it was seen."""
         held = self._held(groups, states)
         if len(held) != len(self._seen) or not all(map(is_, held, self._seen)):
             return True

@@ -1,0 +1,110 @@
+"""What passes take beside buffers: step sizes, and numbers that schedules may change."""
+
+from collections.abc import Callable, Hashable, Iterable
+
+import torch
+from torch import Tensor
+
+import metaopt as mo
+from metaopt_torch.buckets import Bucket
+from metaopt_torch.groups import multiplier_of
+from metaopt_torch.hyperparameters import Number, adjusted, arguments, as_numbers, hyperparameters
+from metaopt_torch.leaf import Group, Leaf
+
+__all__ = ["PassInputs"]
+
+
+class PassInputs:
+    """Reads the groups in every step, and makes tensors of what they say."""
+
+    def __init__(self, config: mo.MetaOptimize, leaves: Iterable[Leaf]) -> None:
+        self._discount = config.discount
+        self._groups: dict[int, Group] = {}
+        #: The rules and groups that go together, with the rules' own hyperparameters.
+        self._pairs = {}
+        for leaf in leaves:
+            self._groups[id(leaf.group)] = leaf.group
+            self._pairs[_pair(leaf)] = leaf.rule, leaf.group, hyperparameters(leaf.rule)
+        self._lr: dict[int, float | Tensor] = {}
+        self._handed: dict[tuple[int, int], dict[str, Number]] = {}
+        self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+
+    def read_groups(self) -> Hashable:
+        """See what the groups say now; return all of it that kernels are made for."""
+        self._lr = {key: multiplier_of(group) for key, group in self._groups.items()}
+        handed = {key: arguments(own, group) for key, (_, group, own) in self._pairs.items()}
+        if handed != self._handed:
+            for rule, group, _ in self._pairs.values():
+                adjusted(rule, group, {})  # which raises where that cannot be
+            self._handed = handed
+        # kernels differ by whether leaves are frozen and by signs, but not by values: a schedule
+        # must not compile anything anew
+        options = [
+            (None if isinstance(lr, Tensor) else lr == 0.0, bool(self._groups[key]["maximize"]))
+            for key, lr in self._lr.items()
+        ]
+        return tuple(options), tuple(map(tuple, handed.values()))
+
+    def active(self, bucket: Bucket) -> bool | Tensor:
+        """Return whether a bucket's leaves move, a tensor where only the device knows."""
+        return self._lr[id(bucket.leaves[0].group)] != 0.0
+
+    def of_step(
+        self, sizes: tuple[Tensor, Tensor], keep: Tensor
+    ) -> Callable[[Bucket], dict[str, Tensor]]:
+        """Return what gives each bucket its inputs.
+
+        `sizes` are the learned step sizes and their derivatives by block, `keep` is where traces go
+        on. Each is multiplied by a group's `lr` once, and picked once for each block of a group.
+        """
+        of_groups: dict[Hashable, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        of_blocks: dict[Hashable, dict[str, Tensor]] = {}
+
+        def inputs(bucket: Bucket) -> dict[str, Tensor]:
+            leaf = bucket.leaves[0]
+            group = (*_pair(leaf), leaf.dtype, bucket.device)
+            if bucket.flat and (group, bucket.index) in of_blocks:
+                return of_blocks[group, bucket.index]
+            if group not in of_groups:
+                of_groups[group] = self._of_group(leaf, sizes, keep)
+            by_block, single = of_groups[group]
+            found = {name: bucket.pick(values) for name, values in by_block.items()} | single
+            if bucket.flat:
+                of_blocks[group, bucket.index] = found
+            return found
+
+        return inputs
+
+    def _of_group(
+        self, leaf: Leaf, sizes: tuple[Tensor, Tensor], keep: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the inputs that are values per block, and those that are single numbers."""
+        lr, device, dtype = self._lr[id(leaf.group)], leaf.device, leaf.dtype
+        discount = self._constant(self._discount, dtype, device)
+        one = self._constant(1.0, dtype, device)
+        if isinstance(lr, Tensor):
+            discount = torch.where((lr != 0.0).to(device), discount, one)
+            lr = lr.to(device, dtype)
+        elif lr == 0.0:
+            discount = one
+        alpha, alpha_trace = (size.to(device, dtype) for size in sizes)
+        shared = sizes[1] is sizes[0]  # of exp, which is its own derivative: one product less
+        if isinstance(lr, Tensor) or lr != 1.0:
+            alpha, alpha_trace = alpha * lr, alpha_trace if shared else alpha_trace * lr
+        by_block = {"lr": alpha} if shared else {"lr": alpha, "lr_trace": alpha_trace}
+        single = {"discount": discount}
+        for name, number in as_numbers(self._handed[_pair(leaf)]).items():
+            single[name] = self._constant(number, dtype, device)
+        return by_block | {"keep": keep.to(device)}, single
+
+    def _constant(self, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = (value, dtype, device)
+        if key not in self._constants:
+            if len(self._constants) > 100:  # a schedule leaves one behind every step
+                self._constants.clear()
+            self._constants[key] = torch.full((), value, dtype=dtype, device=device)
+        return self._constants[key]
+
+
+def _pair(leaf: Leaf) -> tuple[int, int]:
+    return id(leaf.rule), id(leaf.group)
