@@ -18,7 +18,6 @@ from metaopt.blocks import Blocks, Named, Partition, first_match
 from metaopt.inputs import multiplier
 from metaopt.plan import rules_by_leaf
 from metaopt.rules import Rule
-from metaopt.rules.rule import in_role
 from metaopt_torch.hyperparameters import adjusted
 from metaopt_torch.leaf import Group
 from metaopt_torch.memory import check_memory
@@ -139,9 +138,7 @@ def take_keys(
     own = {field.name: getattr(config, field.name) for field in fields(config)} | dict(own)
     options = {*OPTIONS, *hyper}
     for key in list(group):  # from which keys are deleted
-        # the optimizer has its rules as they act in their roles
-        acting = in_role(group[key], key) if key in ("base", "meta") else group[key]
-        if key in own and same(acting, own[key]):
+        if key in own and same(_as_held(config, key, group[key]), own[key]):
             del group[key]
         elif key in options or not isinstance(key, str):
             continue
@@ -162,6 +159,16 @@ def take_keys(
         elif close := get_close_matches(key, options | own.keys(), n=1, cutoff=0.85):
             msg = f"`params` has a group with the unknown option {key!r}; is it `{close[0]}`?"
             raise ValueError(msg)
+
+
+def _as_held(config: mo.MetaOptimize, key: str, value: Any) -> Any:
+    """Return an argument as the configuration holds it: rules act there in their roles."""
+    if key not in ("base", "meta"):
+        return value
+    try:
+        return getattr(replace(config, **{key: value}), key)
+    except (TypeError, ValueError):
+        return value
 
 
 def _could_be(config: mo.MetaOptimize, key: str, value: Any, own: Any) -> bool:
