@@ -77,9 +77,8 @@ class BaseOptimizer(torch.optim.Optimizer):
         defaults = agreed(self._rules) | dict.fromkeys(OPTIONS) | options
         check_options(defaults)
         super().__init__(params, defaults)
-        weight_decay = options["weight_decay"]
-        warn_of_unused_decay(config.base, weight_decay, self.param_groups)
-        if weight_decay is None:
+        warn_of_unused_decay(config.base, options["weight_decay"], self.param_groups)
+        if options["weight_decay"] is None:
             self.defaults["weight_decay"] = agreed(self._rules).get("weight_decay")
         zero = zero_group()
         if zero is not None:

@@ -242,12 +242,11 @@ meta_first, skip_nonfinite, recover
         third: Callable[..., Any] | None,
     ) -> dict[str, Any]:
         """Return where second derivatives come from."""
-        leaves = self._ready.leaves
-        params = {name: leaf.param for name, leaf in leaves.items()}
+        params = {name: leaf.param for name, leaf in self._ready.leaves.items()}
         if not grads:  # products of leaves without a gradient are None
             return dict.fromkeys(("hvp", "third"), lambda tangents, *_: dict.fromkeys(tangents))
         if closure is not None and random is not None:
-            reduce = reduction(leaves)
+            reduce = reduction(self._ready.leaves)
             return {"hvp": by_central_difference(closure, params, grads, random, reduce)}
         hvp, own_third = self._double_backward.derivatives(grads, params)
         return {"hvp": hvp, "third": own_third if third is None else third}
