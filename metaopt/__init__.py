@@ -1,6 +1,6 @@
 """MetaOptimize on any array library: step sizes that tune themselves."""
 
-from metaopt import blocks, curvature, numerics, passes, presets, projection, rules, step_sizes
+from metaopt import blocks, curvature, leaf, meta, numerics, presets, projection, rules, step_sizes
 from metaopt.checkpoint import load, save
 from metaopt.metaoptimize import MetaOptimize
 from metaopt.rules import *  # noqa: F403
@@ -14,9 +14,10 @@ __all__ = [
     "State",
     "blocks",
     "curvature",
+    "leaf",
     "load",
+    "meta",
     "numerics",
-    "passes",
     "presets",
     "projection",
     "rules",

@@ -18,8 +18,8 @@ from metaopt.arrays import (
     per_leaf,
     to_numpy,
 )
+from metaopt.meta import COMPENSATION, PEAK, RECOVERIES, SCALE
 from metaopt.numerics import SMALLEST
-from metaopt.passes import COMPENSATION, PEAK, RECOVERIES, SCALE
 from metaopt.plan import Plan
 from metaopt.rules.elementwise import check_elementwise
 from metaopt.rules.fast_start import FastStart

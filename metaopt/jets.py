@@ -21,8 +21,9 @@ class Jet(Generic[ArrayT]):
     Parameters
     ----------
     value : array
-    first : array or None, default None
+    first : array, float or None, default None
         Derivative of `value`: of its shape, or with one leading axis more, an entry per direction.
+        Of a variable along itself it is the number 1.0.
         None is a derivative that is zero by structure; it costs nothing and stays None through
         every operation that cannot make it anything else.
     second : array or None, default None
@@ -164,7 +165,9 @@ def logarithm(x: Jet[Any]) -> Jet[Any]:
 
 
 def scaled(derivative: Any, factor: Any) -> Any:
-    """Multiply a derivative, which may be None, by `factor`."""
+    """Multiply a derivative, which may be None, by `factor`; 1.0 gives the very factor."""
+    if type(derivative) is float and derivative == 1.0:  # no scalar of NumPy, an array here
+        return factor
     return None if derivative is None else derivative * factor
 
 

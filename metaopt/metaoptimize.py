@@ -1,7 +1,6 @@
 """MetaOptimize: a base update, and a meta update that tunes its step sizes."""
 
 import operator
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -26,26 +25,15 @@ from metaopt.arrays import (
 )
 from metaopt.blocks import Blocks, Partition, partition
 from metaopt.curvature import Curvature, Diagonal, curvature
-from metaopt.passes import (
-    COLLAPSE,
-    PEAK,
-    RECOVERIES,
-    Leaf,
-    MetaStep,
-    begun,
-    carried,
-    has_average,
-    leaf_pass,
-    meta_pass,
-    pinned,
-)
+from metaopt.leaf import Leaf, has_average
+from metaopt.meta import COLLAPSE, PEAK, RECOVERIES, begun, pinned
 from metaopt.plan import Following, Plan, following, make_plan, rules_by_leaf
 from metaopt.projection import JVP, pushed
 from metaopt.recovery import recovered
 from metaopt.rules.rule import Rule, in_role
 from metaopt.rules.sgd import SGD
 from metaopt.state import State
-from metaopt.step_sizes import StepSizeMap, step_size_map
+from metaopt.step_sizes import StepSizeMap, is_exponential, step_size_map
 
 __all__ = ["MetaOptimize"]
 
@@ -58,7 +46,7 @@ class MetaOptimize:
     :class:`State` that `init` makes and `step` returns. Everything is pure: no input is changed.
 
     Weights may be edited between steps (clipped, masked, restored) where an average of them is kept
-    in place of the trace: without curvature, with "exp", `trace="update"` and parameters of float32
+    in place of the trace: without curvature, with "exp" and parameters of float32
     or wider. Elsewhere edits are not followed (section 10).
 
     Parameters
@@ -88,8 +76,6 @@ class MetaOptimize:
         needs `curvature="exact"` and is refused with `meta_first`.
     curvature : {"none", "diagonal", "exact"} or metaopt.curvature.Diagonal, default "none"
         How much of the Hessian they follow; "none" is Hessian-free.
-    trace : {"update", "gradient"}, default "update"
-        What a change of the step size is taken to multiply, section 10.
     meta_first : bool, default False
         Update the meta-parameters before the weights of the same step.
     skip_nonfinite : bool, default False
@@ -127,7 +113,6 @@ class MetaOptimize:
     bounds: tuple[float, float] | Mapping[str, Any] | None = None
     approximation: str = "l"
     curvature: str | Curvature = "none"
-    trace: str = "update"
     meta_first: bool = False
     skip_nonfinite: bool = False
     recover: bool = False
@@ -143,7 +128,6 @@ class MetaOptimize:
         meta_lr = inputs.hyperparameter("meta_lr", self.meta_lr, 0.0)
         discount = inputs.hyperparameter("discount", self.discount, 0.0, 1.0)
         inputs.check_choice("approximation", self.approximation, ("l", "2x2", "full"))
-        inputs.check_choice("trace", self.trace, ("update", "gradient"))
         inputs.check_flag("meta_first", self.meta_first)
         inputs.check_flag("skip_nonfinite", self.skip_nonfinite)
         inputs.check_flag("recover", self.recover)
@@ -153,22 +137,10 @@ class MetaOptimize:
         for key, size in sizes.items() if isinstance(sizes, Mapping) else [(None, sizes)]:
             name = "step_size" if key is None else f"step_size[{key!r}]"
             inputs.check_step_size(name, size, sigma.range, self._bounds_of(key))
-        if self.trace == "gradient":
-            if kind.kind != "none":
-                msg = f'`trace="gradient"` needs `curvature` "none"; got {self.curvature!r}.'
-                raise ValueError(msg)
-            for rule in self._rules():
-                if not hasattr(rule, "without_momentum"):
-                    msg = f'`trace="gradient"` needs rules with `without_momentum`; got {rule!r}.'
-                    raise ValueError(msg)
-                rule.without_momentum()
-        point = np.zeros(())
-        value = sigma.value(point)
         if self.recover:
             for option, fits in (
                 ('`curvature` "none"', kind.kind == "none"),
-                ('`sigma` "exp"', sigma.first(point, value) is value),
-                ('`trace` "update"', self.trace == "update"),
+                ('`sigma` "exp"', is_exponential(sigma)),
                 ("`skip_nonfinite` False", not self.skip_nonfinite),
             ):
                 if not fits:
@@ -240,7 +212,7 @@ class MetaOptimize:
         }
 
     def limits(self, blocks: Blocks, beta: Any) -> tuple[Any, Any]:
-        """Return the bounds on beta, values per block, as `metaopt.passes.meta_pass` takes them."""
+        """Return the bounds on beta, values per block, as `metaopt.meta.meta_step` takes them."""
         if not isinstance(self._beta_bounds, Mapping):
             return self._beta_bounds
         like = next(iter(beta.values())) if isinstance(beta, Mapping) else beta
@@ -265,12 +237,23 @@ class MetaOptimize:
             for name, piece in beta.items()
         }
 
+    @property
+    def sigma_map(self) -> StepSizeMap:
+        """The map that `sigma` names or is."""
+        return self._sigma
+
+    @property
+    def rectified(self) -> bool:
+        """Whether the diagonal of the Hessian is capped as in IDBD."""
+        return isinstance(self._curvature, Diagonal) and self._curvature.rectified
+
     def slopes(self, beta: Any) -> tuple[Any, Any]:
         """Return the step sizes and their derivative at `beta`, values per block (section 8).
 
         The second is the very object of the first where the two are equal.
         """
-        return parts.slopes(self._sigma, beta)
+        sizes = parts.sizes_of(self._sigma, beta)
+        return sizes.value, sizes.first
 
     def _rules(self) -> list[Rule]:
         return list(self.base.values()) if isinstance(self.base, Mapping) else [self.base]
@@ -333,15 +316,13 @@ class MetaOptimize:
         return self._plans[key]
 
     def _following(self, rules: Leaves[Rule]) -> Following:
-        point = np.zeros(())
-        value = self._sigma.value(point)
         return following(
             rules,
             self.meta,
             self._curvature,
             self.approximation,
             self.discount,
-            whole=self.trace == "update" and self._sigma.first(point, value) is value,
+            whole=is_exponential(self._sigma),
         )
 
     def _plan_of(self, state: State) -> Plan:
@@ -469,14 +450,22 @@ class MetaOptimize:
             If names, shapes or dtypes do not fit, `lr` is negative, or what `curvature` needs is
             not given. Nothing is changed then, nor ever.
         """
-        deltas, new_state = self._update(
+        plan, given = self._given(
             params, grads, state, lr, hvp, third, hessian_diagonal, reduce, copies
         )
-        new_params = {name: _less(param, deltas[name]) for name, param in params.items()}
+        _, moved, new_state, finite = parts.make_step(self, plan, state, given)
+
+        def after(param: Any, leaf: Leaf | None) -> Any:
+            if leaf is None:
+                return param
+            new = cast(leaf.param.value, param.dtype)
+            return solid(new if finite is None else namespace(finite).where(finite, new, param))
+
+        new_params = {name: after(param, moved[name]) for name, param in params.items()}
+        new_state = parts.accepted(state, new_state, finite)
         if self.recover:
-            plan = self._plan_for(params, state)
-            moves = parts.awake_leaves(grads, inputs.multipliers(lr, plan.shapes))
-            new_params, new_state = recovered(plan, moves, (params, state), (new_params, new_state))
+            pair = (params, state), (new_params, new_state)
+            new_params, new_state = recovered(plan, given.active, *pair)
         return kind_of(params)(
             (name, solid(param)) for name, param in new_params.items()
         ), new_state
@@ -523,47 +512,44 @@ class MetaOptimize:
                 "bring them back to 1. Call `step`."
             )
             raise ValueError(msg)
-        return self._update(params, grads, state, lr, hvp, third, hessian_diagonal, reduce, copies)
+        plan, given = self._given(
+            params, grads, state, lr, hvp, third, hessian_diagonal, reduce, copies
+        )
+        deltas, _, new_state, finite = parts.make_step(self, plan, state, given)
+        if finite is not None:
+            xp = namespace(finite)
+            deltas = per_leaf(
+                (name, None if delta is None else xp.where(finite, delta, 0.0))
+                for name, delta in deltas.items()
+            )
+        return per_leaf((name, solid(delta)) for name, delta in deltas.items()), parts.accepted(
+            state, new_state, finite
+        )
 
-    def _update(
+    def _given(
         self,
-        params: Mapping[str, Array],
+        params: Mapping[str, Any],
         grads: Mapping[str, Any],
         state: State,
         lr: Any,
         hvp: Any,
         third: Any,
-        hessian_diagonal: Mapping[str, Any] | None,
+        hessian_diagonal: Any,
         reduce: parts.Reduce | None,
         copies: Mapping[str, int] | None,
-    ) -> tuple[Leaves[Any], State]:
+    ) -> tuple[Plan, parts.Given]:
+        """Return the plan and what a step is handed, or raise where these do not fit."""
         plan = self._plan_for(params, state)
         inputs.check_grads(grads, params, plan.shapes)
         inputs.check_curvature(hvp, third, hessian_diagonal, grads, params, plan)
         inputs.check_copies(copies or {}, plan.shapes)
-        deltas, new_state, finite = self._step(
-            plan, params, grads, state, lr, hvp, third, hessian_diagonal, reduce, copies or {}
+        xp = namespace(state.step)
+        lrs = per_leaf(
+            (name, lr if isinstance(lr, float) else cast(xp.asarray(lr), plan.dtypes[name]))
+            for name, lr in inputs.multipliers(lr, plan.shapes).items()
         )
-        if finite is not None:
-            xp = namespace(finite)
-
-            def select(new: Any, old: Any) -> Any:
-                return xp.where(finite, new, old)
-
-            skipped = state.skipped + cast(xp.logical_not(finite), state.skipped.dtype)
-            deltas = per_leaf(
-                (name, None if delta is None else select(delta, 0.0))
-                for name, delta in deltas.items()
-            )
-            selected = {
-                name: map_leaves(select, value, getattr(state, name))
-                for name, value in vars(new_state).items()
-            }
-            new_state = State(**(selected | {"skipped": skipped}))
-        solid_state = State(
-            **{name: map_leaves(solid, value) for name, value in vars(new_state).items()}
-        )
-        return per_leaf((name, solid(delta)) for name, delta in deltas.items()), solid_state
+        across = parts.Across(reduce, copies or {})
+        return plan, parts.Given(params, grads, lrs, hvp, third, hessian_diagonal, across)
 
     def _plan_for(self, params: Mapping[str, Array], state: State) -> Plan:
         """Return the plan of `params`, or raise where they and `state` do not belong together."""
@@ -635,7 +621,8 @@ class MetaOptimize:
             raise ValueError(msg)
         names = list(plan.shapes)
         weights = per_leaf((name, cast(params[name], plan.dtypes[name])) for name in names)
-        traces = parts.traces(plan, weights, state, names)
+        table = parts.rows(plan, weights, state, names)
+        traces = per_leaf((name, leaf.param.first) for name, leaf in table.items())
         for name in plan.averaged:
             kept = has_average(state.count[name])
             traces[name] = namespace(kept).where(kept, traces[name], 0.0)
@@ -655,190 +642,10 @@ class MetaOptimize:
             average=per_leaf((name, solid(array)) for name, array in average.items()),
         )
 
-    def _step(
-        self,
-        plan: Plan,
-        params: Mapping[str, Any],
-        grads: Mapping[str, Any],
-        state: State,
-        lr: Any,
-        hvp: Any,
-        third: Any,
-        hessian_diagonal: Any,
-        reduce: parts.Reduce | None,
-        copies: Mapping[str, int],
-    ) -> tuple[Leaves[Any], State, Any]:
-        """Return deltas, state, and whether all that came in was finite (None: not asked)."""
-        xp = namespace(state.step)
-        lrs = per_leaf(
-            (name, lr if isinstance(lr, float) else cast(xp.asarray(lr), plan.dtypes[name]))
-            for name, lr in inputs.multipliers(lr, plan.shapes).items()
-        )
-        awake = parts.awake_leaves(grads, lrs)
-        present = [name for name in plan.shapes if grads[name] is not None]
-        traces = parts.traces(plan, params, state, present)
-        follow = parts.with_trace(plan, state, awake)
-        z = parts.product_with_trace(plan, traces, follow, grads, copies)
-        if z is None:
-            z = map_leaves(xp.zeros_like, state.beta)
-        lost = lost_products = None
-        if self.skip_nonfinite:
-            lost = parts.not_finite(plan, grads)
-            if lost is None and reduce is not None:  # those of other devices count
-                lost = filled(state.step, (), 0, plan.beta_dtype)
-        z, lost = parts.reduced(reduce, plan, z, lost)
-        z = map_leaves(begun, z, state.meta_count)
-        finite = map_leaves(carried, z, state.meta_count)
-
-        hats: Mapping[str, parts.Hatted] = {}
-        products: Mapping[str, Any] = {}
-        seconds: Mapping[str, Any] = {}
-        grad_seconds: Mapping[str, Any] = {}
-        z_trace = None
-        if plan.curvature != "none":
-            hats = parts.hatted(plan, state, awake, finite, self.discount)
-            products = parts.grad_traces(plan, hats, grads, hvp, hessian_diagonal)
-            if plan.beta_feeding:
-                z_trace = parts.product_with_trace(plan, state.trace, awake, products, copies)
-            if plan.third:
-                seconds, grad_seconds = parts.grad_seconds(
-                    plan, awake, hats, grads, hvp, third, self.discount
-                )
-                thirds = per_leaf((name, hats[name].third) for name in hats)
-                term_b = parts.product_with_trace(plan, thirds, awake, grads, copies)
-                z_trace = term_b if z_trace is None else map_leaves(operator.add, z_trace, term_b)
-            if self.skip_nonfinite:
-                lost_products = parts.not_finite(plan, products, grad_seconds)
-            z_trace, lost_products = parts.reduced(reduce, plan, z_trace, lost_products)
-        beta_trace, held_trace = parts.hatted_beta_trace(plan, state, finite, self.discount)
-
-        meta = self._meta(
-            plan,
-            state,
-            z,
-            # devices may differ in which parts of a block's leaves have gradients
-            present=parts.blocks_present(plan, present, state.step)
-            if reduce is None or plan.blocks.partition.per_leaf
-            else None,
-            beta_trace=beta_trace,
-            held_trace=held_trace,
-            z_trace=z_trace,
-            reduce=reduce,
-            copies=copies,
-        )
-        value, rate, bend = (
-            parts.rates(plan, self._sigma, meta.beta, meta.beta_trace)
-            if self.meta_first
-            else parts.rates(plan, self._sigma, state.beta, beta_trace)
-        )
-
-        deltas: Leaves[Any] = OrderedDict()
-        count: Leaves[Any] = OrderedDict()
-        slots: Leaves[Any] = OrderedDict()
-        trace: Leaves[Any] = OrderedDict()
-        average: Leaves[Any] = OrderedDict()
-        slot_traces: Leaves[Any] = OrderedDict()
-        third_trace: Leaves[Any] = OrderedDict()
-        for name, rule in plan.rules.items():
-            if grads[name] is None:
-                deltas[name] = None
-                count[name], slots[name] = state.count[name], state.slots[name]
-                for kept, old in ((trace, state.trace), (average, state.average)):
-                    if name in old:
-                        kept[name] = old[name]
-                if name in state.slot_traces:
-                    slot_traces[name] = state.slot_traces[name]
-                if plan.third:
-                    third_trace[name] = state.third_trace[name]
-                continue
-            dtype, ndim = plan.dtypes[name], len(plan.shapes[name])
-            multiplier = lrs[name]
-            alpha = _times(multiplier, cast(plan.blocks.expand_leaf(value, name, ndim), dtype))
-            alpha_trace = (
-                alpha
-                if rate is value
-                else _times(multiplier, cast(plan.blocks.expand_leaf(rate, name, ndim), dtype))
-            )
-            leaf = Leaf(
-                params[name],
-                grads[name],
-                state.slots[name],
-                state.count[name],
-                hats[name].trace if hats else traces[name],
-                state.average.get(name),
-                hats[name].slot_traces if hats else {},
-                seconds.get(name),
-            )
-            rectified = self._rectified and plan.curvature == "diagonal"
-            result = leaf_pass(
-                rule,
-                leaf,
-                alpha,
-                alpha_trace,
-                grad_trace=products.get(name) if not rectified else None,
-                discount=1.0
-                if hats
-                else parts.leaf_discount(plan, name, awake[name], self.discount),
-                keep=None if hats else parts.goes_on(plan, state, finite, name),
-                inject=self.trace,
-                rectified=cast(hessian_diagonal[name], dtype) if rectified else None,
-                grad_second=grad_seconds.get(name),
-                lr_second=_times(multiplier, cast(plan.blocks.expand_leaf(bend, name, ndim), dtype))
-                if plan.third
-                else None,
-            )
-            deltas[name] = result.delta
-            count[name] = state.count[name] + 1
-            slots[name] = per_leaf((slot, result.slots[slot]) for slot in state.slots[name])
-            if result.average is None:
-                trace[name] = result.trace
-            else:
-                average[name] = result.average
-            if name in state.slot_traces:
-                slot_traces[name] = per_leaf(
-                    (slot, result.slot_traces[slot]) for slot in state.slot_traces[name]
-                )
-            if plan.third:
-                third_trace[name] = result.third_trace
-        new_state = State(
-            step=state.step + 1,
-            count=count,
-            meta_count=meta.meta_count,
-            beta=meta.beta,
-            meta_slots=meta.meta_slots,
-            slots=slots,
-            trace=trace,
-            average=average,
-            slot_traces=slot_traces,
-            beta_trace=meta.beta_trace,
-            third_trace=third_trace,
-            meta_grad=z,
-            restarts=meta.restarts,
-            skipped=state.skipped,
-        )
-        if lost_products is not None:
-            lost = lost + lost_products
-        return deltas, new_state, None if lost is None else lost == 0.0
-
-    def _meta(self, plan: Plan, state: State, z: Any, **more: Any) -> MetaStep:
-        return meta_pass(
-            self.meta,
-            plan.blocks,
-            self._sigma,
-            z,
-            state.beta,
-            state.meta_slots,
-            state.meta_count,
-            state.restarts,
-            meta_lr=parts.in_dtype(self.meta_lr, plan.beta_dtype),
-            bounds=self.limits(plan.blocks, state.beta),
-            **more,
-        )
-
     def meta_step(self, plan: Plan, state: State, z: Any, names: Iterable[str]) -> State:
         """Return `state` after the meta update of a step without curvature.
 
-        For adapters that step the leaves themselves, by `metaopt.passes.one_pass`: all but the
+        For adapters that step the leaves themselves, by `metaopt.leaf.one_pass`: all but the
         leaves' own state (`count`, `slots`, `trace` and `average`) is that of the next step.
 
         Parameters
@@ -852,13 +659,9 @@ class MetaOptimize:
         """
         z = map_leaves(begun, z, state.meta_count)
         present = parts.blocks_present(plan, names, state.step)
-        meta = self._meta(plan, state, z, present=present, beta_trace={}, held_trace={})
-        changed = {"step": state.step + 1, "meta_grad": z, **meta._asdict()}
+        new, _ = parts.move_blocks(self, plan, state, z, present=present)
+        changed = {"step": state.step + 1, "meta_grad": z, **new}
         return replace(state, **{name: map_leaves(solid, part) for name, part in changed.items()})
-
-    @property
-    def _rectified(self) -> bool:
-        return isinstance(self._curvature, Diagonal) and self._curvature.rectified
 
     def step_sizes(self, state: State) -> dict[str, Any]:
         """Return the learned step sizes sigma(beta) by block, before the multiplier `lr`.
@@ -910,9 +713,10 @@ class MetaOptimize:
         inputs.check_names("params", params, plan.shapes)
         inputs.check_leaves("params", params, inputs.averages_and_traces(state), plan.shapes)
         blocks = plan.blocks
+        table = parts.rows(plan, params, state, plan.shapes)
+        traces: dict[str, Any] = {name: leaf.param.first for name, leaf in table.items()}
         squares = {
-            name: plan.layout.square(trace, name, plan.beta_dtype)
-            for name, trace in parts.traces(plan, params, state, plan.shapes).items()
+            name: plan.layout.square(trace, name, plan.beta_dtype) for name, trace in traces.items()
         }
         for name in plan.averaged:
             squares[name] = xp.where(has_average(state.count[name]), squares[name], 0.0)
@@ -920,7 +724,8 @@ class MetaOptimize:
             squares = {
                 name: square / (copies or {}).get(name, 1) for name, square in squares.items()
             }
-        total, _ = parts.reduced(reduce, plan, plan.layout.gather(squares), None)
+        across = parts.Across(reduce, copies or {})
+        total, _ = across.sums(plan, plan.layout.gather(squares), None)
         norms = map_leaves(xp.sqrt, total)
         zeros = map_leaves(xp.zeros_like, state.meta_grad)
         sizes = map_leaves(self._sigma.value, state.beta)
@@ -987,20 +792,6 @@ def _zeros(spec: Any, like: Any, params: Mapping[str, Any], leaf: Any = None) ->
     if columns == ():
         return zeros
     return zeros + filled(leaf, columns + (1,) * leaf.ndim, 0, spec.dtype)
-
-
-def _less(param: Any, delta: Any) -> Any:
-    """Return `param` minus `delta`, rounded once, to the dtype of `param`."""
-    if delta is None:
-        return param
-    return cast(cast(param, delta.dtype) - delta, param.dtype)
-
-
-def _times(multiplier: Any, array: Any) -> Any:
-    """Multiply; a multiplier of 1.0 leaves the very array, whose products are shared."""
-    if isinstance(multiplier, float) and multiplier == 1.0:
-        return array
-    return multiplier * array
 
 
 def _solid(arrays: Mapping[str, Any]) -> dict[str, Any]:

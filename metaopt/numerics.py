@@ -20,6 +20,7 @@ __all__ = [
     "exp",
     "hypot",
     "log",
+    "logistic",
     "maximum",
     "minimum",
     "one_minus_power",
@@ -27,6 +28,7 @@ __all__ = [
     "power",
     "reciprocal",
     "sign",
+    "softplus",
     "sqrt",
     "where",
 ]
@@ -235,6 +237,31 @@ def log(x: ArrayT) -> ArrayT:
     x : array or jet, positive
     """
     return _as(x, logarithm(x)) if isinstance(x, Jet) else namespace(x).log(x)
+
+
+def softplus(x: ArrayT) -> ArrayT:
+    """Return log(1 + exp(x)), accurate and without overflow at either end.
+
+    Parameters
+    ----------
+    x : array or jet
+    """
+    if isinstance(x, Jet):
+        slope, rest = logistic(x.value), logistic(-x.value)
+        bend = lambda first: rest * outer(first, x.first)  # noqa: E731
+        return _as(x, chained(x, softplus(x.value), slope, bend))
+    xp = namespace(x)
+    return xp.logaddexp(x, xp.zeros_like(x))
+
+
+def logistic(x: ArrayT) -> ArrayT:
+    """Return 1 / (1 + exp(-x)), accurate and without overflow at either end.
+
+    Parameters
+    ----------
+    x : array or jet
+    """
+    return exp(-softplus(-x))
 
 
 def power(x: Any, y: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from metaopt.arrays import Leaves, Namespace, Shape, compute_dtype, is_narrow, per_leaf
 from metaopt.blocks import Blocks, Partition, first_match
 from metaopt.curvature import Curvature
-from metaopt.passes import COMPENSATION, PEAK, RECOVERIES, SCALE
+from metaopt.meta import COMPENSATION, PEAK, RECOVERIES, SCALE
 from metaopt.rules.rule import Rule, feeding_slots, follows_weights, slot_shapes
 from metaopt.traces import Layout, choose_layout
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from metaopt.arrays import Leaves, map_leaves, namespace, per_leaf
-from metaopt.passes import SCALE, has_average, usable
+from metaopt.leaf import has_average, usable
+from metaopt.meta import SCALE
 from metaopt.plan import Plan
 from metaopt.state import State
 
@@ -26,7 +27,7 @@ def recovered(
 
     Nothing that is not finite stays in weights and moments. In blocks whose meta-gradient is not
     `usable` the weights are those of the average, and moments are 0; of the blocks' own state
-    `meta_pass` has seen to that.
+    `metaopt.meta.meta_step` has seen to that.
 
     Parameters
     ----------

@@ -1,28 +1,415 @@
-"""The parts of a step that look at several leaves; docs/mathematics.md sections 2, 3, 7 and 11."""
+"""The engine: the order of a step, for the leaves and blocks of a plan.
+
+docs/mathematics.md sections 2, 3, 7 and 11. What happens to one leaf is in `metaopt.leaf`, to the
+blocks in `metaopt.meta`; here is what looks at several leaves, and what follows what.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from metaopt.arrays import Leaves, cast, filled, kind_of, map_leaves, namespace, per_leaf
+from metaopt.arrays import Leaves, cast, filled, kind_of, map_leaves, namespace, per_leaf, solid
 from metaopt.inputs import check_products
-from metaopt.jets import outer
-from metaopt.passes import has_average
+from metaopt.jets import Jet, scaled
+from metaopt.leaf import Leaf, advance, discounted, has_average
+from metaopt.meta import BlockRow, begun, carried, meta_step
 from metaopt.plan import Plan
-from metaopt.rules.move import hat
 from metaopt.state import State
-from metaopt.step_sizes import StepSizeMap
+from metaopt.step_sizes import StepSizeMap, step_sizes
 
-__all__ = ["Reduce", "awake_leaves"]
+if TYPE_CHECKING:
+    from metaopt.metaoptimize import MetaOptimize
+
+__all__ = ["Given", "Reduce", "make_step", "move_blocks"]
 
 #: From sums over the parts of the leaves that a device holds to those over all devices.
 Reduce: TypeAlias = Callable[[list[Any]], Sequence[Any]]
 
 
-def awake_leaves(grads: Mapping[str, Any], lrs: Leaves[Any]) -> Leaves[Any]:
-    """Say for each leaf whether it moves: True or False where known, else a boolean array."""
-    return per_leaf((name, grads[name] is not None and lr != 0.0) for name, lr in lrs.items())
+@dataclass(frozen=True)
+class Across:
+    """The devices that hold parts of the leaves; by default, this one has all.
+
+    Parameters
+    ----------
+    reduce, copies
+        As `MetaOptimize.step` takes them.
+    """
+
+    reduce: Reduce | None = None
+    copies: Mapping[str, int] = field(default_factory=dict)
+
+    def sums(self, plan: Plan, value: Any, lost: Any) -> tuple[Any, Any]:
+        """Return a value per block, and a count, summed over the devices; either may be None.
+
+        At weight level a device has all of what its weights need.
+        """
+        whole = self.reduce is None or plan.blocks.partition.per_leaf
+        arrays = [array for array in (None if whole else value, lost) if array is not None]
+        if self.reduce is None or not arrays:
+            return value, lost
+        sums = iter(self.reduce(arrays))
+        value = value if whole or value is None else next(sums)
+        return value, lost if lost is None else next(sums)
+
+    def counted(self, plan: Plan, by_leaf: Any) -> Any:
+        """Return counts by block; at weight level by leaf, of which each device has a part."""
+        if not plan.blocks.partition.per_leaf or self.reduce is None:
+            return by_leaf
+        (counts,) = self.reduce([by_leaf])
+        if not self.copies:
+            return counts
+        shares = [self.copies.get(name, 1) for name in plan.blocks.views]
+        return namespace(counts).stack([counts[i] // share for i, share in enumerate(shares)])
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a step is handed, beside the state; all of it checked.
+
+    Parameters
+    ----------
+    params, grads, hvp, third, hessian_diagonal
+        As `MetaOptimize.step` takes them.
+    lrs : mapping of leaf to float or array, shape ()
+        Multipliers; arrays in the leaf's compute dtype.
+    across : Across
+    """
+
+    params: Mapping[str, Any]
+    grads: Mapping[str, Any]
+    lrs: Leaves[Any]
+    hvp: Callable[[Any], Mapping[str, Any]] | None
+    third: Callable[[Any, Any], Mapping[str, Any]] | None
+    hessian_diagonal: Mapping[str, Any] | None
+    across: "Across"
+
+    @property
+    def present(self) -> list[str]:
+        """The leaves that have a gradient."""
+        return [name for name in self.lrs if self.grads[name] is not None]
+
+    @property
+    def active(self) -> Leaves[Any]:
+        """Whether each leaf moves: True or False where known, else a boolean array."""
+        return per_leaf(
+            (name, self.grads[name] is not None and lr != 0.0) for name, lr in self.lrs.items()
+        )
+
+
+def make_step(
+    opt: "MetaOptimize", plan: Plan, state: State, given: Given
+) -> tuple[Leaves[Any], Leaves[Leaf | None], State, Any]:
+    """Return what a step takes from the leaves, their next rows, and the next state.
+
+    The former two are None for leaves without a gradient. Last comes whether all that came in was
+    finite; None where `skip_nonfinite` does not ask.
+    """
+    active = given.active
+    curved = plan.curvature != "none"
+    table = rows(plan, given.params, state, plan.shapes if curved else given.present)
+    follows = {name: _follows(table[name], active[name]) for name in table}
+    traces = {name: leaf.param.first for name, leaf in table.items()}
+    z = products(plan, traces, follows, given.grads, given.across.copies)
+    if z is None:
+        z = map_leaves(namespace(state.step).zeros_like, state.beta)
+    lost = not_finite(plan, given.grads) if opt.skip_nonfinite else None
+    if opt.skip_nonfinite and lost is None and given.across.reduce is not None:
+        lost = filled(state.step, (), 0, plan.beta_dtype)  # those of other devices count
+    z, lost = given.across.sums(plan, z, lost)
+    z = map_leaves(begun, z, state.meta_count)
+    mask = map_leaves(carried, z, state.meta_count)
+
+    z_trace = None
+    grads: Leaves[Jet[Any]] = per_leaf(
+        (name, Jet(cast(given.grads[name], plan.dtypes[name]))) for name in given.present
+    )
+    if curved:
+        table = discounted_rows(plan, table, active, mask, opt.discount)
+        hats = {name: leaf.param.first for name, leaf in table.items()}
+        tangents = grad_traces(plan, hats, given)
+        if plan.beta_feeding:
+            z_trace = products(plan, traces, active, tangents, given.across.copies)
+        bent: Mapping[str, Any] = {}
+        if plan.third:
+            thirds = {name: leaf.param.second for name, leaf in table.items()}
+            term_b = products(plan, thirds, active, given.grads, given.across.copies)
+            z_trace = term_b if z_trace is None else map_leaves(lambda a, b: a + b, z_trace, term_b)
+            table = _discounted_again(plan, table, active, opt.discount)
+            bent = grad_seconds(plan, hats, table, given)
+        lost_here = not_finite(plan, tangents, bent) if opt.skip_nonfinite else None
+        z_trace, lost_here = given.across.sums(plan, z_trace, lost_here)
+        lost = lost if lost_here is None else lost + lost_here
+        if not opt.rectified:
+            order = 2 if plan.third else 1
+            grads = per_leaf(
+                (name, Jet(grad.value, tangents[name], bent.get(name), order))
+                for name, grad in grads.items()
+            )
+    # devices may differ in which parts of a block's leaves have gradients
+    apart = given.across.reduce is not None and not plan.blocks.partition.per_leaf
+    new, sizes = move_blocks(
+        opt,
+        plan,
+        state,
+        z,
+        present=None if apart else blocks_present(plan, given.present, state.step),
+        mask=mask,
+        z_trace=z_trace,
+        across=given.across,
+    )
+
+    deltas: Leaves[Any] = per_leaf((name, None) for name in plan.shapes)
+    moved: Leaves[Leaf | None] = per_leaf((name, None) for name in plan.shapes)
+    for name in given.present:
+        dtype, ndim = plan.dtypes[name], len(plan.shapes[name])
+        rectified = cast(given.hessian_diagonal[name], dtype) if opt.rectified else None  # type: ignore[index]
+        deltas[name], moved[name] = advance(
+            plan.rules[name],
+            table[name],
+            grads[name],
+            _alpha(plan, sizes, name, given.lrs[name]),
+            discount=1.0 if curved else leaf_discount(plan, name, active[name], opt.discount),
+            mask=None if curved else _kept(table[name], plan.layout.columns(mask, name, ndim)),
+            rectified=rectified,
+        )
+    finite = None if lost is None else lost == 0.0
+    return deltas, moved, next_state(state, moved, new, z), finite
+
+
+def accepted(old: State, new: State, finite: Any) -> State:
+    """Return the new state, where not all that came in was finite (None: not asked) the old one."""
+    if finite is not None:
+        xp = namespace(finite)
+
+        def select(after: Any, before: Any) -> Any:
+            return xp.where(finite, after, before)
+
+        skipped = old.skipped + cast(xp.logical_not(finite), old.skipped.dtype)
+        fields = {
+            name: map_leaves(select, part, getattr(old, name)) for name, part in vars(new).items()
+        }
+        new = State(**(fields | {"skipped": skipped}))
+    return State(**{name: map_leaves(solid, part) for name, part in vars(new).items()})
+
+
+def rows(plan: Plan, params: Mapping[str, Any], state: State, names: Iterable[str]) -> Leaves[Leaf]:
+    """Return the rows of leaves as a step begins; the trace is the distance to an average.
+
+    Taken anew in every step, it has in it whatever was done to the weights since the last one.
+    """
+    order = 2 if plan.third else 1
+    table: Leaves[Leaf] = OrderedDict()
+    for name in names:
+        param, average = cast(params[name], plan.dtypes[name]), state.average.get(name)
+        trace = state.trace[name] if average is None else param - average
+        slot_traces: Mapping[str, Any] = state.slot_traces.get(name, {})
+        table[name] = Leaf(
+            Jet(param, trace, state.third_trace.get(name), order),
+            per_leaf(
+                (slot, Jet(value, slot_traces.get(slot), order=order))
+                for slot, value in state.slots[name].items()
+            ),
+            state.count[name],
+            average,
+        )
+    return table
+
+
+def next_state(state: State, moved: Leaves[Leaf | None], new: dict[str, Any], z: Any) -> State:
+    """Return the state of the leaves' next rows, those of before where there is none."""
+
+    def column(old: Mapping[str, Any], of: Callable[[str, Leaf], Any]) -> Leaves[Any]:
+        return per_leaf(
+            (name, kept if (leaf := moved[name]) is None else of(name, leaf))
+            for name, kept in old.items()
+        )
+
+    def slots(old: Mapping[str, Any], of: Callable[[Jet[Any]], Any]) -> Leaves[Any]:
+        return column(
+            old,
+            lambda name, leaf: per_leaf((slot, of(leaf.slots[slot])) for slot in old[name]),
+        )
+
+    return State(
+        step=state.step + 1,
+        count=column(state.count, lambda _, leaf: leaf.count),
+        slots=slots(state.slots, lambda jet: jet.value),
+        trace=column(state.trace, lambda _, leaf: leaf.param.first),
+        average=column(state.average, lambda _, leaf: leaf.average),
+        slot_traces=slots(state.slot_traces, lambda jet: jet.first),
+        third_trace=column(state.third_trace, lambda _, leaf: leaf.param.second),
+        meta_grad=z,
+        skipped=state.skipped,
+        **new,
+    )
+
+
+def move_blocks(
+    opt: "MetaOptimize",
+    plan: Plan,
+    state: State,
+    z: Any,
+    *,
+    present: Any = None,
+    mask: Any = None,
+    z_trace: Any = None,
+    across: "Across | None" = None,
+) -> tuple[dict[str, Any], Jet[Any]]:
+    """Return the blocks' part of the next state, and the step sizes to take with their derivatives.
+
+    Parameters
+    ----------
+    opt, plan, state
+    z : blocks
+        Meta-gradient: see `metaopt.meta.begun`.
+    present : blocks, bool, optional
+        Which blocks have a leaf with a gradient; None for all.
+    mask : blocks, bool
+        Whose traces go on; needed where these feed back.
+    z_trace : blocks, with a leading axis of columns where dense, optional
+        Terms A and B of section 3.
+    across : Across, optional
+        The devices that hold parts of the leaves. At weight level each has a part of each leaf's
+        blocks, and what is counted by leaf is added up.
+    """
+    across = Across() if across is None else across
+    curved = plan.curvature == "exact" or plan.beta_feeding
+    start = plan.layout.start(state.beta) if curved else None
+    lo, hi = opt.limits(plan.blocks, state.beta)
+    after: dict[str | None, BlockRow] = {}
+    restarts: dict[str | None, Any] = {}
+    sizes: dict[str | None, Jet[Any]] = {}
+    for key, row in block_rows(plan, state, mask).items():
+        pick = partial(_piece, key)
+        now = _towards(row, pick(start), opt.discount)
+        after[key], restarts[key] = meta_step(
+            opt.meta,
+            opt.sigma_map,
+            now,
+            Jet(pick(z), pick(z_trace)),
+            meta_lr=in_dtype(opt.meta_lr, plan.beta_dtype),
+            bounds=(pick(lo), pick(hi)),
+            present=pick(present),
+            held=row,
+        )
+        beta = after[key].beta if opt.meta_first else now.beta
+        columns = pick(start) if beta.first is None else beta.first
+        sizes[key] = step_sizes(opt.sigma_map, beta.value, columns, order=1 + plan.third)
+
+    def blocks_of(take: Callable[[BlockRow], Any]) -> Any:
+        return _joined({key: take(row) for key, row in after.items()})
+
+    def by_slot(slots: Iterable[str], take: Callable[[Jet[Any]], Any]) -> Leaves[Any]:
+        def of(slot: str) -> Any:
+            return blocks_of(lambda row: take(row.jet(slot)))
+
+        return per_leaf((slot, of(slot)) for slot in slots)
+
+    lost = across.counted(plan, plan.blocks.total(_joined(restarts)))
+    new = {
+        "beta": blocks_of(lambda row: row.beta.value),
+        "meta_count": blocks_of(lambda row: row.count),
+        "meta_slots": by_slot(state.meta_slots, lambda jet: jet.value),
+        "beta_trace": by_slot(plan.beta_feeding, lambda jet: jet.first),
+        "restarts": state.restarts + cast(lost, state.restarts.dtype),
+    }
+    return new, _joined_jets(sizes)
+
+
+def block_rows(plan: Plan, state: State, mask: Any) -> dict[str | None, BlockRow]:
+    """Return the rows of the block table as a step begins: one, at weight level one for each leaf.
+
+    The traces Y are restarted, to E, in columns outside the mask.
+    """
+    feeding = plan.beta_feeding
+    start = plan.layout.start(state.beta) if feeding else None
+    keep = plan.layout.beta_columns(mask) if feeding else None
+
+    def jet(key: str | None, slot: str, values: Any) -> Jet[Any]:
+        value = _piece(key, values)
+        if slot not in feeding:
+            return Jet(value)
+        xp, target = namespace(value), _piece(key, start)
+        target = target if slot == "beta" else xp.zeros_like(target)
+        return Jet(value, xp.where(_piece(key, keep), _piece(key, state.beta_trace[slot]), target))
+
+    return {
+        key: BlockRow(
+            jet(key, "beta", state.beta),
+            {slot: jet(key, slot, values) for slot, values in state.meta_slots.items()},
+            _piece(key, state.meta_count),
+        )
+        for key in (state.beta if isinstance(state.beta, Mapping) else [None])
+    }
+
+
+def _towards(row: BlockRow, start: Any, discount: Any) -> BlockRow:
+    """Return a row with its traces discounted: that of beta towards E, the others towards 0."""
+    if row.beta.first is None or (isinstance(discount, float) and discount == 1.0):
+        return row
+    factor = in_dtype(discount, row.beta.value.dtype)
+    beta = factor * row.beta.first + (1.0 - factor) * start
+    slots = {
+        slot: jet if jet.first is None else Jet(jet.value, factor * jet.first)
+        for slot, jet in row.slots.items()
+    }
+    return BlockRow(Jet(row.beta.value, beta), slots, row.count)
+
+
+def _piece(key: str | None, values: Any) -> Any:
+    """Return the part of values per block that is one array: all of it, or one leaf's."""
+    return values[key] if isinstance(values, Mapping) else values
+
+
+def _joined(parts: Mapping[str | None, Any]) -> Any:
+    """Return values per block of their parts."""
+    return parts[None] if None in parts else OrderedDict(parts)
+
+
+def _joined_jets(parts: Mapping[str | None, Jet[Any]]) -> Jet[Any]:
+    """Return step sizes of all blocks; first is the very value where it is so in all parts."""
+    value = _joined({key: jet.value for key, jet in parts.items()})
+    shared = all(jet.first is jet.value for jet in parts.values())
+    first = value if shared else _joined({key: jet.first for key, jet in parts.items()})
+    curved = any(jet.second is not None for jet in parts.values())
+    return Jet(
+        value, first, _joined({key: jet.second for key, jet in parts.items()}) if curved else None
+    )
+
+
+def sizes_of(sigma: StepSizeMap, beta: Any) -> Jet[Any]:
+    """Return the step sizes of values per block, and their derivatives along their own beta."""
+    pieces = beta.items() if isinstance(beta, Mapping) else [(None, beta)]
+    return _joined_jets({key: step_sizes(sigma, piece) for key, piece in pieces})
+
+
+def _alpha(plan: Plan, sizes: Jet[Any], name: str, lr: Any) -> Jet[Any]:
+    """Return the step size that a leaf takes, with its derivatives."""
+
+    def of(values: Any) -> Any:
+        array = plan.blocks.expand_leaf(values, name, len(plan.shapes[name]))
+        array = cast(array, plan.dtypes[name])
+        # a multiplier of 1.0 leaves the very array, whose products are shared
+        return array if isinstance(lr, float) and lr == 1.0 else lr * array
+
+    value = of(sizes.value)
+    first = value if sizes.first is sizes.value else of(sizes.first)
+    if sizes.second is None:
+        return Jet(value, first)
+    return Jet(value, first, of(sizes.second), order=2)
+
+
+def _follows(leaf: Leaf, moves: Any) -> Any:
+    """Say whether a leaf moves and has a trace: see `metaopt.leaf.has_average`."""
+    return moves if leaf.average is None or moves is False else has_average(leaf.count) & moves
+
+
+def _kept(leaf: Leaf, columns: Any) -> Any:
+    """Say where the trace of a leaf does not restart."""
+    return columns if leaf.average is None else columns & has_average(leaf.count)
 
 
 def blocks_present(plan: Plan, names: Iterable[str], like: Any) -> Any:
@@ -36,42 +423,10 @@ def blocks_present(plan: Plan, names: Iterable[str], like: Any) -> Any:
     )
 
 
-def traces(
-    plan: Plan, params: Mapping[str, Any], state: State, names: Iterable[str]
-) -> Leaves[Any]:
-    """Return the traces of leaves as a step begins, of one with an average the distance to it.
-
-    Taken anew in every step, it has in it whatever was done to the weights since the last one.
-    """
-    return per_leaf(
-        (name, params[name] - state.average[name] if name in plan.averaged else state.trace[name])
-        for name in names
-    )
-
-
-def with_trace(plan: Plan, state: State, awake: Leaves[Any]) -> Leaves[Any]:
-    """Say for each leaf whether it moves and has a trace: see `metaopt.passes.has_average`."""
-    return per_leaf(
-        (
-            name,
-            has_average(state.count[name]) & moves
-            if name in plan.averaged and moves is not False
-            else moves,
-        )
-        for name, moves in awake.items()
-    )
-
-
-def goes_on(plan: Plan, state: State, finite: Any, name: str) -> Any:
-    """Say where the trace of a leaf does not restart, in a shape that goes with it."""
-    keep = plan.layout.columns(finite, name, len(plan.shapes[name]))
-    return keep & has_average(state.count[name]) if name in plan.averaged else keep
-
-
-def product_with_trace(
+def products(
     plan: Plan,
     traces: Mapping[str, Any],
-    awake: Leaves[Any],
+    active: Mapping[str, Any],
     arrays: Mapping[str, Any],
     copies: Mapping[str, int],
 ) -> Any:
@@ -82,7 +437,7 @@ def product_with_trace(
     have copies counts as one share of as many.
     """
     partials = {}
-    for name, moves in awake.items():
+    for name, moves in active.items():
         if moves is False:
             continue
         array = cast(arrays[name], plan.dtypes[name])
@@ -93,14 +448,6 @@ def product_with_trace(
             part = part / copies[name]
         partials[name] = part
     return plan.layout.gather(partials) if partials else None
-
-
-class Hatted(NamedTuple):
-    """A leaf's traces, discounted and restarted."""
-
-    trace: Any
-    slot_traces: Mapping[str, Any]
-    third: Any
 
 
 def in_dtype(number: Any, dtype: Any) -> Any:
@@ -120,118 +467,83 @@ def leaf_discount(plan: Plan, name: str, moves: Any, discount: Any) -> Any:
     return namespace(moves).where(moves, cast(discount, dtype), filled(moves, (), 1.0, dtype))
 
 
-def hatted(
-    plan: Plan, state: State, awake: Leaves[Any], finite: Any, discount: Any
-) -> Leaves[Hatted]:
-    """Return all leaves' hatted traces, of which curvature needs the Hessian products."""
-    result: Leaves[Hatted] = OrderedDict()
-    for name, moves in awake.items():
-        keep = plan.layout.columns(finite, name, len(plan.shapes[name]))
-        factor = leaf_discount(plan, name, moves, discount)
-        trace: Any = state.trace[name]
-        slots: Mapping[str, Any] = state.slot_traces.get(name, {})
-        third: Any = state.third_trace.get(name)
+def discounted_rows(
+    plan: Plan, table: Leaves[Leaf], active: Leaves[Any], mask: Any, discount: Any
+) -> Leaves[Leaf]:
+    """Return all rows discounted and restarted, of which curvature needs the Hessian products."""
+    result: Leaves[Leaf] = OrderedDict()
+    for name, leaf in table.items():
+        moves = active[name]
         if moves is not True:  # its overflow, no part of z, would spread through the Hessian
-            carried = partial(carried_on, moves)
-            trace, slots = carried(trace), map_leaves(carried, slots)
-            third = None if third is None else carried(third)
-        if third is not None:  # a pair restarts with either of its columns
-            third = hat(hat(third, factor, keep), 1.0, keep[:, None, ...])
-        result[name] = Hatted(
-            hat(trace, factor, keep),
-            {slot: hat(trace, factor, keep) for slot, trace in slots.items()},
-            third,
-        )
+            finite = partial(_finite_traces, moves)
+            leaf = leaf._replace(param=finite(leaf.param), slots=map_leaves(finite, leaf.slots))
+        keep = plan.layout.columns(mask, name, len(plan.shapes[name]))
+        result[name] = discounted(leaf, leaf_discount(plan, name, moves, discount), keep)
     return result
 
 
-def carried_on(moves: Any, trace: Any) -> Any:
-    """Return a trace with 0 in place of what is not finite, unless its leaf moves."""
-    xp = namespace(trace)
-    keep = xp.isfinite(trace)
-    return xp.where(keep if moves is False else keep | moves, trace, 0.0)
+def _discounted_again(
+    plan: Plan, table: Leaves[Leaf], active: Leaves[Any], discount: Any
+) -> Leaves[Leaf]:
+    """Return rows with Z discounted once more: h' is a function of the h before its discount."""
+
+    def again(name: str, leaf: Leaf) -> Leaf:
+        factor, param = leaf_discount(plan, name, active[name], discount), leaf.param
+        if isinstance(factor, float) and factor == 1.0:
+            return leaf
+        second = scaled(param.second, factor)
+        return leaf._replace(param=Jet(param.value, param.first, second, param.order))
+
+    return per_leaf((name, again(name, leaf)) for name, leaf in table.items())
 
 
-def hatted_beta_trace(
-    plan: Plan, state: State, finite: Any, discount: Any
-) -> tuple[Leaves[Any], Leaves[Any]]:
-    """Return Y discounted towards E, and as it is, both at E in columns whose z is not finite."""
-    hats: Leaves[Any] = OrderedDict()
-    held: Leaves[Any] = OrderedDict()
-    if not plan.beta_feeding:
-        return hats, held
-    start = plan.layout.start(state.beta)
-    zeros = map_leaves(lambda piece: namespace(piece).zeros_like(piece), start)
-    keep = plan.layout.beta_columns(finite)
+def _finite_traces(moves: Any, jet: Jet[Any]) -> Jet[Any]:
+    """Return a jet with 0 in place of derivatives that are not finite, unless its leaf moves."""
 
-    def restarted(trace: Any, keep: Any, target: Any) -> Any:
-        return namespace(trace).where(keep, trace, target)
+    def finite(trace: Any) -> Any:
+        if trace is None:
+            return None
+        xp = namespace(trace)
+        keep = xp.isfinite(trace)
+        return xp.where(keep if moves is False else keep | moves, trace, 0.0)
 
-    def mixed(trace: Any, target: Any) -> Any:
-        if isinstance(discount, float) and discount == 1.0:
-            return trace
-        factor = in_dtype(discount, trace.dtype)
-        return factor * trace + (1.0 - factor) * target
-
-    for key, trace in state.beta_trace.items():
-        target = start if key == "beta" else zeros
-        held[key] = map_leaves(restarted, trace, keep, target)
-        hats[key] = map_leaves(mixed, held[key], target)
-    return hats, held
+    return Jet(jet.value, finite(jet.first), finite(jet.second), jet.order)
 
 
-def grad_traces(
-    plan: Plan,
-    hats: Mapping[str, Hatted],
-    grads: Mapping[str, Any],
-    hvp: Callable[[Any], Mapping[str, Any]] | None,
-    hessian_diagonal: Mapping[str, Any] | None,
-) -> Leaves[Any]:
+def grad_traces(plan: Plan, hats: Mapping[str, Any], given: Given) -> Leaves[Any]:
     """Return the derivative of each gradient, Hessian times trace; None for leaves without one."""
-    if hessian_diagonal is not None and plan.curvature == "diagonal":
+    grads, diagonal = given.grads, given.hessian_diagonal
+    if diagonal is not None and plan.curvature == "diagonal":
         return per_leaf(
-            (
-                name,
-                None
-                if grads[name] is None
-                else cast(hessian_diagonal[name], plan.dtypes[name]) * hats[name].trace,
-            )
-            for name in hats
+            (name, None if grads[name] is None else cast(diagonal[name], hat.dtype) * hat)
+            for name, hat in hats.items()
         )
-    assert hvp is not None  # `inputs.check_curvature` has seen to it
-    tangents = kind_of(grads)((name, hats[name].trace) for name in grads)
-    products = hvp(tangents)
-    check_products("hvp", products, tangents, grads)
+    assert given.hvp is not None  # `inputs.check_curvature` has seen to it
+    tangents = kind_of(grads)((name, hats[name]) for name in grads)
+    found = given.hvp(tangents)
+    check_products("hvp", found, tangents, grads)
     return per_leaf(
-        (name, None if grads[name] is None else cast(products[name], plan.dtypes[name]))
-        for name in hats
+        (name, None if grads[name] is None else cast(found[name], hat.dtype))
+        for name, hat in hats.items()
     )
 
 
 def grad_seconds(
-    plan: Plan,
-    awake: Leaves[Any],
-    hats: Mapping[str, Hatted],
-    grads: Mapping[str, Any],
-    hvp: Callable[[Any], Mapping[str, Any]],
-    third: Callable[[Any, Any], Mapping[str, Any]],
-    discount: Any,
-) -> tuple[Leaves[Any], Leaves[Any]]:
-    """Return the second-order parts of the weights and of the gradients, section 3, *Z*."""
-    m = plan.layout.blocks.size
+    plan: Plan, hats: Mapping[str, Any], table: Mapping[str, Leaf], given: Given
+) -> Leaves[Any]:
+    """Return the second-order parts of the gradients, section 3, *Z*."""
+    m, grads = plan.layout.blocks.size, given.grads
+    assert given.hvp is not None
+    assert given.third is not None
     kind = kind_of(grads)
-    # h' is a function of the h before its discount: the trace of h is discounted twice
-    seconds = per_leaf(
-        (name, hat(hats[name].third, leaf_discount(plan, name, moves, discount), None))
-        for name, moves in awake.items()
-    )
+    seconds = {name: leaf.param.second for name, leaf in table.items()}
 
     def reshaped(array: Any, *leading: int, name: str) -> Any:
         return namespace(array).reshape(array, (*leading, *plan.shapes[name]))
 
-    tangents = kind((name, hats[name].trace) for name in grads)
+    tangents = kind((name, hats[name]) for name in grads)
     pairs = kind((name, reshaped(seconds[name], m * m, name=name)) for name in grads)
-    bent, turned = third(tangents, tangents), hvp(pairs)
+    bent, turned = given.third(tangents, tangents), given.hvp(pairs)
     check_products("third", bent, seconds, grads)
     check_products("hvp", turned, pairs, grads)
 
@@ -239,37 +551,7 @@ def grad_seconds(
         product = reshaped(cast(turned[name], plan.dtypes[name]), m, m, name=name)
         return cast(bent[name], plan.dtypes[name]) + product
 
-    return seconds, per_leaf((name, None if grads[name] is None else second(name)) for name in hats)
-
-
-def slopes(sigma: StepSizeMap, beta: Any) -> tuple[Any, Any]:
-    """Return the step sizes and their derivative per block, one object where the two are equal."""
-    value = map_leaves(sigma.value, beta)
-    rate: Any = map_leaves(sigma.first, beta, value)
-    if isinstance(beta, Mapping) and all(rate[key] is value[key] for key in value):
-        rate = value
-    return value, rate
-
-
-def rates(
-    plan: Plan, sigma: StepSizeMap, beta: Any, beta_trace: Mapping[str, Any]
-) -> tuple[Any, Any, Any]:
-    """Return the step sizes and their first two derivatives, before the multiplier, per block.
-
-    The first is the very object of the step sizes where the two are equal; the second, along all
-    pairs of columns, is None where no third trace is kept.
-    """
-    value, rate = slopes(sigma, beta)
-    if plan.curvature == "exact" or beta_trace:
-        columns = beta_trace["beta"] if beta_trace else plan.layout.start(beta)
-        rate = map_leaves(lambda rate, column: rate * column, rate, columns)
-    bend = None
-    if plan.third:
-        bend = map_leaves(
-            lambda piece, value, column: sigma.second(piece, value) * outer(column, column),
-            *(beta, value, beta_trace["beta"]),
-        )
-    return value, rate, bend
+    return per_leaf((name, None if grads[name] is None else second(name)) for name in hats)
 
 
 def not_finite(plan: Plan, *mappings: Mapping[str, Any]) -> Any:
@@ -281,17 +563,3 @@ def not_finite(plan: Plan, *mappings: Mapping[str, Any]) -> Any:
             lost = cast(xp.any(xp.logical_not(xp.isfinite(array))), plan.beta_dtype)
             total = lost if total is None else total + lost
     return total
-
-
-def reduced(reduce: Reduce | None, plan: Plan, value: Any, lost: Any) -> tuple[Any, Any]:
-    """Return a value per block, and a count, summed over the devices that hold parts of leaves.
-
-    Either may be None. At weight level a device has all of what its weights need.
-    """
-    whole = reduce is None or plan.blocks.partition.per_leaf
-    arrays = [array for array in (None if whole else value, lost) if array is not None]
-    if reduce is None or not arrays:
-        return value, lost
-    sums = iter(reduce(arrays))
-    value = value if whole or value is None else next(sums)
-    return value, lost if lost is None else next(sums)

@@ -1,7 +1,7 @@
 r"""Step-size maps: from a meta-parameter :math:`\beta` to the step size :math:`\sigma(\beta)`.
 
-docs/mathematics.md section 8. Every map is increasing and gives its value, its first two
-derivatives and its inverse, elementwise on arrays of any floating dtype.
+docs/mathematics.md section 8. Every map is increasing and one formula on arrays or jets, from which
+its derivatives follow; and its inverse. All is elementwise, in any floating dtype.
 """
 
 import math
@@ -9,7 +9,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from metaopt.arrays import Array, is_number, namespace
+import numpy as np
+
+from metaopt.arrays import Array, ArrayT, is_number, namespace
+from metaopt.jets import Jet, outer
+from metaopt.numerics import exp, logistic, softplus
 
 __all__ = ["Exp", "Identity", "Sigmoid", "Softplus", "StepSizeMap"]
 
@@ -28,16 +32,14 @@ class StepSizeMap(ABC):
     beta_range: tuple[float, float] = (-math.inf, math.inf)
 
     @abstractmethod
-    def value(self, beta: Array) -> Array:
-        """Return the step sizes."""
+    def value(self, beta: ArrayT) -> ArrayT:
+        """Return the step sizes.
 
-    @abstractmethod
-    def first(self, beta: Array, value: Array) -> Array:
-        """Return the first derivative at `beta`, where the map has `value`."""
-
-    @abstractmethod
-    def second(self, beta: Array, value: Array) -> Array:
-        """Return the second derivative at `beta`, where the map has `value`."""
+        Parameters
+        ----------
+        beta : array or jet
+            Use operators with Python numbers and the functions of `metaopt.numerics`.
+        """
 
     @abstractmethod
     def inverse(self, step_size: Array) -> Array:
@@ -51,14 +53,8 @@ class Exp(StepSizeMap):
     range = (0.0, math.inf)
     beta_range = (math.log(LEAST), -math.log(LEAST))
 
-    def value(self, beta: Array) -> Array:  # noqa: D102
-        return namespace(beta).exp(beta)
-
-    def first(self, beta: Array, value: Array) -> Array:  # noqa: ARG002, D102
-        return value  # the very array, so that what it multiplies is computed once
-
-    def second(self, beta: Array, value: Array) -> Array:  # noqa: ARG002, D102
-        return value
+    def value(self, beta: ArrayT) -> ArrayT:  # noqa: D102
+        return exp(beta)
 
     def inverse(self, step_size: Array) -> Array:  # noqa: D102
         return namespace(step_size).log(step_size)
@@ -71,14 +67,8 @@ class Identity(StepSizeMap):
     range = (-math.inf, math.inf)
     beta_range = (-1.0 / LEAST, 1.0 / LEAST)
 
-    def value(self, beta: Array) -> Array:  # noqa: D102
+    def value(self, beta: ArrayT) -> ArrayT:  # noqa: D102
         return beta
-
-    def first(self, beta: Array, value: Array) -> Array:  # noqa: ARG002, D102
-        return namespace(beta).ones_like(beta)
-
-    def second(self, beta: Array, value: Array) -> Array:  # noqa: ARG002, D102
-        return namespace(beta).zeros_like(beta)
 
     def inverse(self, step_size: Array) -> Array:  # noqa: D102
         return step_size
@@ -91,15 +81,8 @@ class Softplus(StepSizeMap):
     range = (0.0, math.inf)
     beta_range = (math.log(LEAST), 1.0 / LEAST)
 
-    def value(self, beta: Array) -> Array:  # noqa: D102
-        xp = namespace(beta)
-        return xp.logaddexp(beta, xp.zeros_like(beta))
-
-    def first(self, beta: Array, value: Array) -> Array:  # noqa: ARG002, D102
-        return _logistic(beta)
-
-    def second(self, beta: Array, value: Array) -> Array:  # noqa: ARG002, D102
-        return _logistic(beta) * _logistic(-beta)
+    def value(self, beta: ArrayT) -> ArrayT:  # noqa: D102
+        return softplus(beta)
 
     def inverse(self, step_size: Array) -> Array:  # noqa: D102
         xp = namespace(step_size)
@@ -149,34 +132,41 @@ class Sigmoid(StepSizeMap):
         """The two bounds."""
         return (self.lo, self.hi)
 
-    @property
-    def _log_ratio(self) -> float:
-        return math.log(self.hi) - math.log(self.lo)
-
-    def value(self, beta: Array) -> Array:  # noqa: D102
-        xp = namespace(beta)
-        return xp.exp(_logistic(beta) * self._log_ratio + math.log(self.lo))
-
-    def first(self, beta: Array, value: Array) -> Array:  # noqa: D102
-        return value * self._slope(beta)
-
-    def second(self, beta: Array, value: Array) -> Array:  # noqa: D102
-        slope = self._slope(beta)
-        return value * slope * (slope + _logistic(-beta) - _logistic(beta))
-
-    def _slope(self, beta: Array) -> Array:
-        """Return the first derivative of the logarithm."""
-        return self._log_ratio * (_logistic(beta) * _logistic(-beta))
+    def value(self, beta: ArrayT) -> ArrayT:  # noqa: D102
+        ratio = math.log(self.hi) - math.log(self.lo)
+        return exp(logistic(beta) * ratio + math.log(self.lo))
 
     def inverse(self, step_size: Array) -> Array:  # noqa: D102
         xp = namespace(step_size)
         return xp.log(xp.log(step_size / self.lo)) - xp.log(-xp.log(step_size / self.hi))
 
 
-def _logistic(beta: Array) -> Array:
-    """Return 1 / (1 + exp(-beta)), accurate and without overflow at either end."""
-    xp = namespace(beta)
-    return xp.exp(-xp.logaddexp(-beta, xp.zeros_like(beta)))
+def is_exponential(sigma: StepSizeMap) -> bool:
+    """Say whether a map is its own derivative: a change of beta then scales the step itself."""
+    size = step_sizes(sigma, np.zeros(()))
+    return size.first is size.value
+
+
+def step_sizes(sigma: StepSizeMap, beta: Array, tangent: Any = None, *, order: int = 1) -> Jet[Any]:
+    """Return the step sizes of beta with their derivatives, pushed through the map's formula.
+
+    Parameters
+    ----------
+    sigma : StepSizeMap
+    beta : array
+    tangent : array, optional
+        Derivative of beta, of its shape or with a leading axis; by default beta's along itself, 1.
+        Where the map's derivative is its value, the result's is then the very array.
+    order : {1, 2}
+        2 for second derivatives, along a tangent with a leading axis.
+    """
+    variable: Any = Jet(beta, 1.0 if tangent is None else tangent, order=order)
+    jet = sigma.value(variable)
+    first = namespace(beta).ones_like(beta) if type(jet.first) is float else jet.first
+    second = jet.second
+    if order == 2 and second is None:
+        second = namespace(beta).zeros_like(outer(first, first))
+    return Jet(jet.value, first, second, order)
 
 
 NAMED: dict[str, StepSizeMap] = {"exp": Exp(), "identity": Identity(), "softplus": Softplus()}

@@ -1,6 +1,6 @@
 """Formulas as source text: scalars whose operators write lines in place of computing.
 
-Called with such scalars, an elementwise function of arrays (`metaopt.passes.one_pass`, a rule's
+Called with such scalars, an elementwise function of arrays (`metaopt.leaf.one_pass`, a rule's
 `direction`) leaves a `Program`: one assignment after another, for a loop over the entries of
 arrays. Printed in a language it is the body of a kernel. What depends on values that are the same
 for all entries is kept apart, to be computed once before the loop; Python numbers are combined in

@@ -14,7 +14,6 @@ from typing import Any
 
 from metaopt.arrays import Array, Shape, cast, home, map_leaves, namespace
 from metaopt.blocks import Blocks
-from metaopt.passes import leaf_product
 
 __all__ = ["Condensed", "Dense", "Layout"]
 
@@ -76,7 +75,7 @@ class Condensed(Layout):
         return map_leaves(lambda piece: namespace(piece).ones_like(piece), beta)
 
     def partial(self, trace: Array, array: Array, name: str, dtype: Any) -> Array:  # noqa: D102
-        return self.blocks.partial(leaf_product(trace, array), name, dtype)
+        return self.blocks.partial(trace * array, name, dtype)
 
     def square(self, trace: Array, name: str, dtype: Any) -> Array:  # noqa: D102
         return self.blocks.partial(trace * trace, name, dtype)
@@ -107,7 +106,7 @@ class Dense(Layout):
 
     def partial(self, trace: Array, array: Array, name: str, dtype: Any) -> Array:  # noqa: ARG002, D102
         if array.ndim < trace.ndim:
-            return self._summed(leaf_product(trace, array), array.ndim, dtype)
+            return self._summed(trace * array, array.ndim, dtype)
         xp, flat = namespace(trace), (self.blocks.size, math.prod(trace.shape[1:]))
         rows = xp.reshape(cast(array, dtype), flat)
         return rows @ xp.matrix_transpose(xp.reshape(cast(trace, dtype), flat))

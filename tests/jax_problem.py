@@ -24,7 +24,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "bare": {"base": mo.SGD(), "meta": mo.SGD()},
     "identity": {"sigma": "identity", "step_size": 0.01},
     "meta first": {"meta_first": True, "discount": 0.9},
-    "gradient": {"trace": "gradient"},
     "delayed": {"base": mo.AdamW(delayed=True)},
     "skip": {"skip_nonfinite": True},
     "exact": {"curvature": "exact", "approximation": "2x2", "blocks": "tensor", "meta": mo.AdamW()},

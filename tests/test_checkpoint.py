@@ -28,7 +28,6 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import metaopt as mo
-from metaopt.rules import Rule
 
 ROOT = Path(__file__).parents[1]
 SHAPES: dict[str, tuple[int, ...]] = {"w": (4, 3), "b": (3,), "s": ()}
@@ -59,7 +58,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     "diagonal": {"curvature": "diagonal", "base": mo.SGD(momentum=0.9, delayed=True)},
     "rectified": {"curvature": mo.curvature.Diagonal(rectified=True), "meta_first": True},
-    "gradient": {"trace": "gradient", "discount": 0.9, "base": mo.AdamW(), "meta": mo.AdamW()},
+    "discount": {"discount": 0.9, "base": mo.AdamW(), "meta": mo.AdamW()},
     "sigmoid": {"sigma": mo.Sigmoid(1e-4, 0.5), "bounds": (1e-3, 0.1), "blocks": "tensor"},
     "identity": {"sigma": "identity", "bounds": (-0.1, 0.1), "skip_nonfinite": True},
     "softplus": {"sigma": mo.Softplus(), "blocks": mo.blocks.weight()},
@@ -342,9 +341,6 @@ class Own:
 
     def direction(self, grad: Any, slots: Any, count: Any) -> Any:  # noqa: ARG002
         return self.factor * grad, {}
-
-    def without_momentum(self) -> Rule:
-        return self
 
 
 class OwnPartition(mo.blocks.Partition):

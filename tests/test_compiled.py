@@ -20,7 +20,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "weight": {"blocks": "weight", "bounds": (1e-5, 1e-1), "base": mo.SGD(momentum=0.9)},
     "named": {"blocks": {"head": "w", "rest": "*"}, "base": {"w": mo.Lion(), "*": mo.AdamW()}},
     "meta first": {"meta_first": True, "discount": 0.9},
-    "gradient": {"trace": "gradient"},
     "skip": {"skip_nonfinite": True},
     "exact": {"curvature": "exact", "approximation": "2x2", "blocks": "tensor", "meta": mo.AdamW()},
     "full": {

@@ -391,7 +391,6 @@ def test_at_discount_1_without_decay_the_average_is_the_first_weights(array: boo
 @pytest.mark.parametrize(
     "options",
     [
-        {"trace": "gradient"},
         {"sigma": "softplus"},
         {"curvature": "diagonal"},
     ],

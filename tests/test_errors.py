@@ -16,7 +16,6 @@ from metaopt_conformance import table
 from metaopt_conformance.translate import contents
 
 import metaopt as mo
-from metaopt.rules import Rule
 from metaopt.step_sizes import NAMED
 
 SHAPES = {"w": (2, 3), "b": (3,)}
@@ -275,46 +274,6 @@ CONSTRUCTOR: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] 
         {"curvature": mo.curvature.Diagonal},
         ValueError,
         ("`curvature` must be one of", "Diagonal"),
-    ),
-    "trace unknown": (
-        {"trace": "grad"},
-        ValueError,
-        ("`trace` must be one of 'update', 'gradient'; got 'grad'.",),
-    ),
-    "trace gradient with Lion": (
-        {"trace": "gradient", "base": mo.Lion()},
-        ValueError,
-        ('`trace="gradient"` is not defined for Lion; use `trace="update"`.',),
-    ),
-    "trace gradient with a Lion": (
-        {"trace": "gradient", "base": {"w": mo.SGD(), "*": mo.Lion()}},
-        ValueError,
-        ('`trace="gradient"` is not defined for Lion',),
-    ),
-    "trace gradient with delayed SGD": (
-        {"trace": "gradient", "base": mo.SGD(momentum=0.9, delayed=True)},
-        ValueError,
-        ('`trace="gradient"` is not defined for delayed moments; got SGD(momentum=0.9',),
-    ),
-    "trace gradient with delayed AdamW": (
-        {"trace": "gradient", "base": mo.AdamW(delayed=True)},
-        ValueError,
-        ("not defined for delayed moments; got AdamW(",),
-    ),
-    "trace gradient with delayed RMSprop": (
-        {"trace": "gradient", "base": {"*": mo.RMSprop(delayed=True)}},
-        ValueError,
-        ("not defined for delayed moments; got RMSprop(",),
-    ),
-    "trace gradient with diagonal": (
-        {"trace": "gradient", "curvature": "diagonal"},
-        ValueError,
-        ('`trace="gradient"` needs `curvature` "none"; got \'diagonal\'.',),
-    ),
-    "trace gradient with exact": (
-        {"trace": "gradient", "curvature": "exact"},
-        ValueError,
-        ("needs `curvature` \"none\"; got 'exact'.",),
     ),
     "rectified AdamW": (
         {"base": mo.AdamW(), "curvature": mo.curvature.Diagonal(rectified=True)},
@@ -957,9 +916,6 @@ def test_rules_are_checked_by_their_members_alone() -> None:
 
         def direction(self, grad: Any, slots: Any, count: Any) -> Any:  # noqa: ARG002
             return grad, {}
-
-        def without_momentum(self) -> Rule:
-            return mo.SGD()
 
     opt = make(base=Own())
     params = start()

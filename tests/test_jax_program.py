@@ -64,8 +64,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "meta first": {"meta_first": True},
     "softplus": {"sigma": "softplus"},
     "bounds": {"bounds": (1e-6, 1e-1)},
-    "gradient": {"trace": "gradient"},
-    "gradient of Adam": {"trace": "gradient", "base": mo.AdamW()},
 }
 #: The number of copies and temporaries for two large parameters, without the option and with it.
 COPYING: dict[str, tuple[dict[str, Any], tuple[int, int], tuple[int, int]]] = {
@@ -89,10 +87,9 @@ def test_nothing_is_copied(name: str) -> None:
     assert (copies(program), temporaries(program)) == (0, 0)
 
 
-@pytest.mark.parametrize("trace", ["update", "gradient"])
 @pytest.mark.parametrize("base", RULES)
-def test_nothing_is_copied_whatever_the_rule(base: str, trace: str) -> None:
-    options = {"trace": trace, "discount": 0.9, "blocks": "tensor", "meta": mo.AdamW()}
+def test_nothing_is_copied_whatever_the_rule(base: str) -> None:
+    options = {"discount": 0.9, "blocks": "tensor", "meta": mo.AdamW()}
     program = compiled(ours(base=RULES[base], **options))
     assert (copies(program), temporaries(program)) == (0, 0)
 
@@ -150,9 +147,6 @@ def test_effects_of_a_rule_are_had_once_a_step() -> None:
                 grad = io_callback(passed, like, grad)
             moment = 0.9 * slots["moment"] + 0.1 * grad
             return moment + grad, {"moment": moment}
-
-        def without_momentum(self) -> Any:
-            return mo.SGD()
 
     params = {"w": jnp.ones(4)}
     tx = metaoptimize(base=Telling(), meta=mo.SGD(), step_size=0.1)

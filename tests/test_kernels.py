@@ -156,9 +156,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "rules in a block": {"base": {"conv": mo.SGD(), "*": mo.SGD(momentum=0.5)}},
     "approximation": {"approximation": "2x2"},
-    "gradient, SGDm": {"trace": "gradient", "base": BASES["SGDm"]},
-    "gradient, RMSprop": {"trace": "gradient", "base": BASES["RMSprop"]},
-    "gradient, AdamW": {"trace": "gradient", "blocks": "weight"},
 }
 
 
@@ -234,9 +231,6 @@ class Opaque:
     def direction(self, grad: Any, slots: Any, count: Any) -> Any:
         assert count > 0
         return self.rule.direction(grad, slots, count)
-
-    def without_momentum(self) -> Any:
-        return self.rule.without_momentum()
 
 
 @needs_numba
@@ -694,9 +688,6 @@ class Broken:
     def direction(self, grad: Any, slots: Any, count: Any) -> Any:  # noqa: ARG002
         msg = "no such luck"
         raise RuntimeError(msg)
-
-    def without_momentum(self) -> Any:
-        return self
 
 
 @needs_numba

@@ -248,7 +248,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "last axis": {"blocks": mo.blocks.node(-1)},
     "groups": {"blocks": {"biases": "bias", "rest": "*"}, "discount": 0.9},
     "hypergradient": {"discount": 0.0},
-    "gradient": {"trace": "gradient"},
     "sigmoid": {"sigma": mo.Sigmoid(1e-3, 0.5)},
     "rules": {"base": {"conv": mo.Lion(), "*": RULES["AdamW"]}, "bounds": (0.04, 0.06)},
 }
@@ -308,7 +307,7 @@ def test_the_suite_passes_on_the_host() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("per_weight", [False, True])
 def test_nvcc_takes_the_source(dtype: str, per_weight: bool, tmp_path: Path) -> None:
-    spec = Spec(RULES["AdamW"], dtype, dtype, "float32", "float64", per_weight, "update", "trace")
+    spec = Spec(RULES["AdamW"], dtype, dtype, "float32", "float64", per_weight, "trace")
     text = gpu.source(trace(spec), "float32", per_weight=per_weight)
     gather = gpu.GATHER.format(beta="double", threads=gpu.THREADS)
     (tmp_path / "kernel.cu").write_text(text + gather)

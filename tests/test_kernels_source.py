@@ -11,7 +11,8 @@ from metaopt_kernels.memory import address
 from metaopt_kernels.programs import GIVEN, ROW, Spec, trace
 
 import metaopt as mo
-from metaopt.passes import Leaf, one_pass
+from metaopt.jets import Jet
+from metaopt.leaf import Leaf, one_pass
 
 
 def carray(at: int, length: int, dtype: Any) -> Any:
@@ -27,7 +28,7 @@ def carray(at: int, length: int, dtype: Any) -> Any:
 def test_the_text_says_what_the_core_does(
     rule: Any, kept: str, dtype: str, per_weight: bool
 ) -> None:
-    spec = Spec(rule, dtype, dtype, dtype, dtype, per_weight, "update", kept)
+    spec = Spec(rule, dtype, dtype, dtype, dtype, per_weight, kept)
     traced = trace(spec)
     names = {"np": np, "math": math, "carray": carray, "pointer": int}
     exec(source(traced, dtype, per_weight=per_weight), names)
@@ -45,17 +46,17 @@ def test_the_text_says_what_the_core_does(
     at = slice(start, stop)
     blocks = slice(first, first + stop - start) if per_weight else slice(first, first + 1)
     slots = {slot: f"slot{index}" for index, slot in enumerate(rule.slots)}
-    leaf = Leaf(
+    leaf = Leaf.of(
         arrays["param"][at].copy(),
-        grad[at],
         {slot: arrays[name][at].copy() for slot, name in slots.items()},
         np.asarray(count[1]),
-        **({"trace": None} | {kept: arrays[kept][at].copy()}),
+        **{kept: arrays[kept][at].copy()},
     )
-    param, products, step = one_pass(
+    products, _, leaf = one_pass(
         rule,
         leaf,
-        *(of_blocks[part][blocks] for part in ("value", "rate")),
+        grad[at],
+        Jet(*(of_blocks[part][blocks] for part in ("value", "rate"))),
         lr=np.asarray(lr, dtype),
         meta_grad=of_blocks["meta_grad"][blocks],
         discount=np.asarray(discount, dtype),
@@ -71,8 +72,9 @@ def test_the_text_says_what_the_core_does(
     arguments = (fixed, given.view(np.recarray), count, discount)
     total = names["block"](*arguments, 1, start, stop, first)  # type: ignore[operator]
 
-    want = {"param": param, kept: getattr(step, kept)}
-    want |= {name: step.slots[slot] for slot, name in slots.items()}
+    want = {"param": leaf.param.value}
+    want[kept] = leaf.param.first if leaf.average is None else leaf.average
+    want |= {name: leaf.slots[slot].value for slot, name in slots.items()}
     for name, array in want.items():
         np.testing.assert_array_equal(arrays[name][at], array)
         for outside in (slice(0, start), slice(stop, n)):

@@ -358,7 +358,7 @@ PURE: dict[str, dict[str, Any]] = {
     "weight": {"blocks": "weight", "bounds": (1e-3, 1.0), "base": mo.SGD()},
     "momentum": {"base": mo.SGD(momentum=0.9), "meta": mo.SGD(), "discount": 0.0},
     "one step, no decay": {"base": mo.SGD(), "meta": mo.SGD(), "sigma": "identity"},
-    "skip": {"skip_nonfinite": True, "trace": "gradient"},
+    "skip": {"skip_nonfinite": True},
     "meta first": {"meta_first": True, "base": mo.RMSprop()},
     "diagonal": {"curvature": "diagonal", "approximation": "2x2"},
     "rectified": {"curvature": mo.curvature.Diagonal(rectified=True), "base": mo.SGD()},

@@ -14,7 +14,8 @@ from metaopt_conformance.tolerances import distance, relative_error, rounding
 from metaopt_conformance.translate import contents, flat, tree
 
 import metaopt as mo
-from metaopt.passes import Leaf, fused_pass, leaf_pass, leaf_product, usable
+from metaopt.jets import Jet
+from metaopt.leaf import Leaf, advance, fused, usable
 
 PROBLEM = PROBLEMS["logcosh"]
 SHAPES = PROBLEM.shapes
@@ -209,20 +210,20 @@ def lost(state: mo.State, leaf: str) -> mo.State:
     return replace(state, average=state.average | {leaf: spoilt})
 
 
-@pytest.mark.parametrize("inject", ["update", "gradient"])
 @pytest.mark.parametrize("keep", [None, True, False])
-def test_a_fused_pass_is_product_and_step_of_the_restarted_trace(keep: Any, inject: str) -> None:
+def test_a_fused_pass_is_product_and_step_of_the_restarted_trace(keep: Any) -> None:
     rng = np.random.default_rng(0)
     rule = mo.AdamW(weight_decay=0.1)
     slots = {slot: rng.random(5) for slot in rule.slots}
     trace = rng.normal(size=5) if keep is not False else np.full(5, np.nan)
-    leaf = Leaf(rng.normal(size=5), rng.normal(size=5), slots, np.asarray(3, "int32"), trace)
-    lr, flag = np.asarray(0.1), None if keep is None else np.asarray(keep)
-    product, step = fused_pass(rule, leaf, lr, lr, keep=flag, discount=0.9, inject=inject)
-    start = leaf._replace(trace=trace if keep is not False else np.zeros(5))
-    want = leaf_pass(rule, start, lr, lr, discount=0.9, inject=inject)
-    assert contents(product) == contents(leaf_product(start.trace, leaf.grad))
-    assert contents(step._asdict()) == contents(want._asdict())
+    param, grad, count = rng.normal(size=5), rng.normal(size=5), np.asarray(3, "int32")
+    alpha, flag = np.asarray(0.1), None if keep is None else np.asarray(keep)
+    leaf = Leaf.of(param, slots, count, trace=trace)
+    found = fused(rule, leaf, grad, Jet(alpha, alpha), mask=flag, discount=0.9)
+    trace = trace if keep is not False else np.zeros(5)
+    start = Leaf.of(param, slots, count, trace=trace)
+    want = advance(rule, start, Jet(grad), Jet(alpha, alpha), discount=0.9)
+    assert contents(list(found)) == contents([trace * grad, *want])
 
 
 @pytest.mark.parametrize("count", [0, 3])
@@ -235,15 +236,18 @@ def test_a_fused_pass_takes_the_trace_from_the_average(keep: Any, count: int) ->
     param, grad = rng.normal(size=5), rng.normal(size=5)
     goes_on = keep is not False and count > 0
     average = rng.normal(size=5) if goes_on else np.full(5, np.nan)
-    leaf = Leaf(param, grad, slots, np.asarray(count, "int32"), None, average)
-    lr, flag = np.asarray(0.1), None if keep is None else np.asarray(keep)
-    product, step = fused_pass(rule, leaf, lr, lr, keep=flag, discount=0.9)
+    steps = np.asarray(count, "int32")
+    alpha, flag = np.asarray(0.1), None if keep is None else np.asarray(keep)
+    leaf = Leaf.of(param, slots, steps, average=average)
+    product, delta, after = fused(rule, leaf, grad, Jet(alpha, alpha), mask=flag, discount=0.9)
     trace = param - average if goes_on else np.zeros(5)
-    want = leaf_pass(rule, leaf._replace(trace=trace, average=None), lr, lr, discount=0.9)
+    start = Leaf.of(param, slots, steps, trace=trace)
+    step, want = advance(rule, start, Jet(grad), Jet(alpha, alpha), discount=0.9)
     assert contents(product) == contents(trace * grad)
-    assert contents([step.delta, step.slots]) == contents([want.delta, want.slots])
+    assert contents([delta, after.slots]) == contents([step, want.slots])
     allowed = rounding("float64", 10) + distance("float64", param, trace)
-    assert np.max(np.abs((param - step.delta - step.average) - want.trace) / allowed) <= 1.0
+    found = after.param.value - after.average
+    assert np.max(np.abs(found - want.param.first) / allowed) <= 1.0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

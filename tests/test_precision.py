@@ -20,7 +20,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "node": {"blocks": "node", "base": mo.Lion(weight_decay=0.1), "meta": mo.Lion()},
     "weight": {"blocks": "weight", "base": mo.SGD(momentum=0.9), "bounds": (1e-3, 1.0)},
     "meta first": {"meta_first": True, "skip_nonfinite": True},
-    "gradient": {"trace": "gradient"},
     "diagonal": {"curvature": "diagonal", "approximation": "2x2"},
     "exact": {"curvature": "exact", "approximation": "2x2", "blocks": "tensor"},
 }

@@ -279,19 +279,6 @@ def test_a_hyperparameter_can_be_a_jet() -> None:
     assert relative_error(jet.first, slope) < FORMULA
 
 
-@pytest.mark.parametrize(
-    ("rule", "plain"),
-    [
-        (mo.SGD(momentum=0.9, weight_decay=0.1), mo.SGD(weight_decay=0.1)),
-        (mo.RMSprop(beta2=0.9), mo.RMSprop(beta2=0.9)),
-        (mo.AdamW(betas=(0.9, 0.8), eps=1e-3), mo.RMSprop(beta2=0.8, eps=1e-3)),
-    ],
-    ids=repr,
-)
-def test_without_momentum(rule: Any, plain: Any) -> None:
-    assert rule.without_momentum() == plain
-
-
 def test_a_rule_of_ones_own_runs() -> None:
     """One file, one formula: here sign descent with a decaying step."""
 
@@ -302,7 +289,7 @@ def test_a_rule_of_ones_own_runs() -> None:
         def direction(self, grad: Any, slots: Any, count: Any) -> Any:  # noqa: ARG002
             return mo.rules.Lion().direction(grad, {"exp_avg": 0.0 * grad}, count)[0] / count, {}
 
-    opt = mo.MetaOptimize(base=SignDescent(), meta=mo.SGD(), step_size=0.5, meta_lr=0.0)  # type: ignore[arg-type]
+    opt = mo.MetaOptimize(base=SignDescent(), meta=mo.SGD(), step_size=0.5, meta_lr=0.0)
     params = {"w": np.asarray([3.0, -4.0])}
     state = opt.init(params)
     for _ in range(3):

@@ -240,7 +240,7 @@ def test_torch_keeps_slots_of_their_own_shape() -> None:
     assert narrow.state[leaves[0]]["row"].dtype == torch.float32
 
 
-MetaOptimize: Any = mo.MetaOptimize  # these rules have no `without_momentum`
+MetaOptimize: Any = mo.MetaOptimize  # a protocol asks for properties, dataclasses have fields
 
 
 @dataclass(frozen=True)

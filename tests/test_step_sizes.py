@@ -11,7 +11,8 @@ from metaopt_conformance.table import SIGMAS, sigma_of
 from metaopt_conformance.tolerances import FORMULA, relative_error, rounding
 
 import metaopt as mo
-from metaopt.step_sizes import StepSizeMap, step_size_map
+from metaopt.arrays import namespace
+from metaopt.step_sizes import StepSizeMap, step_size_map, step_sizes
 
 SETTINGS = settings(
     deadline=None,
@@ -42,20 +43,24 @@ def reachable(sigma: StepSizeMap) -> Any:
     return np.exp(np.linspace(math.log(lo), math.log(hi), 103)[1:-1])
 
 
+def derivatives(sigma: StepSizeMap, beta: Any) -> tuple[Any, Any, Any]:
+    """Return the step sizes and their first two derivatives along beta itself."""
+    plain = step_sizes(sigma, beta)
+    along = step_sizes(sigma, beta, namespace(beta).ones_like(beta)[None, ...], order=2)
+    return plain.value, plain.first, along.second[0, 0, ...]  # type: ignore[index]
+
+
 @every_map
 def test_first_and_second_are_the_derivatives(backend: Any, name: str) -> None:
     sigma, beta, h = MAPS[name], betas(-8.0, 8.0), np.finfo(float).eps ** (1 / 3)
 
-    def of(function: Any, at: Any) -> Any:
-        there = backend.asarray(at)
-        return backend.to_numpy(
-            function(there) if function == sigma.value else function(there, sigma.value(there))
-        )
+    def of(order: int, at: Any) -> Any:
+        return backend.to_numpy(derivatives(sigma, backend.asarray(at))[order])
 
-    for function, derivative in ((sigma.value, sigma.first), (sigma.first, sigma.second)):
-        slope = (of(function, beta + h) - of(function, beta - h)) / (2 * h)
-        scale = np.maximum(np.abs(slope), np.abs(of(function, beta)))
-        assert np.all(np.abs(of(derivative, beta) - slope) <= FORMULA * scale)
+    for order in (0, 1):
+        slope = (of(order, beta + h) - of(order, beta - h)) / (2 * h)
+        scale = np.maximum(np.abs(slope), np.abs(of(order, beta)))
+        assert np.all(np.abs(of(order + 1, beta) - slope) <= FORMULA * scale)
 
 
 @every_map
@@ -64,9 +69,7 @@ def test_the_formulas_are_those_of_section_8(backend: Any, name: str) -> None:
     by_hand = sigma_of(sigma)
     want = (by_hand.value(beta), by_hand.first(beta), by_hand.second(beta))
     there = backend.asarray(beta)
-    value = sigma.value(there)
-    got = (value, sigma.first(there, value), sigma.second(there, value))
-    for ours, theirs in zip(got, want, strict=True):
+    for ours, theirs in zip(derivatives(sigma, there), want, strict=True):
         assert relative_error(backend.to_numpy(ours), theirs) < rounding("float64", 20)
 
 
@@ -77,7 +80,7 @@ def test_inverse_undoes_value(backend: Any, name: str) -> None:
     there = backend.asarray(beta)
     value = sigma.value(there)
     conditioning = np.abs(backend.to_numpy(value)) / np.maximum(
-        backend.to_numpy(sigma.first(there, value)), 1e-300
+        backend.to_numpy(derivatives(sigma, there)[1]), 1e-300
     )
     if isinstance(sigma, mo.Sigmoid):
         # beyond, the step size is within some roundings of an end, where beta is anything
@@ -111,7 +114,7 @@ def test_every_map_increases(backend: Any, name: str, pair: list[float]) -> None
     assert low <= high * (1.0 + rounding("float64", 1)) if high > 0 else low <= high
     if upper - lower > 1e-3 and max(abs(lower), abs(upper)) < 10:
         assert low < high
-    assert np.all(backend.to_numpy(sigma.first(there, sigma.value(there))) >= 0)
+    assert np.all(backend.to_numpy(derivatives(sigma, there)[1]) >= 0)
 
 
 @every_map
@@ -119,8 +122,7 @@ def test_every_map_increases(backend: Any, name: str, pair: list[float]) -> None
 def test_dtype_and_shape_are_kept(backend: Any, name: str, shape: tuple[int, ...]) -> None:
     sigma = MAPS[name]
     beta = backend.asarray(np.full(shape, -0.3, dtype="float32"))
-    value = sigma.value(beta)
-    for array in (value, sigma.first(beta, value), sigma.second(beta, value)):
+    for array in derivatives(sigma, beta):
         assert array.dtype == beta.dtype
         assert tuple(array.shape) == shape
     inside = backend.asarray(np.full(shape, 1.0 if "narrow" in name else 0.25, dtype="float32"))
@@ -137,9 +139,7 @@ def test_extreme_meta_parameters_give_no_nan_and_no_warning(
     sigma = MAPS[name]
     top = {"exp": 80.0}.get(name, 1e30)
     beta = backend.asarray(np.array([-1e30, -1e3, -100.0, 0.0, 60.0, top], dtype=dtype))
-    value = sigma.value(beta)
-    numbers = [backend.to_numpy(x) for x in (value, sigma.first(beta, value))]
-    numbers.append(backend.to_numpy(sigma.second(beta, value)))
+    numbers = [backend.to_numpy(x) for x in derivatives(sigma, beta)]
     for array in numbers:
         assert np.all(np.isfinite(array))
     lo, hi = sigma.range

@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tensor": {"blocks": "tensor", "meta": mo.AdamW()},
     "node": {"blocks": "node"},
     "two passes": {"meta_first": True, "skip_nonfinite": True, "blocks": "tensor"},
-    "gradient": {"trace": "gradient", "sigma": "softplus", "discount": 0.9},
+    "softplus": {"sigma": "softplus", "discount": 0.9},
 }
 
 
@@ -113,7 +113,7 @@ def arrays(rule: Any, size: int) -> dict[str, Any]:
     }
 
 
-KIND = passes.Kind("update", maximize=False, rounding="nearest", axes=None)
+KIND = passes.Kind(maximize=False, rounding="nearest", axes=None)
 
 
 @pytest.fixture

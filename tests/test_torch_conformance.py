@@ -80,7 +80,6 @@ FEW: Mapping[str, Sequence[Any]] = {
     "sigma": tuple(name for name, sigma in SIGMAS.items() if sigma == name),
     "discount": (1.0, 0.9),
     "meta_first": (False, True),
-    "trace": ("update", "gradient"),
     "step_size": ("one", "each"),
     "bounds": ("none", "all", "one"),
     "lr": ("schedule", "by name", "arrays"),

@@ -16,7 +16,8 @@ from metaopt_conformance import tolerances
 import metaopt as mo
 from metaopt import numerics
 from metaopt.arrays import namespace
-from metaopt.passes import Leaf, one_pass
+from metaopt.jets import Jet
+from metaopt.leaf import Leaf, one_pass
 from metaopt.tracer import PYTHON, C, Program, Scalar, UntraceableError
 
 VALUES = (-2.5, -1.0, -0.0, 0.0, 1e-30, 0.3, 1.0, 2.5, math.inf, -math.inf, math.nan)
@@ -265,12 +266,12 @@ def test_the_step_of_a_rule_reads_like_the_formula() -> None:
     def number(name: str, dtype: str = "float32") -> Scalar:
         return program.variable(name, dtype, varies=False)
 
-    leaf = Leaf(array("w"), array("g"), {}, number("count", "int32"), None, array("a"))
-    param, product, step = one_pass(
+    leaf = Leaf.of(array("w"), {}, number("count", "int32"), average=array("a"))
+    product, _, leaf = one_pass(
         mo.SGD(weight_decay=0.5),
         leaf,
-        number("value"),
-        number("rate"),
+        array("g"),
+        Jet(number("value"), number("rate")),
         lr=number("lr"),
         meta_grad=number("z"),
         discount=number("gamma"),
@@ -287,4 +288,8 @@ def test_the_step_of_a_rule_reads_like_the_formula() -> None:
         "const float t24 = w - t15;",
         "const float t25 = t0 ? t10 : 0.0f;",
     ]
-    assert [result.name for result in (param, product, step.average)] == ["t24", "t25", "t23"]
+    assert [result.name for result in (leaf.param.value, product, leaf.average)] == [
+        "t24",
+        "t25",
+        "t23",
+    ]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 import metaopt as mo
 from metaopt.arrays import Shape, per_leaf
-from metaopt.passes import COMPENSATION, PEAK
+from metaopt.meta import COMPENSATION, PEAK
 from metaopt_jax.leaves import Structure
 from metaopt_jax.sharded import on_each, spelled_out
 

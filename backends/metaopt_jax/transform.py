@@ -156,7 +156,6 @@ def metaoptimize(
     bounds: Any = None,
     approximation: str = "l",
     curvature: Any = "none",
-    trace: str = "update",
     meta_first: bool = False,
     skip_nonfinite: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
@@ -174,7 +173,7 @@ def metaoptimize(
     Parameters
     ----------
     base, meta, step_size, meta_lr, discount, blocks, sigma, bounds, approximation, curvature, \
-    trace, meta_first, skip_nonfinite
+    meta_first, skip_nonfinite
         As `metaopt.MetaOptimize` takes them.
     lr : float, array of shape (), schedule, or mapping of leaf name to these, default 1.0
         Multiplies the learned step sizes: schedules, warm-up. A schedule is a function of the
@@ -240,7 +239,6 @@ def metaoptimize(
         bounds=bounds,
         approximation=approximation,
         curvature=curvature,
-        trace=trace,
         meta_first=meta_first,
         skip_nonfinite=skip_nonfinite,
     )

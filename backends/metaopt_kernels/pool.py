@@ -14,7 +14,8 @@ import numpy as np
 
 import metaopt as mo
 from metaopt.arrays import Leaves, cast, map_leaves, namespace, per_leaf, solid
-from metaopt.passes import Leaf, LeafStep, one_pass
+from metaopt.jets import Jet
+from metaopt.leaf import Leaf, one_pass
 from metaopt.plan import Plan
 from metaopt.rules.rule import scope_of
 from metaopt.tracer import UntraceableError
@@ -153,7 +154,6 @@ class Pool:
             beta=wide[plan.beta_dtype],
             per_weight=plan.blocks.partition.per_leaf
             or lies_per_weight(plan.shapes[name], plan.blocks.views[name]),
-            inject=self._config.trace,
             kept="average" if name in plan.averaged else "trace",
         )
 
@@ -314,40 +314,40 @@ class Pool:
 
     def _by_core(
         self, name: str, grad: Any, lr: Any, of_blocks: dict[str, Any]
-    ) -> tuple[Any, Any, LeafStep]:
-        """Return what the core's function on arrays returns for a leaf."""
+    ) -> tuple[Any, Leaf]:
+        """Return what the core's function on arrays returns for a leaf: products and next row."""
         plan, state, xp = self._plan, self.state, self._xp
         dtype, param = plan.dtypes[name], self._params[name]
         value, rate, meta_grad = (
             plan.blocks.expand_leaf(values, name, param.ndim) for values in of_blocks.values()
         )
-        return one_pass(
+        leaf = Leaf.of(
+            param,
+            state.slots[name],
+            state.count[name],
+            trace=state.trace.get(name),
+            average=state.average.get(name),
+        )
+        product, _, leaf = one_pass(
             plan.rules[name],
-            Leaf(
-                param,
-                grad,
-                state.slots[name],
-                state.count[name],
-                state.trace.get(name),
-                state.average.get(name),
-            ),
-            value,
-            rate,
+            leaf,
+            grad,
+            Jet(value, rate),
             lr=xp.asarray(lr, dtype=dtype),
             meta_grad=meta_grad,
             discount=xp.asarray(self._config.discount, dtype=dtype),
-            inject=self._config.trace,
         )
+        return product, leaf
 
-    def _written(self, name: str, param: Any, product: Any, step: LeafStep) -> Any:
-        """Write the step of a leaf; return its part of the meta-gradient."""
-        state = self.state
-        self._params[name][...] = param
-        for kept, new in ((state.trace, step.trace), (state.average, step.average)):
+    def _written(self, name: str, product: Any, leaf: Leaf) -> Any:
+        """Write the next row of a leaf; return its part of the meta-gradient."""
+        state, param = self.state, self._params[name]
+        param[...] = cast(leaf.param.value, param.dtype)
+        for kept, new in ((state.trace, leaf.param.first), (state.average, leaf.average)):
             if name in kept:
                 kept[name][...] = new
         for slot, array in state.slots[name].items():
-            array[...] = step.slots[slot]
+            array[...] = leaf.slots[slot].value
         state.count[name][...] += 1
         return self._plan.blocks.partial(product, name, self._plan.beta_dtype)
 

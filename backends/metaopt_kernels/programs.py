@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from metaopt.passes import Leaf, one_pass
+from metaopt.arrays import cast
+from metaopt.jets import Jet
+from metaopt.leaf import Leaf, one_pass
 from metaopt.tracer import Program, Scalar, UntraceableError
 
 __all__ = ["GIVEN", "ROW", "Spec", "Traced", "trace"]
@@ -28,8 +30,6 @@ class Spec:
         Dtypes of the parameter, its gradient, its state, and of what belongs to blocks.
     per_weight : bool
         Whether step sizes differ from weight to weight.
-    inject : {"update", "gradient"}
-        As in `metaopt.passes.one_pass`.
     kept : {"trace", "average"}
         Which of them the state has.
     """
@@ -40,7 +40,6 @@ class Spec:
     compute: str
     beta: str
     per_weight: bool
-    inject: str
     kept: str
 
 
@@ -87,21 +86,23 @@ def trace(spec: Spec) -> Traced:
 
     of_blocks = of_weight if spec.per_weight else of_block
     slots = {slot: f"slot{index}" for index, slot in enumerate(spec.rule.slots)}
-    leaf = Leaf(
-        param=of_weight("param", spec.param),
-        grad=of_weight("grad", spec.grad),
-        slots={slot: of_weight(name, spec.compute) for slot, name in slots.items()},
-        count=of_block("count", "int32"),
-        trace=None,
-    )
+    param, grad = of_weight("param", spec.param), of_weight("grad", spec.grad)
     kept: dict[str, Any] = {spec.kept: of_weight(spec.kept, spec.compute)}
-    leaf = leaf._replace(**kept)
-    inputs = {name: of_blocks(name, spec.beta) for name in ("value", "rate", "meta_grad")}
+    leaf = Leaf.of(
+        param,
+        {slot: of_weight(name, spec.compute) for slot, name in slots.items()},
+        of_block("count", "int32"),
+        **kept,
+    )
+    value, rate, meta_grad = (of_blocks(name, spec.beta) for name in ("value", "rate", "meta_grad"))
     more = {name: of_block(name, spec.compute) for name in ("lr", "discount")}
     try:
-        param, product, step = one_pass(spec.rule, leaf, **inputs, **more, inject=spec.inject)
-        written = {"param": param, spec.kept: getattr(step, spec.kept)} | {
-            name: step.slots[slot] for slot, name in slots.items()
+        product, _, leaf = one_pass(
+            spec.rule, leaf, grad, Jet(value, rate), meta_grad=meta_grad, **more
+        )
+        after = leaf.param.first if leaf.average is None else leaf.average
+        written = {"param": cast(leaf.param.value, spec.param), spec.kept: after} | {
+            name: leaf.slots[slot].value for slot, name in slots.items()
         }
         for name, result in (written | {"product": product}).items():
             if not isinstance(result, Scalar):

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from metaopt.passes import COMPENSATION, PEAK, RECOVERIES, SCALE
+from metaopt.meta import COMPENSATION, PEAK, RECOVERIES, SCALE
 from metaopt.plan import Plan, Spec
 from metaopt.rules import Rule
 from metaopt_torch.changes import Continued, copy_entries

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import metaopt as mo
-from metaopt.passes import usable
+from metaopt.leaf import usable
 from metaopt.plan import Spec
 from metaopt_torch.build import Built
 from metaopt_torch.leaf import TRACES

@@ -9,9 +9,10 @@ from torch import Tensor
 
 import metaopt as mo
 from metaopt.blocks import Blocks
-from metaopt.passes import begun, carried, meta_pass, usable
+from metaopt.jets import Jet
+from metaopt.leaf import usable
+from metaopt.meta import BlockRow, begun, carried, meta_step
 from metaopt.rules import Rule
-from metaopt.step_sizes import step_size_map
 from metaopt_torch.buckets import Bucket, Buckets
 from metaopt_torch.build import Built
 from metaopt_torch.compiler import Compiled, Eager, Once, in_chunks, placement
@@ -181,7 +182,7 @@ class HessianFree:
             leaf = bucket.leaves[0]
             rounding = self._rounding if leaf.param.dtype != leaf.dtype else "nearest"
             maximize = bool(leaf.group["maximize"])
-            kind = Kind(self._config.trace, maximize, rounding, bucket.summed_axes, bucket.whole)
+            kind = Kind(maximize, rounding, bucket.summed_axes, bucket.whole)
             if (make, kind) not in self._passes:
                 function = make(kind)
                 eager = function if bucket.whole else in_chunks(function)
@@ -236,29 +237,25 @@ def _meta(config: mo.MetaOptimize, blocks: Blocks, slots: Sequence[str]) -> Pass
 
     def run(rule: Rule, arrays: Arrays) -> None:
         z, beta = arrays["z"], arrays["beta"]
-        step = meta_pass(
+        row = BlockRow(Jet(beta), {slot: Jet(arrays[slot]) for slot in slots}, arrays["meta_count"])
+        row, restarts = meta_step(
             rule,
-            blocks,
-            step_size_map(config.sigma),
-            z,
-            beta,
-            {slot: arrays[slot] for slot in slots},
-            arrays["meta_count"],
-            arrays["restarts"],
+            config.sigma_map,
+            row,
+            Jet(z),
             meta_lr=config.meta_lr,
             bounds=config.limits(blocks, beta),
             present=arrays["present"],
-            beta_trace={},
-            held_trace={},
         )
         written = {
-            "beta": step.beta,
-            "meta_count": step.meta_count,
-            "restarts": step.restarts,
+            "beta": row.beta.value,
+            "meta_count": row.count,
+            "restarts": arrays["restarts"] + restarts,
             "meta_grad": z,
         }
+        written |= {slot: jet.value for slot, jet in row.slots.items()}
         accepted = arrays.get("accepted")
-        for name, new in (written | step.meta_slots).items():
+        for name, new in written.items():
             old = arrays[name]
             old.copy_(new if accepted is None else torch.where(accepted, new, old))
 

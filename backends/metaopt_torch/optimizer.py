@@ -32,7 +32,7 @@ class MetaOptimizer(BaseOptimizer):
         `block`: the name of the block that all its leaves share.
     base, meta : Rule
         The update of the weights, or several by name pattern, and that of the step sizes.
-    step_size, meta_lr, discount, blocks, sigma, bounds, approximation, curvature, trace, \
+    step_size, meta_lr, discount, blocks, sigma, bounds, approximation, curvature, \
 meta_first, skip_nonfinite, recover
         As for `metaopt.MetaOptimize`.
     lr : float or tensor, default 1.0
@@ -85,7 +85,6 @@ meta_first, skip_nonfinite, recover
         bounds: Any = None,
         approximation: str = "l",
         curvature: Any = "none",
-        trace: str = "update",
         meta_first: bool = False,
         skip_nonfinite: bool = False,
         recover: bool = False,
@@ -108,7 +107,6 @@ meta_first, skip_nonfinite, recover
             bounds=bounds,
             approximation=approximation,
             curvature=curvature,
-            trace=trace,
             meta_first=meta_first,
             skip_nonfinite=skip_nonfinite,
             recover=recover,

@@ -2,7 +2,7 @@
 
 A run of leaves is handed in as flat buffers, as rows that have a step size each, or as one whole
 leaf. What is
-computed is in `metaopt.passes`; here are the sums and the writes in place.
+computed is in `metaopt.leaf`; here are the sums and the writes in place.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from metaopt.passes import Leaf, fused_pass, has_average, leaf_pass, leaf_product
+from metaopt.jets import Jet
+from metaopt.leaf import Leaf, advance, has_average
+from metaopt.leaf import fused as fused_step
 from metaopt.rules import Rule
 from metaopt_torch.hyperparameters import with_arrays
 from metaopt_torch.rounding import lost, rounded
@@ -32,7 +34,6 @@ class Kind:
 
     Parameters
     ----------
-    inject : {"update", "gradient"}
     maximize : bool
         Step along the gradient and not against it.
     rounding : {"nearest", "stochastic", "kahan"}
@@ -43,7 +44,6 @@ class Kind:
         Whether they are one leaf in its own shape, and not to be cut.
     """
 
-    inject: str
     maximize: bool
     rounding: str
     axes: tuple[int, ...] | None
@@ -59,12 +59,11 @@ def fused(kind: Kind) -> Pass:
     """
 
     def run(rule: Rule, arrays: Arrays) -> Tensor:
-        given = _given(kind, rule, arrays)
-        product, step = fused_pass(*given, **_options(kind, arrays))
+        product, _, leaf = fused_step(*_given(kind, rule, arrays), **_options(arrays))
         # as_strided makes Inductor fuse this sum into the loop that overwrites the average or the
         # trace; without it the sum is a second loop over memory
         product = product.as_strided(product.shape, product.stride())
-        _write(kind, arrays, given[1], step)
+        _write(kind, arrays, leaf)
         return _by_block(kind, product)
 
     return run
@@ -82,7 +81,7 @@ def products(kind: Kind) -> Pass:
             trace = torch.where(has_average(arrays["count"]), trace, 0.0)
         else:
             trace = arrays["trace"]
-        product = leaf_product(trace, _gradient(kind, arrays))
+        product = trace * _gradient(kind, arrays)
         refused = torch.any(torch.logical_not(torch.isfinite(arrays["grad"])))
         return _by_block(kind, product), refused
 
@@ -96,10 +95,14 @@ def moved(kind: Kind) -> Pass:
     """
 
     def run(rule: Rule, arrays: Arrays) -> None:
-        given, options = _given(kind, rule, arrays), _options(kind, arrays)
-        if "average" in arrays:
-            options["keep"] = options["keep"] & has_average(arrays["count"])
-        _write(kind, arrays, given[1], leaf_pass(*given, **options))
+        rule, leaf, grad, alpha = _given(kind, rule, arrays)
+        options = _options(arrays)
+        if leaf.average is not None:
+            options["mask"] = options["mask"] & has_average(leaf.count)
+            param = leaf.param.value
+            leaf = leaf._replace(param=Jet(param, param - leaf.average))
+        _, leaf = advance(rule, leaf, Jet(grad), alpha, **options)
+        _write(kind, arrays, leaf)
 
     return run
 
@@ -121,30 +124,32 @@ def _kept(arrays: Arrays) -> Tensor:
     return arrays["average"] if "average" in arrays else arrays["trace"]
 
 
-def _given(kind: Kind, rule: Rule, arrays: Arrays) -> tuple[Any, ...]:
-    """Return the positional arguments of the core's passes."""
+def _given(kind: Kind, rule: Rule, arrays: Arrays) -> tuple[Rule, Leaf, Tensor, Jet[Any]]:
+    """Return what the core's passes take: rule, row, gradient and step size."""
     wide = arrays["param"].to(_kept(arrays).dtype)
     if "compensation" in arrays:
         wide = wide + arrays["compensation"]
     rule = with_arrays(rule, arrays)
     slots = {slot: arrays[slot] for slot in rule.slots}
-    kept = arrays.get("trace"), arrays.get("average")
-    leaf = Leaf(wide, _gradient(kind, arrays), slots, arrays["count"], *kept)
-    return rule, leaf, arrays["lr"], arrays.get("lr_trace", arrays["lr"])
+    leaf = Leaf.of(
+        wide, slots, arrays["count"], trace=arrays.get("trace"), average=arrays.get("average")
+    )
+    alpha = Jet(arrays["lr"], arrays.get("lr_trace", arrays["lr"]))
+    return rule, leaf, _gradient(kind, arrays), alpha
 
 
-def _options(kind: Kind, arrays: Arrays) -> dict[str, Any]:
-    return {"keep": arrays["keep"], "discount": arrays["discount"], "inject": kind.inject}
+def _options(arrays: Arrays) -> dict[str, Any]:
+    return {"mask": arrays["keep"], "discount": arrays["discount"]}
 
 
-def _write(kind: Kind, arrays: Arrays, leaf: Leaf, step: Any) -> None:
-    """Write a step into the buffers; where it is not accepted they keep what they hold."""
+def _write(kind: Kind, arrays: Arrays, leaf: Leaf) -> None:
+    """Write the next row into the buffers; of a step not accepted they keep what they hold."""
     param, accepted = arrays["param"], arrays.get("accepted")
-    new = leaf.param - step.delta
+    new = leaf.param.value
     narrow = rounded(new, param.dtype, kind.rounding)
-    kept = step.trace if step.average is None else step.average
+    kept: Any = leaf.param.first if leaf.average is None else leaf.average
     pairs = [(param, narrow), (_kept(arrays), kept)]
-    pairs += [(arrays[slot], value) for slot, value in step.slots.items()]
+    pairs += [(arrays[slot], jet.value) for slot, jet in leaf.slots.items()]
     if "compensation" in arrays:
         pairs.append((arrays["compensation"], lost(new, narrow)))
     for old, value in pairs:

@@ -15,7 +15,6 @@ from metaopt_kernels import MetaOptimizer
 import metaopt as mo
 from benchmarks.contenders import Contender, Shapes
 from benchmarks.contenders.plain import PlainSteps
-from metaopt.rules.move import move
 
 NOTE = (
     "the same rule at a fixed step size, in NumPy; for rows through numba torch's fused AdamW, or "
@@ -70,7 +69,8 @@ def plain_step(rule: Any, grads: dict[str, Any]) -> Callable[[], None]:
         count += 1
         for name, grad in grads.items():
             direction, slots[name] = rule.direction(grad, slots[name], np.asarray(count, "float32"))
-            params[name] = params[name] - move(params[name], direction, lr, rule.weight_decay).delta
+            step = direction + rule.weight_decay * params[name] if rule.weight_decay else direction
+            params[name] = params[name] - lr * step
 
     return step
 

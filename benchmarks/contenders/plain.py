@@ -8,7 +8,6 @@ from metaopt_kernels.memory import address
 from metaopt_kernels.pool import Group
 from metaopt_kernels.programs import ROW, Spec, Traced
 
-from metaopt.rules.move import move
 from metaopt.tracer import Program, Scalar
 
 __all__ = ["PlainSteps"]
@@ -25,8 +24,8 @@ def traced(rule: Any) -> Traced:
     lr, count = (program.variable(name, "float32", varies=False) for name in ("lr", "discount"))
     inner = {slot: arrays[name] for slot, name in slots.items()}
     direction, after = rule.direction(arrays["grad"], inner, count)
-    delta = move(arrays["param"], direction, lr, rule.weight_decay).delta
-    written: dict[str, Scalar] = {"param": arrays["param"] - delta}
+    step = direction + rule.weight_decay * arrays["param"]
+    written: dict[str, Scalar] = {"param": arrays["param"] - lr * step}
     written |= {name: after[slot] for slot, name in slots.items()}
     nothing = program.constant(0.0, "float32")
     used = program.prune(written.values())
@@ -58,7 +57,7 @@ class PlainSteps:
         self._group = Group(
             names=list(grads),
             weights=sum(grad.size for grad in grads.values()),
-            spec=Spec(rule, "float32", "float32", "float32", "float32", False, "update", "trace"),
+            spec=Spec(rule, "float32", "float32", "float32", "float32", False, "trace"),
             fixed=engine.table(np.ascontiguousarray(fixed)),
             counts=xp.zeros(leaves, dtype=xp.int32),
             chunks=engine.table(table),

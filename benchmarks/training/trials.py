@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Never
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,11 +46,6 @@ class Clipped:
         own = {slot: slots[slot] for slot in self.rule.slots}
         direction, new = self.rule.direction(clipped, own, count)
         return direction, {**new, "mean_sq": self.beta * mean_sq + (1.0 - self.beta) * grad * grad}
-
-    def without_momentum(self) -> Never:
-        """Raise: it is no base update."""
-        msg = "`Clipped` is a meta update; it has no form without momentum."
-        raise ValueError(msg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +92,3 @@ class Offsets:
             total = total + speed * direction
             new |= {f"{of}.{slot}": value for slot, value in moved.items()}
         return total, new
-
-    def without_momentum(self) -> Never:
-        """Raise: it is no base update."""
-        msg = "`Offsets` is a meta update; it has no form without momentum."
-        raise ValueError(msg)

@@ -42,7 +42,6 @@ OPTIONS: Mapping[str, Sequence[Any]] = {
     "bias_correction": (True, False),
     "delayed": (False, True),
     "meta_first": (False, True),
-    "trace": ("update", "gradient"),
     "step_size": ("one", "each"),
     "bounds": ("none", "all", "one", "upper"),
     "lr": ("constant", "schedule", "by name", "arrays"),
@@ -108,7 +107,6 @@ class Case:
     delayed: bool = False
     start: str = "usual"
     meta_first: bool = False
-    trace: str = "update"
     step_size: str = "one"
     bounds: str = "none"
     lr: str = "constant"
@@ -240,10 +238,6 @@ class Case:
             return "delayed RMSprop needs eps above 0"
         if self.approximation == "full" and (self.curvature != "exact" or self.meta_first):
             return "approximation full needs curvature exact, and no meta_first"
-        if self.trace == "gradient" and (
-            self.curvature != "none" or self.delayed or self.base == "Lion"
-        ):
-            return "trace gradient needs curvature none, and neither delayed nor base Lion"
         if self.curvature == "rectified" and self.base != "SGD":
             return f"curvature rectified needs base SGD, not {self.base}"
         if self.step_size == "each" and self.blocks == "scalar":
@@ -299,7 +293,6 @@ def _opt(case: Case) -> mo.MetaOptimize:
         curvature=mo.curvature.Diagonal(rectified=True)
         if case.curvature == "rectified"
         else case.curvature,
-        trace=case.trace,
         meta_first=case.meta_first,
         skip_nonfinite=case.skip_nonfinite,
     )

@@ -52,7 +52,6 @@ class Config:
     approximation : {"l", "2x2", "full"}
     curvature : {"none", "diagonal", "exact"}
     rectified : bool
-    trace : {"update", "gradient"}
     meta_first, skip_nonfinite : bool
     largest : float
         Meta-gradients from here on count as not finite (section 11).
@@ -69,7 +68,6 @@ class Config:
     approximation: str = "l"
     curvature: str = "none"
     rectified: bool = False
-    trace: str = "update"
     meta_first: bool = False
     skip_nonfinite: bool = False
     largest: float = 2.0**511
@@ -324,8 +322,6 @@ def base_traces(
     alpha = lr * config.sigma.value(beta)[config.block_of]
     alpha_trace = (lr * config.sigma.first(beta)[config.block_of])[:, None] * B[config.block_of]
     followed = _directions(config, state, grad)[0] + kappa * state.w
-    if config.trace == "gradient":
-        followed = _without_momentum(config, state, grad)
     retain = 1.0 - kappa * alpha
     u_trace = _chain((d.u_g, grad_trace), (d.u_m, hatted.M), (d.u_v, hatted.V))
     if config.rectified:  # the diagonal is capped: min(alpha d, 1 - kappa alpha), section 12
@@ -524,18 +520,6 @@ def _derivatives(kind: Any, of: Any, config: Config, state: State, grad: Vector)
             for name in kind.__dataclass_fields__
         }
     )
-
-
-def _without_momentum(config: Config, state: State, grad: Vector) -> Vector:
-    """Return u0 of section 10: g for SGD, g / (sqrt(v' / cv) + eps) for RMSprop and AdamW."""
-
-    def plain(rule: Update, at: slice) -> Vector:
-        if rule.kind == "sgd":
-            return grad[at]
-        rmsprop = replace(rule, kind="rmsprop")
-        return direction(rmsprop, grad[at], state.m[at], state.v[at], state.count[at] + 1)[0]
-
-    return _by_leaf(config, plain)
 
 
 def _by_leaf(config: Config, of: Any) -> Vector:

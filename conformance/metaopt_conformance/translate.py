@@ -9,6 +9,7 @@ import numpy as np
 
 import metaopt as mo
 from metaopt.arrays import map_leaves, to_numpy
+from metaopt.jets import Jet
 from metaopt_conformance.oracle import Config, Matrix, State
 from metaopt_conformance.table import sigma_of, update_of
 from metaopt_conformance.updates import Vector
@@ -62,13 +63,15 @@ def flat(arrays: Mapping[str, Any], shapes: Shapes, to_numpy: Any = to_numpy) ->
 def contents(tree: Any, to_numpy: Any = to_numpy) -> Any:
     """Return names, order, dtypes, shapes and bits of all arrays, to compare with `==`.
 
-    Of states, mappings and lists of arrays, numbers and None.
+    Of states, jets, mappings and sequences of arrays, numbers and None.
     """
     if isinstance(tree, mo.State):
         return contents(vars(tree), to_numpy)
+    if isinstance(tree, Jet):
+        return contents([tree.value, tree.first, tree.second], to_numpy)
     if isinstance(tree, Mapping):
         return [(name, contents(value, to_numpy)) for name, value in tree.items()]
-    if isinstance(tree, list):
+    if isinstance(tree, list | tuple):
         return [contents(value, to_numpy) for value in tree]
     if tree is None or isinstance(tree, float):
         return tree
@@ -146,7 +149,6 @@ def config_of(opt: mo.MetaOptimize, shapes: Shapes, largest: float = 2.0**511) -
         approximation=opt.approximation,
         curvature=getattr(kind, "kind", kind),
         rectified=getattr(kind, "rectified", False),
-        trace=opt.trace,
         meta_first=opt.meta_first,
         skip_nonfinite=opt.skip_nonfinite,
         largest=largest,

@@ -5,13 +5,11 @@ from typing import Any, ClassVar, Self
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import divide, one_minus_power, reciprocal
-from metaopt.rules.rmsprop import RMSprop
 from metaopt.rules.rule import (
     Slots,
     decay_rates,
     not_negative,
     optional_eps,
-    refuse_delayed,
     settle,
 )
 from metaopt.rules.second_moment import EPS, Squares, acting
@@ -103,8 +101,3 @@ class AdamW(TwoMoments):
         used, steps = (slots, count - 1.0) if self.delayed else (moments, count)
         mean = used["exp_avg"] * reciprocal(one_minus_power(self.betas[0], steps))
         return self._over_root(mean, used, steps), moments
-
-    def without_momentum(self) -> RMSprop:
-        """Return RMSprop with this rule's second moment."""
-        refuse_delayed(self)
-        return RMSprop(beta2=self.betas[1], eps=self.eps, weight_decay=self.weight_decay)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Never
+from typing import ClassVar
 
 import numpy as np
 
@@ -126,8 +126,3 @@ class FastStart:
         """Return this with its rule as that acts in the role."""
         rule = in_role(self.rule, role)
         return self if rule is self.rule else replace(self, rule=rule)
-
-    def without_momentum(self) -> Never:
-        """Raise: it is no base update."""
-        msg = "`FastStart` is a meta update; it has no form without momentum."
-        raise ValueError(msg)

@@ -1,7 +1,7 @@
 """Lion."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Never
+from typing import ClassVar
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import sign
@@ -61,8 +61,3 @@ class Lion:
         exp_avg = slots["exp_avg"]
         direction = sign(interpolation * exp_avg + (1.0 - interpolation) * grad)
         return direction, {"exp_avg": decay * exp_avg + (1.0 - decay) * grad}
-
-    def without_momentum(self) -> Never:
-        """Raise: the sign leaves nothing to follow without the moment."""
-        msg = '`trace="gradient"` is not defined for Lion; use `trace="update"`.'
-        raise ValueError(msg)

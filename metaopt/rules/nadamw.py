@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import one_minus_power, reciprocal
-from metaopt.rules.adamw import AdamW, TwoMoments
-from metaopt.rules.rmsprop import RMSprop
+from metaopt.rules.adamw import TwoMoments
 from metaopt.rules.rule import Slots
 
 __all__ = ["NAdamW"]
@@ -54,8 +53,3 @@ class NAdamW(TwoMoments):
         now = (1.0 - beta1) * reciprocal(one_minus_power(beta1, count))
         mean = moments["exp_avg"] * ahead + grad * now
         return self._over_root(mean, moments, count), moments
-
-    def without_momentum(self) -> RMSprop:
-        """Return RMSprop with this rule's second moment."""
-        plain = AdamW(betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
-        return plain.without_momentum()

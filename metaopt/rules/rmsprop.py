@@ -10,7 +10,6 @@ from metaopt.rules.rule import (
     decay_rate,
     not_negative,
     optional_eps,
-    refuse_delayed,
     settle,
 )
 from metaopt.rules.second_moment import EPS, Squares, acting
@@ -87,8 +86,3 @@ class RMSprop:
     def in_role(self, role: str) -> "RMSprop":
         """Return the rule as it acts on weights ("base") or on beta ("meta"); section 6."""
         return acting(self, role)
-
-    def without_momentum(self) -> "RMSprop":
-        """Return this rule; it has no momentum."""
-        refuse_delayed(self)
-        return self

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from metaopt.arrays import ArrayT, Shape, is_number
 from metaopt.jets import Jet
 
-__all__ = ["Rule", "Slots", "scope_of", "slot_shapes"]
+__all__ = ["Rule", "Slots", "in_role", "scope_of", "slot_shapes"]
 
 Slots: TypeAlias = Mapping[str, ArrayT]
 
@@ -61,16 +61,6 @@ class Rule(Protocol):
         slots : mapping of slot name to array
         count : array, shape (), dtype of `grad`
             Number of this step, the first being 1.
-        """
-        ...
-
-    def without_momentum(self) -> Self | Any:
-        """Return the rule whose direction is u0 of `trace="gradient"`, section 10.
-
-        Raises
-        ------
-        ValueError
-            If the rule has no such form.
         """
         ...
 
@@ -279,10 +269,3 @@ def settle(rule: Any, **fields: Any) -> None:
     """Set fields of a frozen rule while it is being made."""
     for name, value in fields.items():
         object.__setattr__(rule, name, value)
-
-
-def refuse_delayed(rule: Any) -> None:
-    """Raise for a rule with delayed moments, which has no form without momentum."""
-    if rule.delayed:
-        msg = f'`trace="gradient"` is not defined for delayed moments; got {rule!r}.'
-        raise ValueError(msg)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from metaopt.arrays import ArrayT
-from metaopt.rules.rule import Slots, decay_rate, not_negative, refuse_delayed, settle
+from metaopt.rules.rule import Slots, decay_rate, not_negative, settle
 
 __all__ = ["SGD"]
 
@@ -74,8 +74,3 @@ class SGD:
             return grad, {}
         exp_avg = self.momentum * slots["exp_avg"] + (1.0 - self.momentum) * grad
         return slots["exp_avg"] if self.delayed else exp_avg, {"exp_avg": exp_avg}
-
-    def without_momentum(self) -> "SGD":
-        """Return the rule whose direction is the gradient."""
-        refuse_delayed(self)
-        return SGD(weight_decay=self.weight_decay)

@@ -75,9 +75,6 @@ class Plain:
     ) -> tuple[ArrayT, dict[str, ArrayT]]:
         return grad, {}
 
-    def without_momentum(self) -> "Plain":
-        return self
-
 
 class NoRule:
     slots: tuple[str, ...] = ()
