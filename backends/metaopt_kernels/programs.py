@@ -87,13 +87,9 @@ def trace(spec: Spec) -> Traced:
     of_blocks = of_weight if spec.per_weight else of_block
     slots = {slot: f"slot{index}" for index, slot in enumerate(spec.rule.slots)}
     param, grad = of_weight("param", spec.param), of_weight("grad", spec.grad)
+    moments = {slot: of_weight(name, spec.compute) for slot, name in slots.items()}
     kept: dict[str, Any] = {spec.kept: of_weight(spec.kept, spec.compute)}
-    leaf = Leaf.of(
-        param,
-        {slot: of_weight(name, spec.compute) for slot, name in slots.items()},
-        of_block("count", "int32"),
-        **kept,
-    )
+    leaf = Leaf.of(param, moments, of_block("count", "int32"), **kept)
     value, rate, meta_grad = (of_blocks(name, spec.beta) for name in ("value", "rate", "meta_grad"))
     more = {name: of_block(name, spec.compute) for name in ("lr", "discount")}
     try:
