@@ -151,7 +151,6 @@ def test_a_first_gradient_that_is_not_finite_leaves_no_mark_in_moments() -> None
     [
         ({"curvature": "diagonal"}, "curvature"),
         ({"sigma": "softplus"}, "sigma"),
-        ({"trace": "gradient"}, "trace"),
         ({"skip_nonfinite": True}, "skip_nonfinite"),
     ],
     ids=str,
