@@ -186,7 +186,6 @@ def test_compiled_passes_go_on_from_a_projection() -> None:
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"blocks": "weight"},
-    {"trace": "gradient"},
     {"sigma": "softplus"},
     {"curvature": "diagonal"},
     {"curvature": "exact", "blocks": "tensor"},
