@@ -19,7 +19,6 @@ import numpy as np
 
 import metaopt as mo
 from benchmarks.small_tasks import SmallTasks, stuck
-from metaopt import meta
 
 __all__ = ["main"]
 
@@ -39,7 +38,7 @@ def counted(tasks: SmallTasks, seeds: int) -> dict[tuple[float, str, float], tup
         )
         runs, least = 0, np.inf
         for seed in range(1, seeds + 1):
-            with mock.patch.object(meta, "COLLAPSE", collapse):
+            with mock.patch.object(mo.meta, "COLLAPSE", collapse):
                 params, sizes = tasks.run(opt, tasks.start, STEPS, seed)
             runs += int(np.sum(stuck(tasks, mo.AdamW(), params, sizes, seed)))
             least = min(least, float(np.min(sizes)))
