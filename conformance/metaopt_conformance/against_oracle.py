@@ -84,6 +84,10 @@ def single_steps(under: Under, case: Case) -> float:
                     if key == "H":
                         slack = (slack + _of_average(case, state, want))[:, None]
                     got = tolerances.without(slack, got, value)
+                if key == "B":
+                    got = tolerances.without(
+                        allowed * _cancelled(case, t - 1, before, want), got, value
+                    )
                 firm = firm_of.get(key, ...)
                 got, value = np.asarray(got)[firm], np.asarray(value)[firm]
                 if case.faulty != "nothing":
@@ -143,6 +147,27 @@ def _of_average(case: Case, state: mo.State, want: oracle.State) -> Any:
         if name in state.average:
             slack[at] = tolerances.distance(case.dtype_of(name), want.w[at], want.H[at].sum(axis=1))
     return slack
+
+
+def _cancelled(case: Case, t: int, before: oracle.State, after: oracle.State) -> Any:
+    """Return the terms of Y that may cancel, without their signs.
+
+    In its first steps a meta update that divides by the root of z squared has a direction of 1 or
+    -1, whose derivative is 0: the difference of two terms that are the larger the smaller z is.
+    """
+    rule = config(case).meta
+    if not rule.has_v:
+        return np.zeros_like(after.B)
+    hessian = case.hessian(t, before.w)
+    if case.curvature in ("diagonal", "rectified"):
+        hessian = np.diag(case.hessian_diagonal(t, before.w))
+    # where there is none the direction is 0, and a curvature that is not finite is none
+    seen = np.where(np.isfinite(hessian), np.abs(hessian), 0.0)
+    trace = np.where(np.isfinite(before.H), np.abs(before.H), 0.0)
+    correction = 1.0 - rule.decay_sq ** np.maximum(after.meta_count, 1.0)
+    root = np.sqrt(after.meta_v / (correction if rule.bias_correction else 1.0)) + rule.eps
+    scale = np.divide(1.0, root, out=np.zeros_like(root), where=(root > 0.0) & np.isfinite(root))
+    return config(case).meta_lr * rule.factor * scale[:, None] * (trace.T @ seen @ trace)
 
 
 def _size(case: Case, t: int, before: oracle.State, after: oracle.State, key: str) -> float:
