@@ -60,7 +60,7 @@ def save(path: str | os.PathLike[str], opt: MetaOptimize, state: State) -> None:
     ValueError, TypeError
         If `state` is not one of `opt`.
     """
-    opt._plan_of(state)
+    opt.plan_of(state)
     config, arrays = _config(opt)
     header = {
         "format": _FORMAT,

@@ -166,11 +166,15 @@ def fused(
 
     Parameters
     ----------
-    rule, leaf, alpha, discount
+    rule, leaf
         As in `advance`; where the row has an average, the trace is taken from it here.
     grad : array like the weights, compute dtype
+    alpha
+        As in `advance`.
     mask : boolean array broadcastable to the leaf, or None for everywhere
         Where the meta-gradient of the step before was `usable`.
+    discount
+        As in `advance`.
     """
     param = leaf.param
     if leaf.average is None:

@@ -1,45 +1,25 @@
 """MetaOptimize: a base update, and a meta update that tunes its step sizes."""
 
-import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from metaopt import inputs
+from metaopt import inputs, start
 from metaopt import step as parts
-from metaopt.arrays import (
-    Array,
-    Leaves,
-    at_hand,
-    cast,
-    filled,
-    home,
-    kind_of,
-    map_leaves,
-    namespace,
-    per_leaf,
-    solid,
-    to_numpy,
-)
-from metaopt.blocks import Blocks, Partition, partition
-from metaopt.curvature import Curvature, Diagonal, curvature
+from metaopt.arrays import Array, Leaves, cast, kind_of, map_leaves, namespace, per_leaf, solid
+from metaopt.configuration import Configuration
+from metaopt.diagnostics import diagnostics, named
 from metaopt.leaf import Leaf, has_average
-from metaopt.meta import COLLAPSE, PEAK, RECOVERIES, begun, pinned
-from metaopt.plan import Following, Plan, following, make_plan, rules_by_leaf
+from metaopt.meta import begun
+from metaopt.plan import Plan
 from metaopt.projection import JVP, pushed
 from metaopt.recovery import recovered
-from metaopt.rules.rule import Rule, in_role
-from metaopt.rules.sgd import SGD
 from metaopt.state import State
-from metaopt.step_sizes import StepSizeMap, is_exponential, step_size_map
 
 __all__ = ["MetaOptimize"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class MetaOptimize:
+class MetaOptimize(Configuration):
     r"""Wraps a base update and adapts its step sizes online with a meta update.
 
     docs/mathematics.md sections 2 to 11. An instance is a configuration; what changes is in the
@@ -92,8 +72,8 @@ class MetaOptimize:
 
     Examples
     --------
-    >>> import numpy as np
-    >>> opt = MetaOptimize(base=SGD(), meta=SGD(), step_size=0.1, meta_lr=0.01)
+    >>> import numpy as np, metaopt as mo
+    >>> opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.1, meta_lr=0.01)
     >>> params = {"w": np.array([3.0, -2.0])}
     >>> state = opt.init(params)
     >>> for _ in range(100):
@@ -102,239 +82,6 @@ class MetaOptimize:
     >>> bool(abs(params["w"]).max() < 1e-3)
     True
     """
-
-    base: Rule | Mapping[str, Rule]
-    meta: Rule
-    step_size: float | Mapping[str, Any] = 1e-4
-    meta_lr: float = 1e-3
-    discount: float = 1.0
-    blocks: str | Mapping[str, Any] | Partition = "scalar"
-    sigma: str | StepSizeMap = "exp"
-    bounds: tuple[float, float] | Mapping[str, Any] | None = None
-    approximation: str = "l"
-    curvature: str | Curvature = "none"
-    meta_first: bool = False
-    skip_nonfinite: bool = False
-    recover: bool = False
-
-    _partition: Partition = field(init=False, repr=False, compare=False)
-    _sigma: StepSizeMap = field(init=False, repr=False, compare=False)
-    _curvature: Curvature = field(init=False, repr=False, compare=False)
-    _beta_bounds: Any = field(init=False, repr=False, compare=False)
-    _plans: dict[Any, Plan] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        inputs.check_rules(self.base, self.meta)
-        meta_lr = inputs.hyperparameter("meta_lr", self.meta_lr, 0.0)
-        discount = inputs.hyperparameter("discount", self.discount, 0.0, 1.0)
-        inputs.check_choice("approximation", self.approximation, ("l", "2x2", "full"))
-        inputs.check_flag("meta_first", self.meta_first)
-        inputs.check_flag("skip_nonfinite", self.skip_nonfinite)
-        inputs.check_flag("recover", self.recover)
-        sigma, kind = step_size_map(self.sigma), curvature(self.curvature)
-        inputs.check_bounds(self.bounds, sigma.range)
-        sizes = self.step_size
-        for key, size in sizes.items() if isinstance(sizes, Mapping) else [(None, sizes)]:
-            name = "step_size" if key is None else f"step_size[{key!r}]"
-            inputs.check_step_size(name, size, sigma.range, self._bounds_of(key))
-        if self.recover:
-            for option, fits in (
-                ('`curvature` "none"', kind.kind == "none"),
-                ('`sigma` "exp"', is_exponential(sigma)),
-                ("`skip_nonfinite` False", not self.skip_nonfinite),
-            ):
-                if not fits:
-                    name = option.split("`")[1]
-                    msg = f"`recover` needs {option}; got {getattr(self, name)!r}."
-                    raise ValueError(msg)
-        if self.approximation == "full" and (kind.kind != "exact" or self.meta_first):
-            what = (
-                f'`curvature` "exact"; got {self.curvature!r}'
-                if kind.kind != "exact"
-                else "`meta_first` False; got True"
-            )
-            msg = f'`approximation="full"` needs {what}.'
-            raise ValueError(msg)
-        if kind.kind != "none":
-            inputs.check_derivatives(self.base, None if self.approximation == "l" else self.meta)
-        if isinstance(kind, Diagonal) and kind.rectified:
-            for rule in self._rules():
-                if not isinstance(rule, SGD) or rule.slots:
-                    msg = (
-                        "`curvature` Diagonal(rectified=True) needs SGD without momentum as "
-                        f"`base`; got {rule!r}."
-                    )
-                    raise ValueError(msg)
-        settled = {
-            "base": _in_base_role(self.base),
-            "meta": in_role(self.meta, "meta"),
-            "step_size": {key: _size(size) for key, size in sizes.items()}
-            if isinstance(sizes, Mapping)
-            else _size(sizes),
-            "bounds": _floats(self.bounds),
-            "blocks": {
-                group: tuple(patterns) if isinstance(patterns, list) else patterns
-                for group, patterns in self.blocks.items()
-            }
-            if isinstance(self.blocks, Mapping)
-            else self.blocks,
-            "meta_lr": meta_lr,
-            "discount": discount,
-            "_partition": partition(self.blocks),
-            "_sigma": sigma,
-            "_curvature": kind,
-            "_beta_bounds": {key: _bounds_of_beta(sigma, pair) for key, pair in self.bounds.items()}
-            if isinstance(self.bounds, Mapping)
-            else _bounds_of_beta(sigma, self.bounds),
-            "_plans": {},
-        }
-        for name, value in settled.items():
-            object.__setattr__(self, name, value)
-
-    def __eq__(self, other: object) -> bool:
-        """Return whether the other is the same configuration; step sizes may be arrays."""
-        if not isinstance(other, MetaOptimize):
-            return NotImplemented
-        return all(
-            _equal(getattr(self, option.name), getattr(other, option.name))
-            for option in fields(self)
-            if option.init
-        )
-
-    def _bounds_of(self, key: str | None) -> dict[str, Any]:
-        """Return the bounds by name that hold for a block; for all blocks where `key` is None."""
-        if not isinstance(self.bounds, Mapping):
-            return {"bounds": self.bounds}
-        return {
-            f"bounds[{name!r}]": pair
-            for name, pair in self.bounds.items()
-            if key is None or key == name
-        }
-
-    def limits(self, blocks: Blocks, beta: Any) -> tuple[Any, Any]:
-        """Return the bounds on beta, values per block, as `metaopt.meta.meta_step` takes them."""
-        if not isinstance(self._beta_bounds, Mapping):
-            return self._beta_bounds
-        like = next(iter(beta.values())) if isinstance(beta, Mapping) else beta
-        return tuple(
-            blocks.from_names(
-                {
-                    key: filled(like, (), self._beta_bounds.get(key, self._sigma.beta_range)[end])
-                    for key in blocks.families
-                }
-            )
-            for end in (0, 1)
-        )
-
-    def _pinned(self, blocks: Blocks, beta: Any) -> Any:
-        lo, hi = self.limits(blocks, beta)
-        if not isinstance(beta, Mapping):
-            return pinned(beta, lo, hi)
-        return {
-            name: pinned(
-                piece, *(end[name] if isinstance(end, Mapping) else end for end in (lo, hi))
-            )
-            for name, piece in beta.items()
-        }
-
-    @property
-    def sigma_map(self) -> StepSizeMap:
-        """The map that `sigma` names or is."""
-        return self._sigma
-
-    @property
-    def rectified(self) -> bool:
-        """Whether the diagonal of the Hessian is capped as in IDBD."""
-        return isinstance(self._curvature, Diagonal) and self._curvature.rectified
-
-    def slopes(self, beta: Any) -> tuple[Any, Any]:
-        """Return the step sizes and their derivative at `beta`, values per block (section 8).
-
-        The second is the very object of the first where the two are equal.
-        """
-        sizes = parts.sizes_of(self._sigma, beta)
-        return sizes.value, sizes.first
-
-    def _rules(self) -> list[Rule]:
-        return list(self.base.values()) if isinstance(self.base, Mapping) else [self.base]
-
-    def plan(self, params: Mapping[str, Array], traced: Iterable[str] = ()) -> Plan:
-        """Return what this configuration means for `params`: their rules, blocks and dtypes.
-
-        Only names, shapes and dtypes are looked at; the result is kept for the next call.
-
-        Parameters
-        ----------
-        params : mapping of leaf name to array
-        traced : iterable of str, default none
-            Leaves of which a state has traces even where averages could stand for them: that of
-            narrower weights, which are handed over in the compute dtype.
-
-        Raises
-        ------
-        ValueError
-            If patterns or a partition do not fit, or dense traces would be too large.
-        TypeError
-            If `params` are not arrays of one library.
-        """
-        return self._plan(
-            inputs.library(params),
-            per_leaf((name, tuple(param.shape)) for name, param in params.items()),
-            per_leaf((name, param.dtype) for name, param in params.items()),
-            frozenset(traced),
-        )
-
-    def _plan(
-        self, xp: Any, shapes: Leaves[Any], dtypes: Leaves[Any], traced: frozenset[str]
-    ) -> Plan:
-        leaves = (xp.__name__, tuple(shapes.items()), tuple(dtypes.values()))
-        key = (*leaves, traced)
-        if key not in self._plans:
-            rules = rules_by_leaf(self.base, shapes)
-            plan = make_plan(
-                xp,
-                shapes,
-                dtypes,
-                rules=rules,
-                meta=self.meta,
-                partition=self._partition,
-                follow=self._following(rules),
-                traced=traced,
-                recover=self.recover,
-            )
-            if self.recover and len(plan.averaged) < len(shapes):
-                name = next(name for name in shapes if name not in plan.averaged)
-                msg = (
-                    f"`recover` needs parameters of float32 or wider; got `params[{name!r}]` of "
-                    f"{dtypes[name]}, or a state that has its trace."
-                )
-                raise ValueError(msg)
-            inputs.check_blocks("bounds", self.bounds, plan.blocks.families)
-            self._plans[key] = plan
-            # also as the plan of its own states, which `step` looks for, maybe while it is compiled
-            self._plans[*leaves, frozenset(plan.state["trace"])] = plan
-        return self._plans[key]
-
-    def _following(self, rules: Leaves[Rule]) -> Following:
-        return following(
-            rules,
-            self.meta,
-            self._curvature,
-            self.approximation,
-            self.discount,
-            whole=is_exponential(self._sigma),
-        )
-
-    def _plan_of(self, state: State) -> Plan:
-        """Return the plan of the params that `state` belongs to, or raise if it is not of this."""
-        inputs.check_is_state(state)
-        kept = inputs.averages_and_traces(state)
-        columns = self._following(rules_by_leaf(self.base, kept)).curvature == "exact"
-        shapes = per_leaf((name, tuple(array.shape[columns:])) for name, array in kept.items())
-        dtypes = per_leaf((name, array.dtype) for name, array in kept.items())
-        plan = self._plan(namespace(state.step), shapes, dtypes, frozenset(state.trace))
-        inputs.check_state(state, plan)
-        return plan
 
     def init(self, params: Mapping[str, Array]) -> State:
         """Return the state at the start of a run.
@@ -352,44 +99,11 @@ class MetaOptimize:
             If patterns, blocks or `step_size` do not fit the names or shapes.
         """
         inputs.check_params(params)
-        plan = self.plan(params)
-        like = next(iter(params.values()))
-        parts = {name: _zeros(spec, like, params) for name, spec in plan.state.items()}
-        parts["beta"] = self.initial_beta(params)
-        if plan.beta_feeding:
-            parts["beta_trace"]["beta"] = plan.layout.start(parts["beta"])
-        return State(**parts)
+        return start.state(self, self.plan(params), params)
 
     def initial_beta(self, params: Mapping[str, Array]) -> Any:
         """Return beta at the start of a run, values per block; like `init` in all else."""
-        plan = self.plan(params)
-        blocks, xp = plan.blocks, namespace(next(iter(params.values())))
-        keys = blocks.families
-        sizes = self.step_size
-        if isinstance(sizes, Mapping):
-            inputs.check_names("step_size", sizes, keys, "block")
-        values = {}
-        for key, family in keys.items():
-            size = sizes[key] if isinstance(sizes, Mapping) else sizes
-            known = at_hand(size)
-            size = to_numpy(size).astype(np.float64) if known else cast(size, plan.beta_dtype)
-            shape = plan.shapes[key] if blocks.partition.per_leaf else (family.size,)
-            if size.shape not in ((), shape):
-                msg = f"`step_size[{key!r}]` has shape {size.shape}; expected () or {shape}."
-                raise ValueError(msg)
-            like = params[key] if blocks.partition.per_leaf else next(iter(params.values()))
-            zeros = (
-                xp.zeros_like(like, dtype=plan.beta_dtype)
-                if blocks.partition.per_leaf
-                else filled(like, shape, 0.0, plan.beta_dtype)
-            )
-            beta: Any = self._sigma.inverse(size)
-            if known:  # a number is sent nowhere, an array to the device
-                beta = float(beta) if beta.ndim == 0 else beta
-            if not isinstance(beta, float):
-                beta = xp.asarray(beta, dtype=plan.beta_dtype, device=home(like))
-            values[key] = solid(zeros + beta)
-        return blocks.from_names(values)
+        return start.beta(self, self.plan(params), params)
 
     def step(
         self,
@@ -598,9 +312,9 @@ class MetaOptimize:
 
         Examples
         --------
-        >>> import numpy as np
+        >>> import numpy as np, metaopt as mo
         >>> from metaopt import numerics, projection
-        >>> opt = MetaOptimize(base=SGD(), meta=SGD(), step_size=0.1, meta_lr=0.01)
+        >>> opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.1, meta_lr=0.01)
         >>> params = {"w": np.array([0.2, 1.0])}
         >>> state = opt.init(params)
         >>> positive = projection.elementwise(
@@ -642,6 +356,14 @@ class MetaOptimize:
             average=per_leaf((name, solid(array)) for name, array in average.items()),
         )
 
+    def slopes(self, beta: Any) -> tuple[Any, Any]:
+        """Return the step sizes and their derivative at `beta`, values per block (section 8).
+
+        The second is the very object of the first where the two are equal.
+        """
+        sizes = parts.sizes_of(self.sigma_map, beta)
+        return sizes.value, sizes.first
+
     def meta_step(self, plan: Plan, state: State, z: Any, names: Iterable[str]) -> State:
         """Return `state` after the meta update of a step without curvature.
 
@@ -672,8 +394,8 @@ class MetaOptimize:
             "all" for one block; the leaf's name at tensor, node (one per unit) and weight (in its
             shape) level; the group's name for named groups. In the dtype of beta.
         """
-        blocks = self._plan_of(state).blocks
-        return _solid(blocks.by_name(map_leaves(self._sigma.value, state.beta)))
+        blocks = self.plan_of(state).blocks
+        return named(blocks, map_leaves(self.sigma_map.value, state.beta))
 
     def diagnostics(
         self,
@@ -708,115 +430,4 @@ class MetaOptimize:
         ValueError, TypeError
             If `state` is not one of this configuration, or `params` are not its leaves.
         """
-        plan, xp = self._plan_of(state), namespace(state.step)
-        inputs.check_copies(copies or {}, plan.shapes)
-        inputs.check_names("params", params, plan.shapes)
-        inputs.check_leaves("params", params, inputs.averages_and_traces(state), plan.shapes)
-        blocks = plan.blocks
-        table = parts.rows(plan, params, state, plan.shapes)
-        traces: dict[str, Any] = {name: leaf.param.first for name, leaf in table.items()}
-        squares = {
-            name: plan.layout.square(trace, name, plan.beta_dtype) for name, trace in traces.items()
-        }
-        for name in plan.averaged:
-            squares[name] = xp.where(has_average(state.count[name]), squares[name], 0.0)
-        if not blocks.partition.per_leaf:
-            squares = {
-                name: square / (copies or {}).get(name, 1) for name, square in squares.items()
-            }
-        across = parts.Across(reduce, copies or {})
-        total, _ = across.sums(plan, plan.layout.gather(squares), None)
-        norms = map_leaves(xp.sqrt, total)
-        zeros = map_leaves(xp.zeros_like, state.meta_grad)
-        sizes = map_leaves(self._sigma.value, state.beta)
-        collapsed = map_leaves(
-            lambda size, peak: size < COLLAPSE**0.5 * peak, sizes, state.meta_slots[PEAK]
-        )
-        restarts = (
-            {name: state.restarts[index] for index, name in enumerate(blocks.views)}
-            if blocks.partition.per_leaf
-            else blocks.by_name(state.restarts)
-        )
-        found = {
-            "beta": _solid(blocks.by_name(state.beta)),
-            "meta_grad": _solid(blocks.by_name(state.meta_grad)),
-            "trace_norm": _solid(blocks.by_name(norms)),
-            "pinned": _solid(blocks.by_name(self._pinned(blocks, state.beta))),
-            "collapsed": _solid(blocks.by_name(collapsed)),
-            "asleep": _solid(blocks.by_name(map_leaves(operator.eq, state.meta_grad, zeros))),
-            "restarts": _solid(restarts),
-            "skipped": state.skipped,
-        }
-        if self.recover:
-            found["recoveries"] = _solid(blocks.by_name(state.meta_slots[RECOVERIES]))
-        return found
-
-
-def _size(size: Any) -> Any:
-    """Return a step size as a float, several as a NumPy array; as it is without a value yet."""
-    if not at_hand(size):
-        return size
-    sizes = to_numpy(size).astype(np.float64)
-    return float(sizes) if sizes.ndim == 0 else sizes
-
-
-def _in_base_role(base: Any) -> Any:
-    """Return rules as they act on weights; what was one object is one."""
-    if not isinstance(base, Mapping):
-        return in_role(base, "base")
-    made = {id(rule): in_role(rule, "base") for rule in base.values()}
-    return {pattern: made[id(rule)] for pattern, rule in base.items()}
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return list(one) == list(other) and all(_equal(one[key], other[key]) for key in one)
-    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
-        return np.array_equal(one, other)
-    return bool(one == other)
-
-
-def _zeros(spec: Any, like: Any, params: Mapping[str, Any], leaf: Any = None) -> Any:
-    """Return zeros as specified, beside `like`; what a key says is a leaf's lies like the leaf."""
-    if isinstance(spec, Mapping):
-        return per_leaf(
-            (key, _zeros(part, like, params, params.get(key) if leaf is None else leaf))
-            for key, part in spec.items()
-        )
-    if leaf is None:
-        return filled(like, spec.shape, 0, spec.dtype)
-    columns = spec.shape[: len(spec.shape) - leaf.ndim]
-    if columns + tuple(leaf.shape) != spec.shape:  # a count, or a slot of a shape of its own
-        return filled(leaf, spec.shape, 0, spec.dtype)
-    zeros = cast(namespace(leaf).zeros_like(leaf), spec.dtype)  # keeps order and sharding
-    if columns == ():
-        return zeros
-    return zeros + filled(leaf, columns + (1,) * leaf.ndim, 0, spec.dtype)
-
-
-def _solid(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: solid(array) for name, array in arrays.items()}
-
-
-def _bounds_of_beta(
-    sigma: StepSizeMap, bounds: tuple[float, float] | None
-) -> tuple[float | None, float | None]:
-    """Return the closer of the bounds and the map's own on beta."""
-    lo, hi = (
-        own if bound == end else _float(sigma.inverse(np.asarray(bound, dtype=np.float64)))
-        for bound, end, own in zip(
-            sigma.range if bounds is None else bounds, sigma.range, sigma.beta_range, strict=True
-        )
-    )
-    return max(lo, sigma.beta_range[0]), min(hi, sigma.beta_range[1])
-
-
-def _float(value: Any) -> float:
-    return float(value)
-
-
-def _floats(bounds: Any) -> Any:
-    """Return a pair of numbers, or a mapping of them, as floats."""
-    if isinstance(bounds, Mapping):
-        return {key: _floats(pair) for key, pair in bounds.items()}
-    return None if bounds is None else tuple(map(float, bounds))
+        return diagnostics(self, state, params, parts.Across(reduce, copies or {}))

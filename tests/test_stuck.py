@@ -37,7 +37,7 @@ def test_the_count_of_stuck_runs_has_the_rule_off_and_on(monkeypatch: pytest.Mon
     found = benchmark.counted(TASKS, seeds=1)
     for meta in benchmark.METAS:
         assert found[0.0, meta, 0.3] != found[1e-2, meta, 0.3]
-    assert mo.passes.COLLAPSE == 1e-2
+    assert mo.meta.COLLAPSE == 1e-2
     assert len(list(benchmark.report(found, 1))) == 4 + 3 + 2
 
 
