@@ -8,9 +8,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from metaopt.arrays import Leaves, cast, filled, kind_of, map_leaves, namespace, per_leaf, solid
+from metaopt.configuration import Configuration
 from metaopt.inputs import check_products
 from metaopt.jets import Jet, scaled
 from metaopt.leaf import Leaf, advance, discounted, has_average
@@ -18,9 +19,6 @@ from metaopt.meta import BlockRow, begun, carried, meta_step
 from metaopt.plan import Plan
 from metaopt.state import State
 from metaopt.step_sizes import StepSizeMap, step_sizes
-
-if TYPE_CHECKING:
-    from metaopt.metaoptimize import MetaOptimize
 
 __all__ = ["Given", "Reduce", "make_step", "move_blocks"]
 
@@ -100,7 +98,7 @@ class Given:
 
 
 def make_step(
-    opt: "MetaOptimize", plan: Plan, state: State, given: Given
+    config: Configuration, plan: Plan, state: State, given: Given
 ) -> tuple[Leaves[Any], Leaves[Leaf | None], State, Any]:
     """Return what a step takes from the leaves, their next rows, and the next state.
 
@@ -109,14 +107,15 @@ def make_step(
     """
     active = given.active
     curved = plan.curvature != "none"
+    rectified = config.rectified and curved
     table = rows(plan, given.params, state, plan.shapes if curved else given.present)
     follows = {name: _follows(table[name], active[name]) for name in table}
     traces = {name: leaf.param.first for name, leaf in table.items()}
     z = products(plan, traces, follows, given.grads, given.across.copies)
     if z is None:
         z = map_leaves(namespace(state.step).zeros_like, state.beta)
-    lost = not_finite(plan, given.grads) if opt.skip_nonfinite else None
-    if opt.skip_nonfinite and lost is None and given.across.reduce is not None:
+    lost = not_finite(plan, given.grads) if config.skip_nonfinite else None
+    if config.skip_nonfinite and lost is None and given.across.reduce is not None:
         lost = filled(state.step, (), 0, plan.beta_dtype)  # those of other devices count
     z, lost = given.across.sums(plan, z, lost)
     z = map_leaves(begun, z, state.meta_count)
@@ -127,7 +126,7 @@ def make_step(
         (name, Jet(cast(given.grads[name], plan.dtypes[name]))) for name in given.present
     )
     if curved:
-        table = discounted_rows(plan, table, active, mask, opt.discount)
+        table = discounted_rows(plan, table, active, mask, config.discount)
         hats = {name: leaf.param.first for name, leaf in table.items()}
         tangents = grad_traces(plan, hats, given)
         if plan.beta_feeding:
@@ -137,12 +136,12 @@ def make_step(
             thirds = {name: leaf.param.second for name, leaf in table.items()}
             term_b = products(plan, thirds, active, given.grads, given.across.copies)
             z_trace = term_b if z_trace is None else map_leaves(lambda a, b: a + b, z_trace, term_b)
-            table = _discounted_again(plan, table, active, opt.discount)
+            table = _discounted_again(plan, table, active, config.discount)
             bent = grad_seconds(plan, hats, table, given)
-        lost_here = not_finite(plan, tangents, bent) if opt.skip_nonfinite else None
+        lost_here = not_finite(plan, tangents, bent) if config.skip_nonfinite else None
         z_trace, lost_here = given.across.sums(plan, z_trace, lost_here)
         lost = lost if lost_here is None else lost + lost_here
-        if not opt.rectified:
+        if not rectified:
             order = 2 if plan.third else 1
             grads = per_leaf(
                 (name, Jet(grad.value, tangents[name], bent.get(name), order))
@@ -151,7 +150,7 @@ def make_step(
     # devices may differ in which parts of a block's leaves have gradients
     apart = given.across.reduce is not None and not plan.blocks.partition.per_leaf
     new, sizes = move_blocks(
-        opt,
+        config,
         plan,
         state,
         z,
@@ -165,15 +164,15 @@ def make_step(
     moved: Leaves[Leaf | None] = per_leaf((name, None) for name in plan.shapes)
     for name in given.present:
         dtype, ndim = plan.dtypes[name], len(plan.shapes[name])
-        rectified = cast(given.hessian_diagonal[name], dtype) if opt.rectified else None  # type: ignore[index]
+        diagonal = cast(given.hessian_diagonal[name], dtype) if rectified else None  # type: ignore[index]
         deltas[name], moved[name] = advance(
             plan.rules[name],
             table[name],
             grads[name],
             _alpha(plan, sizes, name, given.lrs[name]),
-            discount=1.0 if curved else leaf_discount(plan, name, active[name], opt.discount),
+            discount=1.0 if curved else leaf_discount(plan, name, active[name], config.discount),
             mask=None if curved else _kept(table[name], plan.layout.columns(mask, name, ndim)),
-            rectified=rectified,
+            rectified=diagonal,
         )
     finite = None if lost is None else lost == 0.0
     return deltas, moved, next_state(state, moved, new, z), finite
@@ -248,7 +247,7 @@ def next_state(state: State, moved: Leaves[Leaf | None], new: dict[str, Any], z:
 
 
 def move_blocks(
-    opt: "MetaOptimize",
+    config: Configuration,
     plan: Plan,
     state: State,
     z: Any,
@@ -262,7 +261,7 @@ def move_blocks(
 
     Parameters
     ----------
-    opt, plan, state
+    config, plan, state
     z : blocks
         Meta-gradient: see `metaopt.meta.begun`.
     present : blocks, bool, optional
@@ -278,26 +277,26 @@ def move_blocks(
     across = Across() if across is None else across
     curved = plan.curvature == "exact" or plan.beta_feeding
     start = plan.layout.start(state.beta) if curved else None
-    lo, hi = opt.limits(plan.blocks, state.beta)
+    lo, hi = config.limits(plan.blocks, state.beta)
     after: dict[str | None, BlockRow] = {}
     restarts: dict[str | None, Any] = {}
     sizes: dict[str | None, Jet[Any]] = {}
     for key, row in block_rows(plan, state, mask).items():
         pick = partial(_piece, key)
-        now = _towards(row, pick(start), opt.discount)
+        now = _towards(row, pick(start), config.discount)
         after[key], restarts[key] = meta_step(
-            opt.meta,
-            opt.sigma_map,
+            config.meta,
+            config.sigma_map,
             now,
             Jet(pick(z), pick(z_trace)),
-            meta_lr=in_dtype(opt.meta_lr, plan.beta_dtype),
+            meta_lr=in_dtype(config.meta_lr, plan.beta_dtype),
             bounds=(pick(lo), pick(hi)),
             present=pick(present),
             held=row,
         )
-        beta = after[key].beta if opt.meta_first else now.beta
+        beta = after[key].beta if config.meta_first else now.beta
         columns = pick(start) if beta.first is None else beta.first
-        sizes[key] = step_sizes(opt.sigma_map, beta.value, columns, order=1 + plan.third)
+        sizes[key] = step_sizes(config.sigma_map, beta.value, columns, order=1 + plan.third)
 
     def blocks_of(take: Callable[[BlockRow], Any]) -> Any:
         return _joined({key: take(row) for key, row in after.items()})

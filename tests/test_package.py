@@ -106,6 +106,37 @@ def test_adapters_import_public_names_of_the_core(path: Path) -> None:
             assert names - modules <= set(exported), node.module
 
 
+def lines_of_imports() -> dict[str, int]:
+    """Return the line of each module of the core in docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", text, re.MULTILINE)
+    return {name: int(line) for line, names in rows for name in re.findall(r"`(.+?)`", names)}
+
+
+def test_modules_import_from_the_lines_above_their_own() -> None:
+    """As docs/architecture.md draws them; the package itself and the demo import all."""
+    line = lines_of_imports()
+    known = {name.removeprefix("metaopt.") for name in MODULES}
+    own = {name for name in known if not name.startswith(("demo", "__main__"))} - {"metaopt"}
+    assert own == set(line)
+    for name in own:
+        for found in imported_from_core(name):
+            assert line[found] < line[name], f"{name} imports {found}"
+
+
+def imported_from_core(name: str) -> set[str]:
+    """Return the modules of the core that one of them imports, wherever in its file."""
+    path = ROOT / "metaopt" / name.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "metaopt":
+            module = str(node.module)
+            inner = {f"{module}.{alias.name}" for alias in node.names} & set(MODULES)
+            found |= inner if module == "metaopt" else {module} | inner
+    return {module.removeprefix("metaopt.") for module in found}
+
+
 # --- documentation
 
 

@@ -56,7 +56,7 @@ def test_jax() -> None:
     "page",
     [
         *("README.md", "docs/mathematics.md", "docs/conformance.md", "docs/kernels.md"),
-        *("docs/torch.md", "docs/jax.md", "docs/contributing.md"),
+        *("docs/torch.md", "docs/jax.md", "docs/contributing.md", "docs/architecture.md"),
         "backends/README.md",
     ],
 )
