@@ -11,11 +11,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt.arrays import cast, namespace
+from metaopt.arrays import cast, filled, namespace
 from metaopt.jets import Jet, scaled, total
 from metaopt.rules.rule import Rule, direction_of
 
-__all__ = ["Leaf", "advance", "fused", "has_average", "one_pass", "usable"]
+__all__ = [
+    "Leaf",
+    "advance",
+    "discount_where",
+    "fused",
+    "has_average",
+    "one_pass",
+    "taken",
+    "usable",
+]
 
 
 class Leaf(NamedTuple):
@@ -215,19 +224,60 @@ def one_pass(
     discount : array, shape (), compute dtype
         Discount of the trace.
     """
-    dtype, xp = leaf.param.value.dtype, namespace(lr)
-    active = lr != 0.0
-    value = lr * cast(size.value, dtype)
-    first = value if size.first is size.value else lr * cast(size.first, dtype)
+    dtype, active = leaf.param.value.dtype, lr != 0.0
     product, delta, leaf = fused(
         rule,
         leaf,
         cast(grad, dtype),
-        Jet(value, first),
+        taken(size, lr, dtype),
         mask=usable(meta_grad),
-        discount=xp.where(active, discount, xp.ones_like(discount)),
+        discount=discount_where(active, discount, dtype),
     )
     return namespace(product).where(active, product, 0.0), delta, leaf
+
+
+def taken(size: Jet[Any], lr: Any, dtype: Any) -> Jet[Any]:
+    """Return the step size that is taken, `lr` times the learned one, with its derivatives.
+
+    Parameters
+    ----------
+    size : Jet of arrays
+        Learned step sizes, before the multiplier.
+    lr : float or array, shape ()
+        The multiplier; 1.0 leaves the very arrays, whose products are shared.
+    dtype : dtype
+        Compute dtype of the leaf.
+    """
+
+    def of(array: Any) -> Any:
+        array = cast(array, dtype)
+        return array if isinstance(lr, float) and lr == 1.0 else lr * array
+
+    value = of(size.value)
+    first = value if size.first is size.value else of(size.first)
+    if size.second is None:
+        return Jet(value, first)
+    return Jet(value, first, of(size.second), order=2)
+
+
+def discount_where(active: Any, discount: Any, dtype: Any) -> Any:
+    """Return the discount of a leaf's traces: 1 where it is frozen (section 7).
+
+    Parameters
+    ----------
+    active : bool or boolean array, shape ()
+    discount : float or array, shape ()
+    dtype : dtype
+        Compute dtype of the leaf.
+    """
+    if active is False:
+        return 1.0
+    if active is True or (isinstance(discount, float) and discount == 1.0):
+        return discount if isinstance(discount, float) else cast(discount, dtype)
+    if isinstance(discount, float):
+        discount = filled(active, (), discount, dtype)
+    discount = cast(discount, dtype)
+    return namespace(discount).where(active, discount, namespace(discount).ones_like(discount))
 
 
 def discounted(leaf: Leaf, factor: Any, mask: Any) -> Leaf:

@@ -14,7 +14,7 @@ from metaopt.arrays import Leaves, cast, filled, kind_of, map_leaves, namespace,
 from metaopt.configuration import Configuration
 from metaopt.inputs import check_products
 from metaopt.jets import Jet, scaled
-from metaopt.leaf import Leaf, advance, discounted, has_average
+from metaopt.leaf import Leaf, advance, discount_where, discounted, has_average, taken
 from metaopt.meta import BlockRow, begun, carried, meta_step
 from metaopt.plan import Plan
 from metaopt.state import State
@@ -169,8 +169,8 @@ def make_step(
             plan.rules[name],
             table[name],
             grads[name],
-            _alpha(plan, sizes, name, given.lrs[name]),
-            discount=1.0 if curved else leaf_discount(plan, name, active[name], config.discount),
+            taken(_sizes_of_leaf(plan, sizes, name), given.lrs[name], dtype),
+            discount=1.0 if curved else discount_where(active[name], config.discount, dtype),
             mask=None if curved else _kept(table[name], plan.layout.columns(mask, name, ndim)),
             rectified=diagonal,
         )
@@ -385,20 +385,15 @@ def sizes_of(sigma: StepSizeMap, beta: Any) -> Jet[Any]:
     return _joined_jets({key: step_sizes(sigma, piece) for key, piece in pieces})
 
 
-def _alpha(plan: Plan, sizes: Jet[Any], name: str, lr: Any) -> Jet[Any]:
-    """Return the step size that a leaf takes, with its derivatives."""
+def _sizes_of_leaf(plan: Plan, sizes: Jet[Any], name: str) -> Jet[Any]:
+    """Return the learned step sizes of a leaf, broadcastable to it, with their derivatives."""
 
     def of(values: Any) -> Any:
-        array = plan.blocks.expand_leaf(values, name, len(plan.shapes[name]))
-        array = cast(array, plan.dtypes[name])
-        # a multiplier of 1.0 leaves the very array, whose products are shared
-        return array if isinstance(lr, float) and lr == 1.0 else lr * array
+        return plan.blocks.expand_leaf(values, name, len(plan.shapes[name]))
 
     value = of(sizes.value)
     first = value if sizes.first is sizes.value else of(sizes.first)
-    if sizes.second is None:
-        return Jet(value, first)
-    return Jet(value, first, of(sizes.second), order=2)
+    return Jet(value, first, None if sizes.second is None else of(sizes.second), sizes.order)
 
 
 def _follows(leaf: Leaf, moves: Any) -> Any:
@@ -454,18 +449,6 @@ def in_dtype(number: Any, dtype: Any) -> Any:
     return number if isinstance(number, float) else cast(number, dtype)
 
 
-def leaf_discount(plan: Plan, name: str, moves: Any, discount: Any) -> Any:
-    """Return the discount of a leaf's traces: 1 where it rests."""
-    dtype = plan.dtypes[name]
-    if moves is True or (isinstance(discount, float) and discount == 1.0):
-        return in_dtype(discount, dtype)
-    if moves is False:
-        return 1.0
-    if isinstance(discount, float):
-        discount = filled(moves, (), discount, dtype)
-    return namespace(moves).where(moves, cast(discount, dtype), filled(moves, (), 1.0, dtype))
-
-
 def discounted_rows(
     plan: Plan, table: Leaves[Leaf], active: Leaves[Any], mask: Any, discount: Any
 ) -> Leaves[Leaf]:
@@ -477,7 +460,7 @@ def discounted_rows(
             finite = partial(_finite_traces, moves)
             leaf = leaf._replace(param=finite(leaf.param), slots=map_leaves(finite, leaf.slots))
         keep = plan.layout.columns(mask, name, len(plan.shapes[name]))
-        result[name] = discounted(leaf, leaf_discount(plan, name, moves, discount), keep)
+        result[name] = discounted(leaf, discount_where(moves, discount, plan.dtypes[name]), keep)
     return result
 
 
@@ -487,7 +470,7 @@ def _discounted_again(
     """Return rows with Z discounted once more: h' is a function of the h before its discount."""
 
     def again(name: str, leaf: Leaf) -> Leaf:
-        factor, param = leaf_discount(plan, name, active[name], discount), leaf.param
+        factor, param = discount_where(active[name], discount, plan.dtypes[name]), leaf.param
         if isinstance(factor, float) and factor == 1.0:
             return leaf
         second = scaled(param.second, factor)

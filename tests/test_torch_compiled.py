@@ -107,8 +107,8 @@ def arrays(rule: Any, size: int) -> dict[str, Any]:
     found |= {slot: torch.ones(size) for slot in rule.slots}
     return found | {
         "count": torch.tensor(3, dtype=torch.int32),
-        "lr": torch.tensor(1e-3),
-        "keep": torch.tensor(True),
+        "alpha": torch.tensor(1e-3),
+        "mask": torch.tensor(True),
         "discount": torch.tensor(1.0),
     }
 

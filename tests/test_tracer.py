@@ -283,13 +283,13 @@ def test_the_step_of_a_rule_reads_like_the_formula() -> None:
         "const float t13 = 0.5f * w;",
         "const float t14 = g + t13;",
         "const float t15 = t1 * t14;",
-        "const float t22 = t21 * t9;",
-        "const float t23 = t8 + t22;",
-        "const float t24 = w - t15;",
-        "const float t25 = t0 ? t10 : 0.0f;",
+        "const float t16 = w - t15;",
+        "const float t21 = t20 * t9;",
+        "const float t22 = t8 + t21;",
+        "const float t23 = t0 ? t10 : 0.0f;",
     ]
     assert [result.name for result in (leaf.param.value, product, leaf.average)] == [
-        "t24",
-        "t25",
+        "t16",
         "t23",
+        "t22",
     ]

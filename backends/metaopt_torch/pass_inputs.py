@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 import metaopt as mo
+from metaopt.jets import Jet
+from metaopt.leaf import discount_where, taken
 from metaopt_torch.buckets import Bucket
 from metaopt_torch.groups import multiplier_of
 from metaopt_torch.hyperparameters import Number, adjusted, arguments, as_numbers, hyperparameters
@@ -80,22 +82,22 @@ class PassInputs:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the inputs that are values per block, and those that are single numbers."""
         lr, device, dtype = self._lr[id(leaf.group)], leaf.device, leaf.dtype
-        discount = self._constant(self._discount, dtype, device)
-        one = self._constant(1.0, dtype, device)
+        active: bool | Tensor = lr != 0.0
         if isinstance(lr, Tensor):
-            discount = torch.where((lr != 0.0).to(device), discount, one)
-            lr = lr.to(device, dtype)
-        elif lr == 0.0:
-            discount = one
-        alpha, alpha_trace = (size.to(device, dtype) for size in sizes)
-        shared = sizes[1] is sizes[0]  # of exp, which is its own derivative: one product less
-        if isinstance(lr, Tensor) or lr != 1.0:
-            alpha, alpha_trace = alpha * lr, alpha_trace if shared else alpha_trace * lr
-        by_block = {"lr": alpha} if shared else {"lr": alpha, "lr_trace": alpha_trace}
+            active, lr = (lr != 0.0).to(device), lr.to(device, dtype)
+        own = self._constant(self._discount, dtype, device)
+        discount = discount_where(active, own, dtype)
+        size = sizes[0].to(device)
+        alpha = taken(Jet(size, size if sizes[1] is sizes[0] else sizes[1].to(device)), lr, dtype)
+        by_block = {"alpha": alpha.value}
+        if alpha.first is not alpha.value:
+            by_block["alpha_trace"] = alpha.first
+        if isinstance(discount, float):
+            discount = self._constant(discount, dtype, device)
         single = {"discount": discount}
         for name, number in as_numbers(self._handed[_pair(leaf)]).items():
             single[name] = self._constant(number, dtype, device)
-        return by_block | {"keep": keep.to(device)}, single
+        return by_block | {"mask": keep.to(device)}, single
 
     def _constant(self, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
         key = (value, dtype, device)

@@ -53,9 +53,9 @@ class Kind:
 def fused(kind: Kind) -> Pass:
     """Return the pass that moves the parameters and sums h * g by block.
 
-    It takes "param", "grad", the slots, "average" or "trace", "count", "lr", "keep" and "discount";
-    "lr_trace" and hyperparameters (`with_arrays`) where they are others than `lr` and the rule's;
-    "compensation" for Kahan's rounding.
+    It takes "param", "grad", the slots, "average" or "trace", "count", "alpha", "mask" and
+    "discount"; "alpha_trace" where it is another than `alpha`, and hyperparameters that are others
+    than the rule's (`with_arrays`); "compensation" for Kahan's rounding.
     """
 
     def run(rule: Rule, arrays: Arrays) -> Tensor:
@@ -134,12 +134,12 @@ def _given(kind: Kind, rule: Rule, arrays: Arrays) -> tuple[Rule, Leaf, Tensor, 
     leaf = Leaf.of(
         wide, slots, arrays["count"], trace=arrays.get("trace"), average=arrays.get("average")
     )
-    alpha = Jet(arrays["lr"], arrays.get("lr_trace", arrays["lr"]))
+    alpha = Jet(arrays["alpha"], arrays.get("alpha_trace", arrays["alpha"]))
     return rule, leaf, _gradient(kind, arrays), alpha
 
 
 def _options(arrays: Arrays) -> dict[str, Any]:
-    return {"mask": arrays["keep"], "discount": arrays["discount"]}
+    return {"mask": arrays["mask"], "discount": arrays["discount"]}
 
 
 def _write(kind: Kind, arrays: Arrays, leaf: Leaf) -> None:
