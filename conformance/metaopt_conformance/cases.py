@@ -64,7 +64,7 @@ class Case:
     base, meta, problem, curvature, blocks, sigma : str
         Keys of the tables here, of those in `table`, and of `PROBLEMS`; "rectified" is a
         curvature of its own.
-    approximation, discount, trace, meta_first, skip_nonfinite
+    approximation, discount, meta_first, skip_nonfinite
         As `metaopt.MetaOptimize` takes them.
     eps, bias_correction, delayed
         Of the rules that have them, in either role.
@@ -191,9 +191,12 @@ class Case:
         return {name: SCHEDULE[(t + index) % 5] for index, name in enumerate(names)}
 
     def absent(self, t: int) -> frozenset[str]:
-        """Return the leaves without a gradient in step t: one to three of the first."""
+        """Return the leaves without a gradient in step t: one to three of the first.
+
+        The first leaf has none in the first step, so that it starts later than others.
+        """
         names = list(self.subject.shapes)
-        if not self.missing or t % 3 != 1:
+        if not self.missing or (t > 0 and t % 3 != 1):
             return frozenset()
         return frozenset(names[: t // 3 % 3 + 1])
 

@@ -65,6 +65,7 @@ class Family:
 def _of_pairs(_dtypes: Dtypes, quick: bool) -> Iterator[Case]:
     if quick:
         yield from _quickly()
+        yield Case(missing=True)  # a leaf that starts late, in a block that has begun
         return
     for base, meta in pairs():
         yield from covering(Case(base=base, meta=meta))
