@@ -57,6 +57,7 @@ class Configuration:
         for key, size in sizes.items() if isinstance(sizes, Mapping) else [(None, sizes)]:
             name = "step_size" if key is None else f"step_size[{key!r}]"
             inputs.check_step_size(name, size, sigma.range, self._bounds_of(key))
+            _check_reached(name, size, sigma)
         self._check_together(sigma, kind)
         self._settle(sigma, kind, meta_lr=meta_lr, discount=discount)
 
@@ -94,7 +95,9 @@ class Configuration:
     def _settle(self, sigma: StepSizeMap, kind: Curvature, **numbers: Any) -> None:
         """Set the fields as they are kept: numbers as floats, rules in their roles."""
         sizes = self.step_size
-        settled = numbers | {
+        flags = ("meta_first", "skip_nonfinite", "recover")  # NumPy's cannot be saved
+        settled = numbers | {flag: bool(getattr(self, flag)) for flag in flags}
+        settled |= {
             "base": _in_base_role(self.base),
             "meta": in_role(self.meta, "meta"),
             "step_size": {key: _size(size) for key, size in sizes.items()}
@@ -289,7 +292,28 @@ def _bounds_of_beta(
             sigma.range if bounds is None else bounds, sigma.range, sigma.beta_range, strict=True
         )
     )
-    return max(lo, sigma.beta_range[0]), min(hi, sigma.beta_range[1])
+    lo, hi = max(lo, sigma.beta_range[0]), min(hi, sigma.beta_range[1])
+    if lo >= hi:
+        msg = f"`bounds` must leave step sizes between {_reach(sigma)}; got {bounds!r}."
+        raise ValueError(msg)
+    return lo, hi
+
+
+def _reach(sigma: StepSizeMap) -> str:
+    """Return in words between which step sizes beta is kept."""
+    least, largest = (float(sigma.value(np.asarray(end))) for end in sigma.beta_range)
+    return f"{least:.3g} and {largest:.3g}"
+
+
+def _check_reached(name: str, size: Any, sigma: StepSizeMap) -> None:
+    """Raise where step sizes lie so far out that beta is not kept there (section 8)."""
+    if at_hand(size):
+        beta: Any = sigma.inverse(to_numpy(size).astype(np.float64))
+        lo, hi = sigma.beta_range
+        slack = 1e-6 * np.abs(beta)
+        if not np.all((beta >= lo - slack) & (beta <= hi + slack)):
+            msg = f"`{name}` must lie between {_reach(sigma)}; got {size!r}."
+            raise ValueError(msg)
 
 
 def _float(value: Any) -> float:

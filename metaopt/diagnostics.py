@@ -39,7 +39,8 @@ def diagnostics(
     zeros = map_leaves(xp.zeros_like, state.meta_grad)
     sizes = map_leaves(config.sigma_map.value, state.beta)
     collapsed = map_leaves(
-        lambda size, peak: size < COLLAPSE**0.5 * peak, sizes, state.meta_slots[PEAK]
+        lambda size, peak: (size > 0.0) & (size < COLLAPSE**0.5 * peak),
+        *(sizes, state.meta_slots[PEAK]),
     )
     restarts = (
         {name: state.restarts[index] for index, name in enumerate(blocks.views)}

@@ -23,7 +23,14 @@ from metaopt.numerics import SMALLEST
 from metaopt.plan import Plan
 from metaopt.rules.elementwise import check_elementwise
 from metaopt.rules.fast_start import FastStart
-from metaopt.rules.rule import Rule, check_rule, follows_weights, scope_of, uses_param
+from metaopt.rules.rule import (
+    Rule,
+    check_rule,
+    follows_weights,
+    not_negative,
+    scope_of,
+    uses_param,
+)
 from metaopt.state import State
 
 __all__ = ["check_grads", "multiplier", "multipliers", "namespace_of"]
@@ -228,6 +235,9 @@ def check_products(
 
 def check_copies(copies: Mapping[str, int], names: Mapping[str, Any]) -> None:
     """Raise unless `copies` has positive integers for some of the leaves."""
+    if not isinstance(copies, Mapping):
+        msg = f"`copies` must be a mapping of leaf to integer; got {copies!r}."
+        raise TypeError(msg)
     for name, number in copies.items():
         if name not in names:
             msg = f"`copies` has unknown leaf {name!r}; expected any of: {', '.join(names)}."
@@ -332,6 +342,7 @@ def check_rules(base: Any, meta: Any) -> None:
     for name, rule in (_by_argument(base) | {"meta": meta}).items():
         check_rule(name, rule)
         check_elementwise(name, rule)
+        not_negative(f"{name}.weight_decay", rule.weight_decay)
         if isinstance(rule, FastStart) and name != "meta":
             msg = f"`{name}` must be an update of weights, and `FastStart` is none; got {rule!r}."
             raise ValueError(msg)
@@ -382,6 +393,13 @@ def check_flag(name: str, value: Any) -> None:
     """Raise unless `value` is True or False."""
     if not isinstance(value, bool | np.bool_):
         msg = f"`{name}` must be True or False; got {value!r}."
+        raise TypeError(msg)
+
+
+def check_callable(name: str, value: Any) -> None:
+    """Raise unless `value` can be called."""
+    if not callable(value):
+        msg = f"`{name}` must be callable; got {value!r}."
         raise TypeError(msg)
 
 

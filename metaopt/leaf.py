@@ -291,7 +291,7 @@ def discounted(leaf: Leaf, factor: Any, mask: Any) -> Leaf:
         A pair of columns restarts with either of them.
     """
 
-    def of(jet: Jet[Any]) -> Jet[Any]:
+    def of(jet: Any) -> Any:
         first = None if jet.first is None else _times(jet.first, factor, mask)
         second = jet.second
         if second is not None:

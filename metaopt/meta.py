@@ -134,10 +134,12 @@ def meta_step(
         new |= {SCALE: Jet(scale), RECOVERIES: row.slots[RECOVERIES]}
     lasting = (COMPENSATION, RECOVERIES, *getattr(rule, "lasting", ()))
 
-    def chosen(slot: str) -> Jet[Any]:
+    def chosen(slot: str) -> Any:
         old, after = held.slots[slot], new[slot]
         value = xp.where(moves, after.value, old.value)
-        first = None if old.first is None else xp.where(moves, after.first, old.first)
+        first = old.first
+        if first is not None:  # of a slot that nothing reaches in this step it is 0
+            first = xp.where(moves, 0.0 if after.first is None else after.first, first)
         if slot not in lasting:
             value = xp.where(restart, 0.0, value)
             first = None if first is None else xp.where(restart, 0.0, first)

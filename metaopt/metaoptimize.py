@@ -1,7 +1,7 @@
 """MetaOptimize: a base update, and a meta update that tunes its step sizes."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from metaopt import inputs, start
@@ -19,6 +19,7 @@ from metaopt.state import State
 __all__ = ["MetaOptimize"]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class MetaOptimize(Configuration):
     r"""Wraps a base update and adapts its step sizes online with a meta update.
 
@@ -179,7 +180,8 @@ class MetaOptimize(Configuration):
         new_state = parts.accepted(state, new_state, finite)
         if self.recover:
             pair = (params, state), (new_params, new_state)
-            new_params, new_state = recovered(plan, given.active, *pair)
+            moves = {name: given.active[name] for name in given.present}
+            new_params, new_state = recovered(plan, moves, *pair)
         return kind_of(params)(
             (name, solid(param)) for name, param in new_params.items()
         ), new_state
@@ -257,6 +259,8 @@ class MetaOptimize(Configuration):
         inputs.check_grads(grads, params, plan.shapes)
         inputs.check_curvature(hvp, third, hessian_diagonal, grads, params, plan)
         inputs.check_copies(copies or {}, plan.shapes)
+        if reduce is not None:
+            inputs.check_callable("reduce", reduce)
         xp = namespace(state.step)
         lrs = per_leaf(
             (name, lr if isinstance(lr, float) else cast(xp.asarray(lr), plan.dtypes[name]))
@@ -326,6 +330,7 @@ class MetaOptimize(Configuration):
         >>> float(params["w"][0])
         0.0
         """
+        inputs.check_callable("jvp", jvp)
         plan = self._plan_for(params, state)
         if plan.third:
             msg = (

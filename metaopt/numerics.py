@@ -195,13 +195,18 @@ def _chosen(mask: Array, x: Any, y: Any) -> Any:
         return xp.where(mask, x, y)
     one, other = lift(x), lift(y)
 
+    value = xp.where(mask, one.value, other.value)
+
     def part(own: Any, others: Any) -> Any:
         if own is None and others is None:
             return None
-        return xp.where(mask, 0.0 if own is None else own, 0.0 if others is None else others)
+        own, others = (0.0 if derivative is None else derivative for derivative in (own, others))
+        if not hasattr(own, "dtype") and not hasattr(others, "dtype"):  # of beta along itself
+            own = xp.zeros_like(value) + own
+        return xp.where(mask, own, others)
 
     return Jet(
-        xp.where(mask, one.value, other.value),
+        value,
         part(one.first, other.first),
         part(one.second, other.second),
         max(one.order, other.order),

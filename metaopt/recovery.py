@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from metaopt.arrays import Leaves, map_leaves, namespace, per_leaf
+from metaopt.arrays import cast, map_leaves, namespace, per_leaf
 from metaopt.leaf import has_average, usable
 from metaopt.meta import SCALE
 from metaopt.plan import Plan
@@ -19,7 +19,7 @@ ODD = 100.0
 
 def recovered(
     plan: Plan,
-    moves: Leaves[Any],
+    moves: Mapping[str, Any],
     old: tuple[Mapping[str, Any], State],
     new: tuple[Mapping[str, Any], State],
 ) -> tuple[dict[str, Any], State]:
@@ -33,7 +33,7 @@ def recovered(
     ----------
     plan : Plan
     moves : mapping of leaf name to bool or boolean array
-        Which leaves have a gradient, and a multiplier other than 0.
+        Of the leaves that have a gradient, which have a multiplier other than 0.
     old, new : pair of params and State
         Before and after the step.
     """
@@ -46,14 +46,13 @@ def recovered(
     )
     params, slots, average = dict(new_params), dict(after.slots), dict(after.average)
     for name, moving in moves.items():
-        if moving is False:
-            continue
         param, new_param, mean = old_params[name], new_params[name], before.average[name]
         xp, had = namespace(mean), has_average(before.count[name])
         back, strange = (plan.blocks.expand_leaf(part, name, param.ndim) for part in (lost, odd))
         back = back & moving
         kept = xp.where(xp.isfinite(new_param), new_param, param)
-        params[name] = xp.where(back, xp.where(had, mean, param), kept)
+        weights = xp.where(back, xp.where(had, mean, param), kept)
+        params[name] = cast(weights, param.dtype)  # in its byte order
         average[name] = xp.where((back | strange) & had, mean, after.average[name])
         slots[name] = per_leaf(
             (slot, _cleared(back, value, param.shape)) for slot, value in after.slots[name].items()

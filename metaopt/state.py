@@ -30,7 +30,9 @@ class State:
         Meta-parameters; the step sizes are sigma(beta).
     meta_slots : mapping of slot to blocks
         Moments of the meta update, and how near the end of its fast start is; "compensation", what
-        rounding took from beta; "peak", the largest step size since the trace started.
+        rounding took from beta; "peak", the largest step size since the trace started; with
+        `recover` "scale", the largest meta-gradient of late, and "recoveries", how often the block
+        has gone back.
     slots : mapping of leaf to mapping of slot to array of the leaf's shape
         Moments of the base update.
     trace : mapping of leaf to array

@@ -114,7 +114,12 @@ def make_step(
     z = products(plan, traces, follows, given.grads, given.across.copies)
     if z is None:
         z = map_leaves(namespace(state.step).zeros_like, state.beta)
-    lost = not_finite(plan, given.grads) if config.skip_nonfinite else None
+    grads: Leaves[Jet[Any]] = per_leaf(
+        (name, Jet(cast(given.grads[name], plan.dtypes[name]))) for name in given.present
+    )
+    lost = None
+    if config.skip_nonfinite:
+        lost = not_finite(plan, {name: grad.value for name, grad in grads.items()})
     if config.skip_nonfinite and lost is None and given.across.reduce is not None:
         lost = filled(state.step, (), 0, plan.beta_dtype)  # those of other devices count
     z, lost = given.across.sums(plan, z, lost)
@@ -122,9 +127,6 @@ def make_step(
     mask = map_leaves(carried, z, state.meta_count)
 
     z_trace = None
-    grads: Leaves[Jet[Any]] = per_leaf(
-        (name, Jet(cast(given.grads[name], plan.dtypes[name]))) for name in given.present
-    )
     if curved:
         table = discounted_rows(plan, table, active, mask, config.discount)
         hats = {name: leaf.param.first for name, leaf in table.items()}
@@ -220,17 +222,22 @@ def rows(plan: Plan, params: Mapping[str, Any], state: State, names: Iterable[st
 def next_state(state: State, moved: Leaves[Leaf | None], new: dict[str, Any], z: Any) -> State:
     """Return the state of the leaves' next rows, those of before where there is none."""
 
-    def column(old: Mapping[str, Any], of: Callable[[str, Leaf], Any]) -> Leaves[Any]:
+    def column(old: Mapping[str, Any], of: Callable[[str, Leaf], Any]) -> Any:
         return per_leaf(
             (name, kept if (leaf := moved[name]) is None else of(name, leaf))
             for name, kept in old.items()
         )
 
-    def slots(old: Mapping[str, Any], of: Callable[[Jet[Any]], Any]) -> Leaves[Any]:
-        return column(
-            old,
-            lambda name, leaf: per_leaf((slot, of(leaf.slots[slot])) for slot in old[name]),
-        )
+    def slots(old: Mapping[str, Any], of: Callable[[Any], Any]) -> Any:
+        def row(name: str, leaf: Leaf) -> Any:
+            found = ((slot, of(leaf.slots[slot]), kept) for slot, kept in old[name].items())
+            # the trace of a slot that nothing reaches in this step is 0
+            return per_leaf(
+                (slot, namespace(kept).zeros_like(kept) if new is None else new)
+                for slot, new, kept in found
+            )
+
+        return column(old, row)
 
     return State(
         step=state.step + 1,
@@ -301,7 +308,7 @@ def move_blocks(
     def blocks_of(take: Callable[[BlockRow], Any]) -> Any:
         return _joined({key: take(row) for key, row in after.items()})
 
-    def by_slot(slots: Iterable[str], take: Callable[[Jet[Any]], Any]) -> Leaves[Any]:
+    def by_slot(slots: Iterable[str], take: Callable[[Any], Any]) -> Any:
         def of(slot: str) -> Any:
             return blocks_of(lambda row: take(row.jet(slot)))
 
@@ -327,7 +334,7 @@ def block_rows(plan: Plan, state: State, mask: Any) -> dict[str | None, BlockRow
     start = plan.layout.start(state.beta) if feeding else None
     keep = plan.layout.beta_columns(mask) if feeding else None
 
-    def jet(key: str | None, slot: str, values: Any) -> Jet[Any]:
+    def jet(key: str | None, slot: str, values: Any) -> Any:
         value = _piece(key, values)
         if slot not in feeding:
             return Jet(value)

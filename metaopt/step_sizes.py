@@ -126,6 +126,9 @@ class Sigmoid(StepSizeMap):
         if not 0.0 < self.lo < self.hi < math.inf:
             msg = f"`lo` and `hi` must satisfy 0 < lo < hi < inf; got {self.lo} and {self.hi}."
             raise ValueError(msg)
+        if self.hi / self.lo == math.inf:
+            msg = f"`hi` must be less than 1e308 times `lo`; got {self.lo} and {self.hi}."
+            raise ValueError(msg)
 
     @property
     def range(self) -> tuple[float, float]:  # type: ignore[override]
@@ -143,8 +146,39 @@ class Sigmoid(StepSizeMap):
 
 def is_exponential(sigma: StepSizeMap) -> bool:
     """Say whether a map is its own derivative: a change of beta then scales the step itself."""
-    size = step_sizes(sigma, np.zeros(()))
+    size = step_sizes(sigma, _inside(sigma))
     return size.first is size.value
+
+
+def _inside(sigma: StepSizeMap) -> Any:
+    """Return a beta whose step size lies well inside the range."""
+    lo, hi = sigma.range
+    size = (lo * hi) ** 0.5 if lo > 0.0 and hi < math.inf else 1e-3
+    if not lo < size < hi:
+        size = lo + 1e-3 if hi == math.inf else 0.5 * (max(lo, -1.0) + hi)
+    return np.asarray(sigma.inverse(np.asarray(size)))
+
+
+def check_map(sigma: StepSizeMap) -> None:
+    """Raise unless a map of one's own has a range, and a formula that derivatives pass through."""
+    span = getattr(sigma, "range", None)
+    if not isinstance(span, tuple) or len(span) != 2 or not span[0] < span[1]:
+        msg = f"`sigma` must have a `range`, a pair lo < hi; got {sigma!r} with {span!r}."
+        raise ValueError(msg)
+    try:
+        beta = _inside(sigma)
+        sizes = step_sizes(sigma, beta)
+        fits = sizes.first is not None and sizes.value.shape == sizes.first.shape == beta.shape
+    except Exception as error:  # whatever a formula does that jets cannot
+        found = str(error)
+    else:
+        found = "" if fits else "it returns no step size with a derivative"
+    if found:
+        msg = (
+            "`sigma` must have a `value` that is one formula of beta, an array or a jet: operators "
+            f"with Python numbers and functions of metaopt.numerics; got {sigma!r}: {found}."
+        )
+        raise ValueError(msg)
 
 
 def step_sizes(sigma: StepSizeMap, beta: Array, tangent: Any = None, *, order: int = 1) -> Jet[Any]:
@@ -162,8 +196,9 @@ def step_sizes(sigma: StepSizeMap, beta: Array, tangent: Any = None, *, order: i
     """
     variable: Any = Jet(beta, 1.0 if tangent is None else tangent, order=order)
     jet = sigma.value(variable)
-    first = namespace(beta).ones_like(beta) if type(jet.first) is float else jet.first
-    second = jet.second
+    first, second = jet.first, jet.second
+    if isinstance(first, int | float) and not isinstance(first, np.generic):  # beta's 1, scaled
+        first = namespace(beta).zeros_like(beta) + first
     if order == 2 and second is None:
         second = namespace(beta).zeros_like(outer(first, first))
     return Jet(jet.value, first, second, order)
@@ -175,6 +210,8 @@ NAMED: dict[str, StepSizeMap] = {"exp": Exp(), "identity": Identity(), "softplus
 def step_size_map(sigma: Any) -> StepSizeMap:
     """Return the map that `sigma` names or is; raise ValueError for anything else."""
     if isinstance(sigma, StepSizeMap):
+        if type(sigma).__module__ != __name__:
+            check_map(sigma)
         return sigma
     if isinstance(sigma, str) and sigma in NAMED:
         return NAMED[sigma]

@@ -935,3 +935,39 @@ def test_copies_that_cannot_be_are_refused(copies: Any, parts: Any) -> None:
     opt, params = make(), start()
     state = opt.init(params)
     refused(lambda: opt.step(params, params, state, copies=copies), ValueError, *parts)
+
+
+class Decaying:
+    """A rule with a weight decay that is none."""
+
+    scope = "weight"
+    slots = ()
+
+    def __init__(self, weight_decay: Any) -> None:
+        self.weight_decay = weight_decay
+
+    def direction(self, grad: Any, slots: Any, count: Any) -> Any:  # noqa: ARG002
+        return grad, {}
+
+
+@pytest.mark.parametrize("decay", [None, "x", float("nan"), -1.0])
+def test_a_weight_decay_of_ones_own_rule_is_checked(decay: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"`base\.weight_decay` must be"):
+        mo.MetaOptimize(base=Decaying(decay), meta=mo.SGD())
+
+
+def test_what_is_to_be_called_is_checked() -> None:
+    opt = make()
+    params = start()
+    state = opt.init(params)
+    with pytest.raises(TypeError, match="`reduce` must be callable; got 3"):
+        opt.step(params, params, state, reduce=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`jvp` must be callable; got 3"):
+        opt.project(params, state, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`copies` must be a mapping"):
+        opt.step(params, params, state, copies=["w"])  # type: ignore[arg-type]
+
+
+def test_an_unknown_option_is_reported_by_the_class_that_was_called() -> None:
+    with pytest.raises(TypeError, match=r"MetaOptimize\.__init__\(\) got an unexpected"):
+        mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), momentum=0.9)  # type: ignore[call-arg]

@@ -275,3 +275,24 @@ def test_the_core_recovers_under_jit() -> None:
         params, fields = step_once(params, fields)
     assert fields["meta_slots"]["recoveries"][0] >= 1
     assert rosenbrock(params["w"]) < rosenbrock(START)
+
+
+def test_nothing_that_is_not_finite_is_written_at_a_multiplier_of_0() -> None:
+    opt = mo.MetaOptimize(
+        base=mo.SGD(momentum=0.9), meta=mo.SGD(), step_size=1e-3, meta_lr=1e-3, recover=True
+    )
+    params = {"w": np.ones(2)}
+    state = opt.init(params)
+    params, state = opt.step(params, {"w": np.ones(2)}, state)
+    before = params["w"].copy()
+    params, state = opt.step(params, {"w": np.array([np.nan, 1.0])}, state, lr=0.0)
+    np.testing.assert_array_equal(params["w"], before)
+    assert np.all(np.isfinite(state.slots["w"]["exp_avg"]))
+
+
+def test_parameters_keep_their_byte_order() -> None:
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), recover=True)
+    params = {"w": np.ones(2, ">f4")}
+    state = opt.init(params)
+    params, _ = opt.step(params, {"w": np.ones(2, ">f4")}, state)
+    assert params["w"].dtype == np.dtype(">f4")

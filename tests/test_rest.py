@@ -1,7 +1,7 @@
 """Leaves that rest, values that are not finite, steps that are left out; sections 7 and 11."""
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -787,3 +787,52 @@ def test_a_multiplier_that_rounds_to_nothing_is_0(dtype: str) -> None:
         assert contents(after) == contents(rested)
     moved, _ = stepped(opt, params, state, lr={"a": 1e-30, "b": 1.0, "c": 0.0})
     assert not np.array_equal(moved["b"], params["b"])
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A rule whose slot is fed back, and which no derivative reaches."""
+
+    weight_decay: float = 0.0
+    scope: ClassVar[str] = "weight"
+    slots: ClassVar[tuple[str, ...]] = ("before",)
+
+    def direction(self, grad: Any, slots: Any, count: Any) -> Any:  # noqa: ARG002
+        return grad * (1.0 + 0.5 * slots["before"]), {"before": mo.numerics.sign(grad)}
+
+
+def test_the_trace_of_a_slot_that_nothing_reaches_is_0() -> None:
+    opt: Any = mo.MetaOptimize
+    opt = opt(base=Signed(), meta=mo.SGD(), step_size=0.1, meta_lr=0.1, curvature="diagonal")
+    params = {"w": np.array([1.0, -2.0])}
+    state = opt.init(params)
+    for _ in range(3):
+        diagonal = {"w": np.ones(2)}
+        params, state = opt.step(params, params, state, hessian_diagonal=diagonal)
+        np.testing.assert_array_equal(state.slot_traces["w"]["before"], np.zeros(2))
+
+
+def test_a_meta_update_that_nothing_reached_in_a_step_goes_on() -> None:
+    @dataclass(frozen=True)
+    class Kept(Signed):
+        def direction(self, grad: Any, slots: Any, count: Any) -> Any:  # noqa: ARG002
+            return grad + 0.5 * slots["before"], {"before": grad}
+
+    opt: Any = mo.MetaOptimize
+    opt = opt(base=mo.SGD(), meta=Kept(), curvature="exact", approximation="2x2", step_size=0.1)
+    params = {"w": np.array([1.0, -2.0])}
+    state = opt.init(params)
+    hvp = lambda tangents: tangents  # noqa: E731
+    for grad in (None, params["w"], None, params["w"]):
+        params, state = opt.step(params, {"w": grad}, state, hvp=hvp)
+        assert state.beta_trace["before"].dtype == np.float64
+
+
+def test_what_overflows_when_it_is_cast_is_not_finite() -> None:
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), skip_nonfinite=True)
+    params = {"w": np.ones(2, "float32")}
+    state = opt.init(params)
+    with np.errstate(over="ignore"):
+        params, state = opt.step(params, {"w": np.array([1e300, 1.0])}, state)
+    np.testing.assert_array_equal(params["w"], np.ones(2, "float32"))
+    assert int(state.skipped) == 1

@@ -11,6 +11,7 @@ from metaopt_conformance.table import SIGMAS, sigma_of
 from metaopt_conformance.tolerances import FORMULA, relative_error, rounding
 
 import metaopt as mo
+from metaopt import numerics
 from metaopt.arrays import namespace
 from metaopt.step_sizes import StepSizeMap, step_size_map, step_sizes
 
@@ -339,3 +340,93 @@ def test_bounds_hold_for_every_kind_of_block(backend: Any, blocks: Any) -> None:
         params, state = opt.step(params, rosy(step, params), state)
     for value in backend.to_numpy(opt.step_sizes(state)).values():
         assert relative_error(value, np.full(value.shape, 0.16)) < rounding("float64", 20)
+
+
+class Own(StepSizeMap):
+    """A map of one's own, of positive step sizes."""
+
+    range = (0.0, math.inf)
+
+    def __init__(self, value: Any, inverse: Any = lambda size: size) -> None:
+        self._value, self._inverse = value, inverse
+
+    def value(self, beta: Any) -> Any:
+        return self._value(beta)
+
+    def inverse(self, step_size: Any) -> Any:
+        return self._inverse(step_size)
+
+
+@pytest.mark.parametrize(
+    ("value", "slope"),
+    [
+        (lambda b: 0.1 * b, 0.1),
+        (lambda b: b / 10.0, 0.1),
+        (lambda b: b + b, 2.0),
+        (lambda b: 2 * b, 2.0),
+        (lambda b: 1.0 - 3.0 * -b, 3.0),
+        (lambda b: numerics.maximum(b, 1e-3), 1.0),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_map_that_is_linear_has_its_slope(
+    backend: Any, value: Any, slope: float, dtype: str
+) -> None:
+    beta = backend.asarray(np.array([0.5, 2.0], dtype))
+    first = step_sizes(Own(value), beta).first
+    assert first.dtype == beta.dtype
+    np.testing.assert_allclose(backend.to_numpy(first), np.full(2, slope, dtype), rtol=1e-6)
+
+
+def test_a_map_of_ones_own_learns_as_its_scaled_identity() -> None:
+    """0.01 b with a meta step of 1 moves step sizes as b with 1e-4."""
+    sizes = []
+    for sigma, meta_lr in ((Own(lambda b: 0.01 * b, lambda s: s / 0.01), 1.0), ("identity", 1e-4)):
+        opt = mo.MetaOptimize(
+            base=mo.SGD(), meta=mo.SGD(), step_size=0.01, meta_lr=meta_lr, sigma=sigma
+        )
+        params = {"w": np.array([1.0, -2.0])}
+        state = opt.init(params)
+        for _ in range(4):
+            params, state = opt.step(params, {"w": params["w"]}, state)
+        sizes.append(float(opt.step_sizes(state)["all"]))
+    assert relative_error(sizes[0], sizes[1]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("sigma", "message"),
+    [
+        (Own(lambda b: np.exp(b)), "one formula of beta"),
+        (Own(lambda b: b if b > 0 else 2 * b), "one formula of beta"),
+        (Own(lambda b: 0.0 * b.value), "one formula of beta"),
+    ],
+)
+def test_a_map_that_no_derivative_passes_is_refused(sigma: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), sigma=sigma)
+
+
+def test_a_map_without_a_range_is_refused() -> None:
+    sigma = Own(lambda b: b)
+    sigma.range = None  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="`sigma` must have a `range`"):
+        mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), sigma=sigma)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"step_size": 1e-25, "meta_lr": 0.0},
+        {"step_size": 1e22, "bounds": (1e20, 1e25)},
+        {"step_size": 1e-27, "bounds": (1e-30, 1e-25), "sigma": "softplus"},
+    ],
+    ids=str,
+)
+def test_step_sizes_where_beta_is_not_kept_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"must (lie|leave step sizes) between"):
+        mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), **options)
+
+
+def test_bounds_of_a_sigmoid_span_less_than_the_floats() -> None:
+    with pytest.raises(ValueError, match="less than 1e308 times"):
+        mo.Sigmoid(1e-308, 1e308)

@@ -81,8 +81,9 @@ def products(kind: Kind) -> Pass:
             trace = torch.where(has_average(arrays["count"]), trace, 0.0)
         else:
             trace = arrays["trace"]
-        product = trace * _gradient(kind, arrays)
-        refused = torch.any(torch.logical_not(torch.isfinite(arrays["grad"])))
+        grad = _gradient(kind, arrays)
+        product = trace * grad
+        refused = torch.any(torch.logical_not(torch.isfinite(grad)))
         return _by_block(kind, product), refused
 
     return run
