@@ -64,9 +64,10 @@ def report() -> Iterator[str]:
     yield "# Runs that diverge"
     yield ""
     yield (
-        f"Made by `python -m benchmarks.recovery`: Rosenbrock's function after {STEPS:,} steps, over "
-        "what it was at the start, and how often the run went back; SGD under `FastStart(AdamW())`, from "
-        f"1e-6. {platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python "
+        f"Made by `python -m benchmarks.recovery`: Rosenbrock's function after {STEPS:,} steps, "
+        "over what it was at the start, and how often the run went back; SGD under "
+        "`FastStart(AdamW())`, from 1e-6. "
+        f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python "
         f"{platform.python_version()}, numpy {np.__version__}, metaopt {mo.__version__}."
     )
     yield ""
