@@ -47,8 +47,8 @@ class BlockRow(NamedTuple):
     beta : Jet
         Meta-parameters, and where these feed back how they depend on past ones (Y).
     slots : mapping of slot to Jet
-        As `State.meta_slots`: those of the rule, `COMPENSATION` and `PEAK`, with recovery `SCALE` and
-        `RECOVERIES` too.
+        As `State.meta_slots`: those of the rule, `COMPENSATION` and `PEAK`, with recovery also
+        `SCALE` and `RECOVERIES`.
     count : array like beta, int32
     """
 
