@@ -93,7 +93,7 @@ def test_a_model_of_equinox_trains_as_a_plain_loop() -> None:
             for name, layer in zip(("inner", "outer"), start.layers, strict=True)
         },
         base=mo.AdamW(),
-        meta=mo.Lion(),
+        meta=mo.FastStart(mo.AdamW()),
         blocks="tensor",
     )
     same(

@@ -67,7 +67,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 #: The number of copies and temporaries for two large parameters, without the option and with it.
 COPYING: dict[str, tuple[dict[str, Any], tuple[int, int], tuple[int, int]]] = {
-    "weight": ({"blocks": "weight"}, (8, 8), (2, 4)),
+    "weight": ({"blocks": "weight"}, (8, 8), (4, 6)),
     "skip_nonfinite": ({"skip_nonfinite": True}, (8, 6), (0, 2)),
     "delayed": ({"base": mo.AdamW(delayed=True)}, (4, 4), (0, 0)),
     "no discount": ({"discount": 0.0}, (4, 2), (0, 1)),

@@ -135,7 +135,7 @@ def final_state(opt: mo.MetaOptimize, run: Any) -> dict[str, Any]:
     elif run is in_jax:
         jax = pytest.importorskip("jax")
         tx = pytest.importorskip("metaopt_jax").metaoptimize(**options)
-        params = {"w": jax.numpy.zeros(4)}
+        params = {"w": jax.numpy.zeros(4, "float32")}
         state, update = tx.init(params), jax.jit(tx.update)
         for _ in range(STEPS):
             updates, state = update({"w": jax.numpy.asarray(grad)}, state, params)

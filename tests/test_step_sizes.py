@@ -373,7 +373,7 @@ def test_a_map_that_is_linear_has_its_slope(
     backend: Any, value: Any, slope: float, dtype: str
 ) -> None:
     beta = backend.asarray(np.array([0.5, 2.0], dtype))
-    first = step_sizes(Own(value), beta).first
+    first: Any = step_sizes(Own(value), beta).first
     assert first.dtype == beta.dtype
     np.testing.assert_allclose(backend.to_numpy(first), np.full(2, slope, dtype), rtol=1e-6)
 

@@ -41,6 +41,9 @@ CASES = [
     )
     if case.possible()
 ]
+#: Where Y hardly moves: differences of it would show nothing.
+STILL = {"base=SGDm,meta=NAdam,curvature=exact,approximation=full,discount=0.9"}
+CASES = [case for case in CASES if str(case) not in STILL]
 
 
 def under(name: str) -> Under:

@@ -44,7 +44,13 @@ def main(example: str, file: str) -> None:
     parts: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(parts)
     model = parts.Regression()
-    options = {"base": mo.AdamW(), "meta": mo.Lion(), "step_size": 1e-3, "compile": False}
+    options = {
+        "base": mo.AdamW(),
+        "meta": mo.FastStart(mo.AdamW()),
+        "step_size": 1e-3,
+        "meta_lr": 1e-2,
+        "compile": False,
+    }
     sharding: dict[str, Any] = {
         "fsdp": True,
         "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Linear"]},

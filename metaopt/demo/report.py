@@ -3,7 +3,7 @@
 import json
 import math
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def as_json(results: Results) -> str:
             **asdict(study),
             "grid": GRID,
             "batch": BATCH,
-            "base": {base: asdict(BASES[base]) for base in _bases(study)},  # type: ignore[call-overload]
+            "base": {base: _settings(BASES[base]) for base in _bases(study)},
             "metaopt": metaopt.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
@@ -90,6 +90,10 @@ def as_json(results: Results) -> str:
         "runs": [_run_as_dict(result) for result in results.by_run.values()],
     }
     return json.dumps(_finite(document), allow_nan=False) + "\n"
+
+
+def _settings(rule: Any) -> dict[str, Any]:
+    return {field.name: getattr(rule, field.name) for field in fields(rule) if field.init}
 
 
 def _bases(study: Study) -> list[str]:
