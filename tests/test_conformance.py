@@ -22,7 +22,22 @@ from metaopt_conformance.table import BASES, METAS
 NUMPY = find("numpy")
 
 
-@pytest.mark.parametrize("name", ["numpy", "strict", "torch", "jax"])
+#: Minutes of compiling: in every run of the tests JAX has the families below, on demand all.
+ALL_OF_JAX = pytest.param("jax", marks=pytest.mark.slow)
+SOME = ("jets", "special", "laws", "optimizer", "compiled")
+
+
+def test_some_families_pass_on_jax(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("jax")
+    families = [argument for family in SOME for argument in ("--family", family)]
+    status = main(["--backend", "jax", "--quick", "--output", str(tmp_path), *families])
+    assert status == 0, capsys.readouterr().out
+    found = json.loads((tmp_path / "conformance_jax.json").read_text())["outcomes"]
+    passed = {entry["family"] for entry in found if entry["status"] == "passed"}
+    assert passed == set(SOME)
+
+
+@pytest.mark.parametrize("name", ["numpy", "strict", "torch", ALL_OF_JAX])
 def test_the_quick_part_passes(name: str, tmp_path: Path, capsys: Any) -> None:
     try:
         find(name)
