@@ -8,10 +8,9 @@ from metaopt import inputs
 from metaopt.arrays import Array, map_leaves, namespace, solid
 from metaopt.blocks import Blocks
 from metaopt.configuration import Configuration
-from metaopt.leaf import has_average
 from metaopt.meta import COLLAPSE, PEAK, RECOVERIES, pinned
 from metaopt.state import State
-from metaopt.step import Across, rows
+from metaopt.step import Across, traces_now
 
 __all__ = ["diagnostics", "named"]
 
@@ -25,13 +24,10 @@ def diagnostics(
     inputs.check_names("params", params, plan.shapes)
     inputs.check_leaves("params", params, inputs.averages_and_traces(state), plan.shapes)
     blocks = plan.blocks
-    table = rows(plan, params, state, plan.shapes)
-    traces: dict[str, Any] = {name: leaf.param.first for name, leaf in table.items()}
     squares = {
-        name: plan.layout.square(trace, name, plan.beta_dtype) for name, trace in traces.items()
+        name: plan.layout.square(trace, name, plan.beta_dtype)
+        for name, trace in traces_now(plan, params, state).items()
     }
-    for name in plan.averaged:
-        squares[name] = xp.where(has_average(state.count[name]), squares[name], 0.0)
     if not blocks.partition.per_leaf:
         squares = {name: square / across.copies.get(name, 1) for name, square in squares.items()}
     total, _ = across.sums(plan, plan.layout.gather(squares), None)

@@ -9,7 +9,7 @@ from metaopt import step as parts
 from metaopt.arrays import Array, Leaves, cast, kind_of, map_leaves, namespace, per_leaf, solid
 from metaopt.configuration import Configuration
 from metaopt.diagnostics import diagnostics, named
-from metaopt.leaf import Leaf, has_average
+from metaopt.leaf import Leaf
 from metaopt.meta import begun
 from metaopt.plan import Plan
 from metaopt.projection import JVP, pushed
@@ -180,7 +180,8 @@ class MetaOptimize(Configuration):
         new_state = parts.accepted(state, new_state, finite)
         if self.recover:
             pair = (params, state), (new_params, new_state)
-            moves = {name: given.active[name] for name in given.present}
+            active = given.active
+            moves = {name: active[name] for name in given.present}
             new_params, new_state = recovered(plan, moves, *pair)
         return kind_of(params)(
             (name, solid(param)) for name, param in new_params.items()
@@ -338,13 +339,8 @@ class MetaOptimize(Configuration):
                 'second derivatives of the projection; use "2x2".'
             )
             raise ValueError(msg)
-        names = list(plan.shapes)
-        weights = per_leaf((name, cast(params[name], plan.dtypes[name])) for name in names)
-        table = parts.rows(plan, weights, state, names)
-        traces = per_leaf((name, leaf.param.first) for name, leaf in table.items())
-        for name in plan.averaged:
-            kept = has_average(state.count[name])
-            traces[name] = namespace(kept).where(kept, traces[name], 0.0)
+        weights = per_leaf((name, cast(params[name], plan.dtypes[name])) for name in plan.shapes)
+        traces = parts.traces_now(plan, weights, state)
         new, pushed_traces = pushed(jvp, plan, weights, traces)
         new_params = kind_of(params)(
             (name, solid(cast(new[name], param.dtype)) if name in new else param)

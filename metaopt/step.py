@@ -105,21 +105,17 @@ def make_step(
     The former two are None for leaves without a gradient. Last comes whether all that came in was
     finite; None where `skip_nonfinite` does not ask.
     """
-    active = given.active
+    active, present = given.active, given.present
     curved = plan.curvature != "none"
     rectified = config.rectified and curved
-    table = rows(plan, given.params, state, plan.shapes if curved else given.present)
+    table = rows(plan, given.params, state, plan.shapes if curved else present)
     follows = {name: _follows(table[name], active[name]) for name in table}
     traces = {name: leaf.param.first for name, leaf in table.items()}
-    z = products(plan, traces, follows, given.grads, given.across.copies)
+    values = per_leaf((name, cast(given.grads[name], plan.dtypes[name])) for name in present)
+    z = products(plan, traces, follows, values, given.across.copies)
     if z is None:
         z = map_leaves(namespace(state.step).zeros_like, state.beta)
-    grads: Leaves[Jet[Any]] = per_leaf(
-        (name, Jet(cast(given.grads[name], plan.dtypes[name]))) for name in given.present
-    )
-    lost = None
-    if config.skip_nonfinite:
-        lost = not_finite(plan, {name: grad.value for name, grad in grads.items()})
+    lost = not_finite(plan, values) if config.skip_nonfinite else None
     if config.skip_nonfinite and lost is None and given.across.reduce is not None:
         lost = filled(state.step, (), 0, plan.beta_dtype)  # those of other devices count
     z, lost = given.across.sums(plan, z, lost)
@@ -127,6 +123,7 @@ def make_step(
     mask = map_leaves(carried, z, state.meta_count)
 
     z_trace = None
+    grads: Leaves[Jet[Any]] = per_leaf((name, Jet(value)) for name, value in values.items())
     if curved:
         table = discounted_rows(plan, table, active, mask, config.discount)
         hats = {name: leaf.param.first for name, leaf in table.items()}
@@ -136,7 +133,7 @@ def make_step(
         bent: Mapping[str, Any] = {}
         if plan.third:
             thirds = {name: leaf.param.second for name, leaf in table.items()}
-            term_b = products(plan, thirds, active, given.grads, given.across.copies)
+            term_b = products(plan, thirds, active, values, given.across.copies)
             z_trace = term_b if z_trace is None else map_leaves(lambda a, b: a + b, z_trace, term_b)
             table = _discounted_again(plan, table, active, config.discount)
             bent = grad_seconds(plan, hats, table, given)
@@ -156,7 +153,7 @@ def make_step(
         plan,
         state,
         z,
-        present=None if apart else blocks_present(plan, given.present, state.step),
+        present=None if apart else blocks_present(plan, present, state.step),
         mask=mask,
         z_trace=z_trace,
         across=given.across,
@@ -164,7 +161,7 @@ def make_step(
 
     deltas: Leaves[Any] = per_leaf((name, None) for name in plan.shapes)
     moved: Leaves[Leaf | None] = per_leaf((name, None) for name in plan.shapes)
-    for name in given.present:
+    for name in present:
         dtype, ndim = plan.dtypes[name], len(plan.shapes[name])
         diagonal = cast(given.hessian_diagonal[name], dtype) if rectified else None  # type: ignore[index]
         deltas[name], moved[name] = advance(
@@ -217,6 +214,19 @@ def rows(plan: Plan, params: Mapping[str, Any], state: State, names: Iterable[st
             average,
         )
     return table
+
+
+def traces_now(plan: Plan, params: Mapping[str, Any], state: State) -> Leaves[Any]:
+    """Return the traces of all leaves; 0 where there is no average yet to be distant from."""
+
+    def of(leaf: Leaf) -> Any:
+        trace = leaf.param.first
+        if leaf.average is None:
+            return trace
+        return namespace(trace).where(has_average(leaf.count), trace, 0.0)
+
+    table = rows(plan, params, state, plan.shapes)
+    return per_leaf((name, of(leaf)) for name, leaf in table.items())
 
 
 def next_state(state: State, moved: Leaves[Leaf | None], new: dict[str, Any], z: Any) -> State:
@@ -288,7 +298,7 @@ def move_blocks(
     after: dict[str | None, BlockRow] = {}
     restarts: dict[str | None, Any] = {}
     sizes: dict[str | None, Jet[Any]] = {}
-    for key, row in block_rows(plan, state, mask).items():
+    for key, row in block_rows(plan, state, start, mask).items():
         pick = partial(_piece, key)
         now = _towards(row, pick(start), config.discount)
         after[key], restarts[key] = meta_step(
@@ -325,13 +335,12 @@ def move_blocks(
     return new, _joined_jets(sizes)
 
 
-def block_rows(plan: Plan, state: State, mask: Any) -> dict[str | None, BlockRow]:
+def block_rows(plan: Plan, state: State, start: Any, mask: Any) -> dict[str | None, BlockRow]:
     """Return the rows of the block table as a step begins: one, at weight level one for each leaf.
 
-    The traces Y are restarted, to E, in columns outside the mask.
+    The traces Y are restarted, to `start` (E), in columns outside the mask.
     """
     feeding = plan.beta_feeding
-    start = plan.layout.start(state.beta) if feeding else None
     keep = plan.layout.beta_columns(mask) if feeding else None
 
     def jet(key: str | None, slot: str, values: Any) -> Any:
@@ -441,8 +450,7 @@ def products(
     for name, moves in active.items():
         if moves is False:
             continue
-        array = cast(arrays[name], plan.dtypes[name])
-        part = plan.layout.partial(traces[name], array, name, plan.beta_dtype)
+        part = plan.layout.partial(traces[name], arrays[name], name, plan.beta_dtype)
         if moves is not True:
             part = namespace(part).where(moves, part, 0.0)
         if copies.get(name, 1) != 1 and not plan.blocks.partition.per_leaf:

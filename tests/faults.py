@@ -399,9 +399,9 @@ FAULTS = {
         "trace",
     ),
     "sums in the order of the gradients": Fault(
-        "step.products",
-        "plan.layout.gather(partials)",
-        "plan.layout.gather({name: partials[name] for name in arrays if name in partials})",
+        "step.Given.present",
+        "[name for name in self.lrs if self.grads[name] is not None]",
+        "[name for name, grad in self.grads.items() if grad is not None]",
         families=("pure",),
     ),
     "an input changed": Fault(

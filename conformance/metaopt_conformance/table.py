@@ -102,6 +102,12 @@ class MapRow:
     additive: bool = False
 
 
+def _of_adam(rule: Any) -> dict[str, Any]:
+    """Return optax's options of a rule with Adam's two moments."""
+    beta1, beta2 = rule.betas
+    return {"b1": beta1, "b2": beta2, "eps": rule.eps, "weight_decay": rule.weight_decay}
+
+
 RULES = (
     RuleRow(
         kind=mo.SGD,
@@ -162,15 +168,7 @@ RULES = (
                 "AdamW",
                 {"betas": rule.betas, "eps": rule.eps, "weight_decay": rule.weight_decay},
             ),
-            "optax": lambda rule: (
-                "adamw",
-                {
-                    "b1": rule.betas[0],
-                    "b2": rule.betas[1],
-                    "eps": rule.eps,
-                    "weight_decay": rule.weight_decay,
-                },
-            ),
+            "optax": lambda rule: ("adamw", _of_adam(rule)),
         },
     ),
     RuleRow(
@@ -186,15 +184,7 @@ RULES = (
         usual={"betas": (0.9, 0.999)},
         scale_free=True,
         own={
-            "optax": lambda rule: (
-                "nadamw",
-                {
-                    "b1": rule.betas[0],
-                    "b2": rule.betas[1],
-                    "eps": rule.eps,
-                    "weight_decay": rule.weight_decay,
-                },
-            ),
+            "optax": lambda rule: ("nadamw", _of_adam(rule)),
         },
     ),
     RuleRow(
