@@ -2,6 +2,7 @@
 
     python -m benchmarks.learning compare --task digits --logs runs
     python -m benchmarks.learning maps --task digits --logs runs
+    python -m benchmarks.learning long --logs runs
     python -m benchmarks.learning time --task digits --logs runs
     python -m benchmarks.learning report --logs runs --output benchmarks/results
 
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.protocol import ProtocolError, check
 from benchmarks.training.console import train
 from benchmarks.training.loop import Job
-from benchmarks.training.studies import SEEDS, comparison, maps
+from benchmarks.training.studies import JUDGING, SEEDS, comparison, long, maps
 from benchmarks.training.tasks import TASKS
 from benchmarks.training.timing import time_methods
 
@@ -28,11 +30,12 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     """Yield the jobs that the command line asks for."""
     seeds = SEEDS[:1] if options.smoke else SEEDS[: options.seeds]
     for task in options.task or TASKS:
-        jobs = (
-            comparison(task, seeds)
-            if options.study == "compare"
-            else maps(task, seeds, options.steps)
-        )
+        if options.study == "compare":
+            jobs = comparison(task, seeds)
+        elif options.study == "long":
+            jobs = long(task, seeds)
+        else:
+            jobs = maps(task, seeds, options.steps)
         for job in jobs:
             yield replace(job, starts=job.starts[:1], steps=3) if options.smoke else job
 
@@ -42,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("study", choices=("compare", "maps", "time", "report"))
+    parser.add_argument("study", choices=("compare", "long", "maps", "time", "report"))
     parser.add_argument("--task", action="append", choices=tuple(TASKS))
     parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder (default runs)")
     parser.add_argument("--data", type=Path, help="folder with the data sets")
@@ -58,6 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
         report(options.logs, options.output)
         return 0
     torch.set_num_threads(options.threads)
+    scored = options.study == "compare" and set(options.task or TASKS) & set(JUDGING)
+    if scored and not options.smoke:
+        try:
+            check(options.seeds)
+        except ProtocolError as error:
+            parser.error(f"{', '.join(sorted(scored))}: {error}")
     if options.study == "time":
         for task in options.task or TASKS:
             print(time_methods(task, options.data, options.logs).read_text())

@@ -39,7 +39,11 @@ MAKE: dict[str, Callable[[Sequence[Any]], Any]] = {
     "AdamW": torch.optim.AdamW,
     **{
         f"AdamW + Lion, {blocks}": functools.partial(
-            MetaOptimizer, base=mo.AdamW(weight_decay=0.1), meta=mo.Lion(), blocks=blocks
+            MetaOptimizer,
+            base=mo.AdamW(weight_decay=0.1),
+            meta=mo.Lion(),
+            blocks=blocks,
+            discount=1.0,
         )
         for blocks in ("scalar", "tensor")
     },

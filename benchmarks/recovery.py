@@ -43,7 +43,7 @@ def run(size: int, discount: float, meta_lr: float, *, recover: bool) -> tuple[f
     """Return the loss at the end over that at the start, and how often the run went back."""
     opt = mo.MetaOptimize(
         base=mo.SGD(),
-        meta=mo.FastStart(mo.AdamW()),
+        meta=mo.FastStart(mo.AdamW(), retreat=0.0),
         step_size=1e-6,
         meta_lr=meta_lr,
         discount=discount,

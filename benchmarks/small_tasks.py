@@ -212,7 +212,7 @@ def stuck(tasks: SmallTasks, base: mo.Rule, params: Rows, sizes: list[Any], seed
     best, best_size = losses.copy(), last.copy()
     for size in TRIED:
         fixed = mo.MetaOptimize(
-            base=base, meta=mo.SGD(), step_size=size, meta_lr=0.0, blocks="node"
+            base=base, meta=mo.SGD(), step_size=size, meta_lr=0.0, blocks="node", discount=1.0
         )
         after = tasks.losses(tasks.run(fixed, params, TRIAL, seed)[0])
         best, best_size = np.minimum(after, best), np.where(after < best, size, best_size)

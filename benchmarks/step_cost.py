@@ -22,7 +22,7 @@ import metaopt as mo
 from benchmarks.contenders import Contender
 from benchmarks.contenders.shapes import LARGE, PROBLEMS
 
-LIBRARIES = ("numpy", "torch", "jax", "cupy")
+LIBRARIES = ("numpy", "torch", "wrapped", "jax", "cupy")
 #: Rounds that are not counted: compilation, page faults.
 WARM_UP = 2
 

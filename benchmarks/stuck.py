@@ -22,7 +22,10 @@ from benchmarks.small_tasks import SmallTasks, stuck
 
 __all__ = ["main"]
 
-METAS: dict[str, Any] = {"Adam": mo.AdamW(), "`FastStart` of Adam": mo.FastStart(mo.AdamW())}
+METAS: dict[str, Any] = {
+    "Adam": mo.AdamW(),
+    "`FastStart` of Adam": mo.FastStart(mo.AdamW(), retreat=0.0),
+}
 META_LRS = (1e-3, 1e-2, 3e-2, 1e-1)
 #: Parts of its peak below which the step size of a block has it start anew; 0 for never.
 COLLAPSES = (0.0, 1e-4, 1e-3, 1e-2)
@@ -34,7 +37,7 @@ def counted(tasks: SmallTasks, seeds: int) -> dict[tuple[float, str, float], tup
     found = {}
     for collapse, (name, meta), meta_lr in product(COLLAPSES, METAS.items(), META_LRS):
         opt = mo.MetaOptimize(
-            base=mo.AdamW(), meta=meta, step_size=1e-3, meta_lr=meta_lr, blocks="node"
+            base=mo.AdamW(), meta=meta, step_size=1e-3, meta_lr=meta_lr, blocks="node", discount=1.0
         )
         runs, least = 0, np.inf
         for seed in range(1, seeds + 1):

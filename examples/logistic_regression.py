@@ -11,8 +11,6 @@ import numpy as xp  # or: import cupy as xp
 from metaopt_kernels import MetaOptimizer
 from sklearn.datasets import load_breast_cancer
 
-import metaopt as mo
-
 EPOCHS = 30
 BATCH = 32
 
@@ -24,8 +22,7 @@ train, test = shuffled[:400], shuffled[400:]
 inputs = (inputs - inputs[train].mean(axis=0)) / inputs[train].std(axis=0)
 
 params = {"weight": xp.zeros(30, dtype="float32"), "bias": xp.zeros((), dtype="float32")}
-# a thousand times too small on purpose: no step size has been tuned for this
-opt = MetaOptimizer(params, mo.AdamW(), mo.AdamW(), step_size=1e-6, meta_lr=3e-2, blocks="tensor")
+opt = MetaOptimizer(params, base="adamw", blocks="tensor")
 
 
 def probability(rows):

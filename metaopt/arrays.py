@@ -81,6 +81,37 @@ Leaves: TypeAlias = OrderedDict[str, ValueT]
 _namespaces: dict[type, Namespace] = {}
 
 
+class _Mlx:
+    """MLX's namespace, with what it lacks of the standard: devices, and some keywords."""
+
+    def __init__(self, xp: Any) -> None:
+        self._xp = xp
+        self.bool = xp.bool_
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._xp, name)
+
+    # arrays lie in one memory, and devices are those of operations
+
+    def full(self, shape: Shape, value: Any, *, dtype: Any, device: Any = None) -> Any:
+        del device
+        return self._xp.full(shape, value, dtype=dtype)
+
+    def eye(self, size: int, *, dtype: Any, device: Any = None) -> Any:
+        del device
+        return self._xp.eye(size, dtype=dtype)
+
+    def asarray(self, value: Any, *, dtype: Any = None, device: Any = None) -> Any:
+        del device
+        return self._xp.array(value, dtype=dtype)
+
+    def sum(self, array: Any, *, dtype: Any = None, **options: Any) -> Any:
+        return self._xp.sum(array if dtype is None else array.astype(dtype), **options)
+
+    def clip(self, array: Any, *, min: Any = None, max: Any = None) -> Any:
+        return self._xp.clip(array, min, max)
+
+
 def namespace(array: Any) -> Namespace:
     """Return the namespace of `array`, looked up once per array type.
 
@@ -97,7 +128,8 @@ def namespace(array: Any) -> Namespace:
         if issubclass(kind, np.matrix | np.ma.MaskedArray):
             msg = f"the operators of a {kind.__name__} are not those of the array API standard"
             raise TypeError(msg)
-        _namespaces[kind] = array_namespace(array)
+        found = array_namespace(array)
+        _namespaces[kind] = _Mlx(found) if kind.__module__ == "mlx.core" else found
     return _namespaces[kind]
 
 

@@ -21,6 +21,7 @@ from metaopt import blocks as partitions
 from metaopt import curvature, rules, step_sizes
 from metaopt.arrays import at_hand, device, namespace, per_leaf, to_numpy
 from metaopt.metaoptimize import MetaOptimize
+from metaopt.rules.learned import Learned
 from metaopt.state import State
 
 __all__ = ["load", "save"]
@@ -35,7 +36,7 @@ _TYPES: dict[str, Any] = {
         *rules.SHIPPED,
         *(getattr(step_sizes, name) for name in step_sizes.__all__ if name != "StepSizeMap"),
         *(partitions.Scalar, partitions.Tensor, partitions.Node, partitions.Weight),
-        *(partitions.Named, curvature.Curvature, curvature.Diagonal),
+        *(Learned, partitions.Named, curvature.Curvature, curvature.Diagonal),
     )
 }
 
@@ -222,7 +223,8 @@ def _exchange(
     for old, new in (("trace", "average"), ("average", "trace")):
         for name, param in params.items():
             kept = tensors.get(f"{old}/{name}")
-            if kept is None or kept.shape != tuple(param.shape) or f"{new}/{name}" not in template:
+            wanted = template.get(f"{new}/{name}")
+            if kept is None or wanted is None or kept.shape != tuple(wanted.shape):
                 continue
             weights = to_numpy(param).astype(kept.dtype)
             moved = tensors.get(f"count/{name}", 1) > 0  # before the first step the trace is 0
@@ -293,10 +295,22 @@ def _build(
     path: str | os.PathLike[str], config: Any, arrays: Mapping[str, np.ndarray[Any, Any]]
 ) -> MetaOptimize:
     try:
-        return MetaOptimize(**{name: _decode(value, arrays) for name, value in config.items()})
+        options = {name: _decode(value, arrays) for name, value in config.items()}
+        _check_made(options)
+        return MetaOptimize(**options)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         msg = f"{path} has a configuration that cannot be rebuilt: {error}."
         raise ValueError(msg) from error
+
+
+def _check_made(options: Mapping[str, Any]) -> None:
+    """Raise where a rule is given by name: what a file names must never be imported."""
+    for option in ("base", "meta"):
+        given = options.get(option)
+        for rule in given.values() if isinstance(given, Mapping) else (given,):
+            if not isinstance(rule, rules.SHIPPED):
+                msg = f"`{option}` must be a rule of metaopt; got {rule!r}"
+                raise ValueError(msg)
 
 
 def _compare(

@@ -163,7 +163,7 @@ def hutchinson(
     ----------
     hvp : callable
         As `MetaOptimize.step` takes it.
-    probes : mapping of leaf name to array (k, *shape)
+    probes : mapping of leaf name to array of shape `(k, *shape)`
         k probes, of one floating dtype; draw new ones for every step.
 
     Returns

@@ -1,7 +1,8 @@
 """Checks of what a user hands in: the error comes at the call that made it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,34 @@ from metaopt.numerics import SMALLEST
 from metaopt.plan import Plan
 from metaopt.rules.elementwise import check_elementwise
 from metaopt.rules.fast_start import FastStart
+from metaopt.rules.learned import at_start, field_of, layers, learned_in
 from metaopt.rules.rule import (
     Rule,
     check_rule,
+    decay_step_size,
+    fed_by,
     follows_weights,
+    is_opaque,
+    learnable,
     not_negative,
+    optional,
     scope_of,
     uses_param,
 )
 from metaopt.state import State
 
-__all__ = ["check_grads", "multiplier", "multipliers", "namespace_of"]
+__all__ = [
+    "check_formulas",
+    "check_grads",
+    "check_meta_grads",
+    "multiplier",
+    "multipliers",
+    "namespace_of",
+    "taken_for_step_size",
+]
 
+#: A multiplier that is below this from the start was probably meant as a step size.
+USUAL_MULTIPLIER = 0.1
 #: How far below 0 a schedule of multipliers about 1 can end by rounding, in float32 too.
 ROUNDING = 2.0**-20
 
@@ -74,6 +91,26 @@ def hyperparameter(name: str, value: Any, lo: float, hi: float = math.inf) -> An
     check_number(name, number, lo, hi)
     ours = value is number or isinstance(value, np.ndarray | np.generic)
     return float(number) if ours else value
+
+
+def discount(value: Any) -> Any:
+    """Return one discount, or a tuple of several, as `hyperparameter` returns numbers.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If one does not lie in [0, 1], there is none, or each is not larger than the one before.
+    """
+    if not isinstance(value, tuple | list):
+        return hyperparameter("discount", value, 0.0, 1.0)
+    several = tuple(
+        hyperparameter(f"discount[{index}]", one, 0.0, 1.0) for index, one in enumerate(value)
+    )
+    known = [float(to_numpy(one)) for one in several if at_hand(one)]
+    if not several or any(one >= other for one, other in pairwise(known)):
+        msg = f"`discount` must be a number, or several from the least to the largest; got {value}."
+        raise ValueError(msg)
+    return several
 
 
 def _is_number(value: Any) -> bool:
@@ -233,6 +270,58 @@ def check_products(
         check_leaf(f"{source}(...)[{name!r}]", product, tangent, shape)
 
 
+def check_unit_steps(
+    unit_steps: Any, grads: Mapping[str, Any], params: Mapping[str, Any], plan: Plan
+) -> None:
+    """Raise unless `unit_steps` holds the steps of the leaves that have theirs made elsewhere."""
+    given = {} if unit_steps is None else unit_steps
+    if not isinstance(given, Mapping):
+        msg = f"`unit_steps` must be a mapping of leaf to array; got {unit_steps!r}."
+        raise TypeError(msg)
+    for name, rule in plan.rules.items():
+        if is_opaque(rule) and grads[name] is not None:
+            if given.get(name) is None:
+                msg = (
+                    f"`unit_steps[{name!r}]` is needed by base {rule!r}: what its optimizer would "
+                    "take from the weights in this step at step size 1."
+                )
+                raise ValueError(msg)
+            check_leaf(f"unit_steps[{name!r}]", given[name], params[name], plan.shapes[name])
+    for name in given:
+        if name not in plan.rules or not is_opaque(plan.rules[name]):
+            whose = "an unknown leaf" if name not in plan.rules else repr(plan.rules[name])
+            msg = f"`unit_steps[{name!r}]` is of {whose}; steps are taken for base `Opaque` alone."
+            raise ValueError(msg)
+
+
+def check_meta_grads(
+    meta_grads: Any,
+    params: Mapping[str, Any],
+    shapes: Leaves[tuple[int, ...]],
+    *,
+    held_out: bool,
+) -> None:
+    """Raise unless `meta_grads` holds gradients of leaves, and these are asked for."""
+    if meta_grads is None:
+        return
+    if not held_out:
+        msg = (
+            "`meta_grads` must be left out without `held_out`, by which meta-gradients are made "
+            "with them in every step that is given some, and with nothing else: make the "
+            "optimizer with held_out=True."
+        )
+        raise ValueError(msg)
+    if not isinstance(meta_grads, Mapping):
+        msg = f"`meta_grads` must be a mapping of leaf to array; got {type(meta_grads).__name__}."
+        raise TypeError(msg)
+    for name, grad in meta_grads.items():
+        if name not in shapes:
+            msg = f"`meta_grads` has unknown leaf {name!r}; expected any of: {', '.join(shapes)}."
+            raise ValueError(msg)
+        if grad is not None:
+            check_leaf(f"meta_grads[{name!r}]", grad, params[name], shapes[name])
+
+
 def check_copies(copies: Mapping[str, int], names: Mapping[str, Any]) -> None:
     """Raise unless `copies` has positive integers for some of the leaves."""
     if not isinstance(copies, Mapping):
@@ -288,6 +377,30 @@ def multiplier(name: str, lr: Any) -> Any:
     return xp.where(lr < least, xp.zeros_like(lr), lr)
 
 
+def taken_for_step_size(multipliers: Iterable[Any], whose: str = "`lr`") -> str | None:
+    """Return a warning where the multipliers of all leaves look like step sizes; else None.
+
+    For adapters, at construction: frameworks hand over learning rates of their own there. Later,
+    in a warm-up say, any multiplier is as good as another, and 0 freezes.
+
+    Parameters
+    ----------
+    multipliers : iterable of float, array or schedule
+        At what is no number nothing is looked.
+    whose : str
+        What the message calls them.
+    """
+    given = list(multipliers)
+    largest = max(given) if given and all(map(is_number, given)) else 0.0
+    if not 0.0 < largest < USUAL_MULTIPLIER:
+        return None
+    return (
+        f"{whose} is {largest:g}, which multiplies the learned step sizes and is no step size. To "
+        f"start with that one, write `step_size={largest:g}` and leave `lr` at 1.0; give a trainer "
+        "that passes a learning rate 1.0."
+    )
+
+
 def check_bounds(bounds: Any, span: tuple[float, float]) -> None:
     """Raise unless `bounds` is None, or pairs lo < hi within the range of the step-size map."""
     pairs = bounds if isinstance(bounds, Mapping) else {None: bounds}
@@ -339,15 +452,20 @@ def check_rules(base: Any, meta: Any) -> None:
         if not isinstance(key, str):
             msg = f"`base` must have patterns, strings, as keys; got {key!r}."
             raise TypeError(msg)
-    for name, rule in (_by_argument(base) | {"meta": meta}).items():
+    for name, rule in (by_argument(base) | {"meta": meta}).items():
         check_rule(name, rule)
         check_elementwise(name, rule)
         not_negative(f"{name}.weight_decay", rule.weight_decay)
-        if isinstance(rule, FastStart) and name != "meta":
+        optional(f"{name}.decay_step_size", decay_step_size(rule))
+        if is_opaque(rule) and name == "meta":
+            msg = f"`meta` must have a formula, and `Opaque` has none; got {rule!r}."
+            raise ValueError(msg)
+        if name != "meta" and any(isinstance(one, FastStart) for one in layers(rule)):
             msg = f"`{name}` must be an update of weights, and `FastStart` is none; got {rule!r}."
             raise ValueError(msg)
-    if uses_param(meta) or hasattr(meta, "slot_shapes"):
-        what = "`uses_param`" if uses_param(meta) else "`slot_shapes`"
+    uses = any(map(uses_param, layers(meta)))
+    if uses or hasattr(meta, "slot_shapes"):
+        what = "`uses_param`" if uses else "`slot_shapes`"
         msg = f"`meta` must have no {what}, which is for updates of weights; got {meta!r}."
         raise ValueError(msg)
     for slot in (COMPENSATION, PEAK, SCALE, RECOVERIES):
@@ -362,9 +480,64 @@ def check_rules(base: Any, meta: Any) -> None:
         raise ValueError(msg)
 
 
+def check_learned(base: Any, meta: Any) -> None:
+    """Raise unless what is learned of the rules are numbers that they let be learned."""
+    if learned_in(meta):
+        place = next(iter(learned_in(meta)))
+        msg = f"`meta` must have numbers, and none that is learned; got {place} of {meta!r}."
+        raise ValueError(msg)
+    for name, rule in by_argument(base).items():
+        for place, learned in learned_in(rule).items():
+            fields = learnable(rule)
+            if field_of(place) not in fields:
+                those = f"may be {', '.join(fields)}" if fields else "is nothing"
+                msg = (
+                    f"`{place}` of `{name}` cannot be learned: what can be of {rule!r}, by its "
+                    f"`learnable`, {those}."
+                )
+                raise ValueError(msg)
+            plain = at_start(rule)
+            if scope_of(plain) == "leaf" and place != "weight_decay":
+                msg = (
+                    f"`{place}` of `{name}` cannot be learned: a rule has to have the scope "
+                    f'"weight" for that, as jets are pushed through it; got {rule!r}.'
+                )
+                raise ValueError(msg)
+            try:
+                reaches = any(fed_by(plain, place, learned.start))
+            except Exception as error:  # whatever a rule does that jets cannot
+                msg = (
+                    f"`{place}` of `{name}` cannot be learned, as no derivative can be taken of "
+                    f"the direction: {error} Write it with operators and the functions of "
+                    f"metaopt.numerics; got {rule!r}."
+                )
+                raise ValueError(msg) from error
+            if place != "weight_decay" and not reaches:
+                msg = (
+                    f"`{place}` of `{name}` cannot be learned: no derivative passes from it to the "
+                    f"direction; got {rule!r}."
+                )
+                raise ValueError(msg)
+
+
+def check_formulas(base: Any, instead: str) -> None:
+    """Raise ValueError where a rule of `base` has no formula.
+
+    Parameters
+    ----------
+    base : Rule, or mapping of pattern to Rule
+    instead : str
+        What to do then, in the message.
+    """
+    for name, rule in by_argument(base).items():
+        if is_opaque(rule):
+            msg = f"`{name}` must have a formula, and {rule!r} has none: {instead}"
+            raise ValueError(msg)
+
+
 def check_derivatives(base: Any, meta: Rule | None) -> None:
     """Raise unless derivatives can be pushed through the rules; of `meta` unless it is None."""
-    for name, rule in (_by_argument(base) | ({} if meta is None else {"meta": meta})).items():
+    for name, rule in (by_argument(base) | ({} if meta is None else {"meta": meta})).items():
         if scope_of(rule) == "leaf":
             msg = (
                 f'`curvature` other than "none" needs rules of the scope "weight", but `{name}` '
@@ -382,7 +555,7 @@ def check_derivatives(base: Any, meta: Rule | None) -> None:
             raise ValueError(msg) from error
 
 
-def _by_argument(base: Any) -> dict[str, Any]:
+def by_argument(base: Any) -> dict[str, Any]:
     """Return base updates by what messages call them."""
     if not isinstance(base, Mapping):
         return {"base": base}

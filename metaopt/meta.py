@@ -11,15 +11,18 @@ from metaopt.arrays import cast, namespace
 from metaopt.jets import Jet, scaled, total
 from metaopt.leaf import usable
 from metaopt.numerics import exact_sum
+from metaopt.rules.fast_start import FastStart
 from metaopt.rules.rule import Rule, direction_of
 from metaopt.step_sizes import StepSizeMap
 
 __all__ = [
     "COMPENSATION",
+    "DECIDED",
     "PEAK",
     "RECOVERIES",
     "SCALE",
     "BlockRow",
+    "all_horizons",
     "begun",
     "carried",
     "meta_step",
@@ -33,6 +36,8 @@ COMPENSATION = "compensation"
 PEAK = "peak"
 #: With `recover`, the largest meta-gradient of late; and how often the block has recovered.
 SCALE, RECOVERIES = "scale", "recoveries"
+#: With several discounts, in how many meta updates the direction of each was the least.
+DECIDED = "decided"
 #: What a recovery divides the step size by, and how much of the scale is left after a step.
 RECOVERY, FORGET = 3.0, 0.999
 #: A step size below this share of its peak has collapsed (section 11).
@@ -48,7 +53,8 @@ class BlockRow(NamedTuple):
         Meta-parameters, and where these feed back how they depend on past ones (Y).
     slots : mapping of slot to Jet
         As `State.meta_slots`: those of the rule, `COMPENSATION` and `PEAK`, with recovery also
-        `SCALE` and `RECOVERIES`.
+        `SCALE` and `RECOVERIES`. Of several discounts, each has its own of the rule's, along a
+        leading axis, and of `DECIDED`.
     count : array like beta, int32
     """
 
@@ -66,8 +72,8 @@ def begun(z: Any, meta_count: Any) -> Any:
 
     Parameters
     ----------
-    z : array, values per block
-    meta_count : array like `z`
+    z : array, values per block; of several discounts, with a leading axis of them
+    meta_count : array, values per block
     """
     return namespace(z).where(meta_count > 0, z, 0.0)
 
@@ -75,12 +81,25 @@ def begun(z: Any, meta_count: Any) -> Any:
 def carried(z: Any, meta_count: Any) -> Any:
     """Say whose traces go on: the others start anew in this step (section 11).
 
+    The traces of all horizons of a block start anew together.
+
     Parameters
     ----------
-    z : array, values per block
-    meta_count : array like `z`
+    z : array, values per block; of several discounts, with a leading axis of them
+    meta_count : array, values per block
     """
-    return usable(z) & (meta_count > 0)
+    return all_horizons(usable(z), meta_count) & (meta_count > 0)
+
+
+def all_horizons(flags: Any, like: Any) -> Any:
+    """Say where flags hold for all horizons.
+
+    Parameters
+    ----------
+    flags : boolean array like `like`; of several discounts, with a leading axis of them
+    like : array, values per block
+    """
+    return flags if flags.ndim == like.ndim else namespace(flags).all(flags, axis=0)
 
 
 def meta_step(
@@ -104,7 +123,9 @@ def meta_step(
     row : BlockRow
         Its traces discounted and restarted.
     z : Jet
-        Meta-gradient, 0 for blocks that rest: see `begun`; terms A and B of section 3.
+        Meta-gradient, 0 for blocks that rest: see `begun`; terms A and B of section 3. Of several
+        discounts, with a leading axis of them: beta moves along the least of their directions,
+        that which asks for the largest step size (section 10).
     meta_lr : float, or array of shape () in the dtype of beta
     bounds : pair of arrays like beta
         Bounds on beta, not on the step sizes.
@@ -117,9 +138,16 @@ def meta_step(
     beta, count = row.beta.value, row.count
     xp, held = namespace(beta), row if held is None else held
     starts = count == 0 if present is None else (count == 0) & present
-    finite = usable(z.value)
-    moves = finite & (z.value != 0.0)
+    finite = all_horizons(usable(z.value), beta)
+    moves = finite & xp.logical_not(all_horizons(z.value == 0.0, beta))
     unit, new = _direction(rule, row, Jet(xp.where(moves, z.value, 0.0), z.first))
+    if DECIDED in row.slots:
+        least = xp.min(unit.value, axis=0)
+        decided = cast(unit.value == least, beta.dtype)
+        new |= {DECIDED: Jet(row.slots[DECIDED].value + decided)}
+        unit = Jet(least)
+    if isinstance(rule, FastStart):
+        unit = _retreated(rule, unit, row.slots, new)
     exact, lost = exact_sum(beta, row.slots[COMPENSATION].value - meta_lr * unit.value)
     lo, hi = bounds
     new_beta = xp.where(exact < lo, lo, xp.where(exact > hi, hi, exact))
@@ -131,9 +159,11 @@ def meta_step(
     restart = moves & (meets | collapsed)
     new |= {COMPENSATION: Jet(xp.where(new_beta == exact, lost, 0.0)), PEAK: Jet(peak)}
     if SCALE in row.slots:
-        scale = xp.maximum(xp.abs(z.value), FORGET * row.slots[SCALE].value)
+        size_of_z = xp.abs(z.value)
+        size_of_z = size_of_z if size_of_z.ndim == beta.ndim else xp.max(size_of_z, axis=0)
+        scale = xp.maximum(size_of_z, FORGET * row.slots[SCALE].value)
         new |= {SCALE: Jet(scale), RECOVERIES: row.slots[RECOVERIES]}
-    lasting = (COMPENSATION, RECOVERIES, *getattr(rule, "lasting", ()))
+    lasting = (COMPENSATION, DECIDED, RECOVERIES, *getattr(rule, "lasting", ()))
 
     def chosen(slot: str) -> Any:
         old, after = held.slots[slot], new[slot]
@@ -189,6 +219,22 @@ def _direction(rule: Rule, row: BlockRow, z: Jet[Any]) -> tuple[Jet[Any], dict[s
     slots = {slot: row.slots[slot] for slot in rule.slots}
     unit, new = direction_of(rule, z, slots, Jet(count))
     return unit, dict(new)
+
+
+def _retreated(
+    rule: FastStart, unit: Jet[Any], slots: Mapping[str, Jet[Any]], new: Mapping[str, Jet[Any]]
+) -> Jet[Any]:
+    """Return the direction, in the step in which a block's start ends back; section 6."""
+    if rule.retreat is None or (isinstance(rule.retreat, float) and rule.retreat == 0.0):
+        return unit
+    before, after = (
+        all_horizons(rule.over({slot: jet.value for slot, jet in some.items()}), unit.value)
+        for some in (slots, new)
+    )
+    xp = namespace(unit.value)
+    ends = after & xp.logical_not(before)
+    first = None if unit.first is None else xp.where(ends, 0.0, unit.first)
+    return Jet(xp.where(ends, rule.retreat * rule.factor, unit.value), first)
 
 
 def pinned(beta: Any, lo: Any, hi: Any) -> Any:

@@ -6,7 +6,18 @@ from typing import Any
 
 from metaopt import inputs, start
 from metaopt import step as parts
-from metaopt.arrays import Array, Leaves, cast, kind_of, map_leaves, namespace, per_leaf, solid
+from metaopt.arrays import (
+    Array,
+    Leaves,
+    cast,
+    filled,
+    kind_of,
+    map_leaves,
+    namespace,
+    per_leaf,
+    solid,
+)
+from metaopt.averages import averaged_params
 from metaopt.configuration import Configuration
 from metaopt.diagnostics import diagnostics, named
 from metaopt.leaf import Leaf
@@ -16,10 +27,15 @@ from metaopt.projection import JVP, pushed
 from metaopt.recovery import recovered
 from metaopt.state import State
 
-__all__ = ["MetaOptimize"]
+__all__ = ["MetaOptimize", "check_config"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+#: So that errors of the constructor name this class. By a name, as mypy would else give fields that
+#: are inherited the type that they take, not that which they hold.
+_named = dataclass(frozen=True, kw_only=True, eq=False)
+
+
+@_named
 class MetaOptimize(Configuration):
     r"""Wraps a base update and adapts its step sizes online with a meta update.
 
@@ -32,18 +48,26 @@ class MetaOptimize(Configuration):
 
     Parameters
     ----------
-    base : Rule, or mapping of pattern to Rule
+    base : Rule, name of one, or mapping of pattern to these, default AdamW()
         The update of the weights. With a mapping, every leaf takes the rule of the first
-        `fnmatch` pattern that matches its name.
-    meta : Rule
-        The update of the meta-parameters; without weight decay.
+        `fnmatch` pattern that matches its name. A name may come with options, as a file holds
+        them: `"adamw"`, `{"name": "adamw", "betas": [0.9, 0.99]}`, or in place of the name the
+        dotted path of a class of your own. Numbers of a rule may be `metaopt.Learned` (section
+        15).
+    meta : Rule, or name of one, default FastStart(AdamW())
+        The update of the meta-parameters; without weight decay. By name as `base`, `"adam"` or
+        `{"name": "fast_start", "rule": "adam"}`.
     step_size : float, or mapping of block name to float or array, default 1e-4
         Initial learned step size :math:`\alpha_0`. A mapping has exactly the keys of `step_sizes`.
-    meta_lr : float, default 1e-3
+    meta_lr : float, default 1e-2
         Step size :math:`\eta` of the meta update. With 0 this is `base` at a fixed step size.
-    discount : float, default 1.0
-        Discount :math:`\gamma` of future losses, in [0, 1]. This, `meta_lr` and `step_size` may be
-        arrays of shape (), and where JAX traces them their values are not looked at.
+    discount : float or tuple of float, optional
+        Discount :math:`\gamma` of future losses, in [0, 1]. Of several, from the least to the
+        largest, each has its own traces and moments of `meta`, and beta moves along the direction
+        that asks for the largest step size (section 10, *Several horizons*); for `approximation`
+        "l". By default (0.99, 1.0), and 1.0 with another `approximation`. These, `meta_lr` and
+        `step_size` may be arrays of shape (), and where JAX traces them their values are not
+        looked at.
     blocks : {"scalar", "tensor", "node", "weight"}, mapping or Partition, default "scalar"
         Which weights share a step size; a mapping gives named groups by pattern. See
         `metaopt.blocks`.
@@ -57,6 +81,10 @@ class MetaOptimize(Configuration):
         needs `curvature="exact"` and is refused with `meta_first`.
     curvature : {"none", "diagonal", "exact"} or metaopt.curvature.Diagonal, default "none"
         How much of the Hessian they follow; "none" is Hessian-free.
+    held_out : bool, default False
+        Make meta-gradients with the gradients of a held-out batch that a step is given as
+        `meta_grads`, and not with those of training; in steps without them the step sizes rest
+        (section 2, *Another loss*). For `approximation` "l".
     meta_first : bool, default False
         Update the meta-parameters before the weights of the same step.
     skip_nonfinite : bool, default False
@@ -117,6 +145,8 @@ class MetaOptimize(Configuration):
         third: Callable[[Mapping[str, Array], Mapping[str, Array]], Mapping[str, Any]]
         | None = None,
         hessian_diagonal: Mapping[str, Any] | None = None,
+        unit_steps: Mapping[str, Any] | None = None,
+        meta_grads: Mapping[str, Any] | None = None,
         reduce: parts.Reduce | None = None,
         copies: Mapping[str, int] | None = None,
     ) -> tuple[dict[str, Any], State]:
@@ -144,6 +174,15 @@ class MetaOptimize(Configuration):
             each pair: arrays (k, k, \*shape) with entry [i, j] that along U[i] and V[j].
         hessian_diagonal : mapping of leaf name to array, needed by `curvature="diagonal"`
             Diagonal of the Hessian at `params`; None is allowed for leaves without gradient.
+        unit_steps : mapping of leaf name to array, needed by base `Opaque`
+            What the optimizer that `Opaque` stands for would take from the weights in this step at
+            step size 1, weight decay and all; of its leaves alone. Where a leaf has no gradient it
+            may be None, or left out.
+        meta_grads : mapping of leaf name to array or None, for `held_out` alone
+            Gradient at `params` of the loss that step sizes are to lower, such as that of a
+            held-out batch: meta-gradients are made with it. Leaves that are None or left out add
+            nothing, nor do those that rest. Without it the step sizes rest in this step, and
+            traces go on.
         reduce : callable, optional
             Where `params` are one device's parts of leaves that several hold: from a list of
             arrays, sums of products over these parts, to the list of their sums over all devices.
@@ -162,11 +201,21 @@ class MetaOptimize(Configuration):
         Raises
         ------
         ValueError, TypeError
-            If names, shapes or dtypes do not fit, `lr` is negative, or what `curvature` needs is
-            not given. Nothing is changed then, nor ever.
+            If names, shapes or dtypes do not fit, `lr` is negative, what `curvature` needs is not
+            given, or `meta_grads` are without `held_out`. Nothing is changed then, nor ever.
         """
         plan, given = self._given(
-            params, grads, state, lr, hvp, third, hessian_diagonal, reduce, copies
+            params,
+            grads,
+            state,
+            lr,
+            hvp,
+            third,
+            hessian_diagonal,
+            unit_steps,
+            meta_grads,
+            reduce,
+            copies,
         )
         _, moved, new_state, finite = parts.make_step(self, plan, state, given)
 
@@ -198,6 +247,8 @@ class MetaOptimize(Configuration):
         third: Callable[[Mapping[str, Array], Mapping[str, Array]], Mapping[str, Any]]
         | None = None,
         hessian_diagonal: Mapping[str, Any] | None = None,
+        unit_steps: Mapping[str, Any] | None = None,
+        meta_grads: Mapping[str, Any] | None = None,
         reduce: parts.Reduce | None = None,
         copies: Mapping[str, int] | None = None,
     ) -> tuple[Leaves[Any], State]:
@@ -208,7 +259,9 @@ class MetaOptimize(Configuration):
 
         Parameters
         ----------
-        params, grads, state, lr, hvp, third, hessian_diagonal, reduce, copies
+        params, grads, state, lr, hvp, third, hessian_diagonal
+            As `step` takes them.
+        unit_steps, meta_grads, reduce, copies
             As `step` takes them.
 
         Returns
@@ -230,7 +283,17 @@ class MetaOptimize(Configuration):
             )
             raise ValueError(msg)
         plan, given = self._given(
-            params, grads, state, lr, hvp, third, hessian_diagonal, reduce, copies
+            params,
+            grads,
+            state,
+            lr,
+            hvp,
+            third,
+            hessian_diagonal,
+            unit_steps,
+            meta_grads,
+            reduce,
+            copies,
         )
         deltas, _, new_state, finite = parts.make_step(self, plan, state, given)
         if finite is not None:
@@ -252,6 +315,8 @@ class MetaOptimize(Configuration):
         hvp: Any,
         third: Any,
         hessian_diagonal: Any,
+        unit_steps: Mapping[str, Any] | None,
+        meta_grads: Mapping[str, Any] | None,
         reduce: parts.Reduce | None,
         copies: Mapping[str, int] | None,
     ) -> tuple[Plan, parts.Given]:
@@ -259,6 +324,8 @@ class MetaOptimize(Configuration):
         plan = self._plan_for(params, state)
         inputs.check_grads(grads, params, plan.shapes)
         inputs.check_curvature(hvp, third, hessian_diagonal, grads, params, plan)
+        inputs.check_unit_steps(unit_steps, grads, params, plan)
+        inputs.check_meta_grads(meta_grads, params, plan.shapes, held_out=self.held_out)
         inputs.check_copies(copies or {}, plan.shapes)
         if reduce is not None:
             inputs.check_callable("reduce", reduce)
@@ -268,7 +335,17 @@ class MetaOptimize(Configuration):
             for name, lr in inputs.multipliers(lr, plan.shapes).items()
         )
         across = parts.Across(reduce, copies or {})
-        return plan, parts.Given(params, grads, lrs, hvp, third, hessian_diagonal, across)
+        return plan, parts.Given(
+            params,
+            grads,
+            lrs,
+            hvp,
+            third,
+            hessian_diagonal,
+            unit_steps or {},
+            (meta_grads or {}) if self.held_out else grads,
+            across,
+        )
 
     def _plan_for(self, params: Mapping[str, Array], state: State) -> Plan:
         """Return the plan of `params`, or raise where they and `state` do not belong together."""
@@ -342,6 +419,11 @@ class MetaOptimize(Configuration):
         weights = per_leaf((name, cast(params[name], plan.dtypes[name])) for name in plan.shapes)
         traces = parts.traces_now(plan, weights, state)
         new, pushed_traces = pushed(jvp, plan, weights, traces)
+        learned = {
+            name: part
+            | {"trace": _pushed_again(jvp, _with_traces_of(plan, name), weights, part["trace"])}
+            for name, part in state.learned.items()
+        }
         new_params = kind_of(params)(
             (name, solid(cast(new[name], param.dtype)) if name in new else param)
             for name, param in params.items()
@@ -355,7 +437,48 @@ class MetaOptimize(Configuration):
             state,
             trace=per_leaf((name, solid(array)) for name, array in trace.items()),
             average=per_leaf((name, solid(array)) for name, array in average.items()),
+            learned=per_leaf(learned.items()) if learned else state.learned,
         )
+
+    def averaged_params(self, state: State, params: Mapping[str, Array]) -> dict[str, Any]:
+        r"""Return weights averaged over the latest steps, better to evaluate than the last ones.
+
+        They come with the trace of the shortest horizon, :math:`w - h` (section 10): a moving
+        average of decay :math:`\gamma (1 - \kappa \alpha)`, some :math:`1 / (1 - \gamma)` steps
+        long. Of leaves whose rule is `metaopt.Averaged` they are its own. Training goes on from
+        `params`.
+
+        Parameters
+        ----------
+        state : State
+        params : mapping of leaf name to array
+            As `step` returned them.
+
+        Returns
+        -------
+        params : mapping of leaf name to array, dtypes of `params`
+            A leaf that has made no step is as it is.
+
+        Raises
+        ------
+        ValueError
+            If a leaf has no average of its own, and there is no `discount` below 1, or with
+            curvature or another `sigma` than "exp", where the traces are no distances to averages;
+            if names or shapes do not fit.
+        TypeError
+            If `state` is none, or arrays are of another library.
+
+        Examples
+        --------
+        >>> import numpy as np, metaopt as mo
+        >>> opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.5, discount=(0.5, 1.0))
+        >>> params = {"w": np.array([1.0])}
+        >>> params, state = opt.step(params, {"w": np.array([1.0])}, opt.init(params))
+        >>> params, state = opt.step(params, {"w": np.array([-1.0])}, state)
+        >>> params["w"].tolist(), opt.averaged_params(state, params)["w"].tolist()
+        ([1.0], [0.75])
+        """
+        return averaged_params(self, self._plan_for(params, state), params, state)
 
     def slopes(self, beta: Any) -> tuple[Any, Any]:
         """Return the step sizes and their derivative at `beta`, values per block (section 8).
@@ -398,6 +521,24 @@ class MetaOptimize(Configuration):
         blocks = self.plan_of(state).blocks
         return named(blocks, map_leaves(self.sigma_map.value, state.beta))
 
+    def hyperparameters(self, state: State) -> dict[str, dict[str, Any]]:
+        """Return the numbers of rules that are learned, `metaopt.Learned`, by name and block.
+
+        Returns
+        -------
+        mapping of name to mapping of block name to array
+            The name is where the number stands, as "weight_decay" or "betas[0]"; where rules of
+            several patterns have different ones there, after the pattern, as
+            `"*.bias: weight_decay"`. Values are as `step_sizes` has them. Empty where nothing is
+            learned but step sizes.
+        """
+        plan = self.plan_of(state)
+
+        return {
+            name: named(plan.learned[name].blocks, config.values_of(state.learned[name]["beta"]))
+            for name, config in self.learned.items()
+        }
+
     def diagnostics(
         self,
         state: State,
@@ -424,7 +565,10 @@ class MetaOptimize(Configuration):
             a bound, "collapsed", where it is below a tenth of the largest since the trace started,
             and "asleep", where the last meta-gradient was exactly 0; "restarts" of the trace, by
             block (at weight level by leaf); "skipped", the steps left out; with `recover`,
-            "recoveries", how often each block has gone back.
+            "recoveries", how often each block has gone back. Of several discounts "meta_grad" and
+            "trace_norm" have a leading axis of these, as has "decided", in how many meta updates
+            the direction of each was the least; equal ones count for each. With `metaopt.Learned`
+            numbers, "learned", by name the like of each.
 
         Raises
         ------
@@ -432,3 +576,29 @@ class MetaOptimize(Configuration):
             If `state` is not one of this configuration, or `params` are not its leaves.
         """
         return diagnostics(self, state, params, parts.Across(reduce, copies or {}))
+
+
+def _with_traces_of(plan: Plan, name: str) -> Plan:
+    """Return the plan of all leaves with traces as a learned number has them."""
+    return replace(plan, layout=plan.learned[name].layout, horizons=())
+
+
+def _pushed_again(jvp: JVP, plan: Plan, weights: Leaves[Any], traces: Leaves[Any]) -> Leaves[Any]:
+    """Return the traces of a learned number, pushed through a projection of all weights."""
+    columns = plan.layout.leading
+
+    def tangent(name: str, weight: Any) -> Any:
+        if name in traces:
+            return traces[name]
+        return filled(weight, columns + tuple(weight.shape), 0.0)
+
+    tangents = per_leaf((name, tangent(name, weight)) for name, weight in weights.items())
+    _, found = pushed(jvp, plan, weights, tangents)
+    return per_leaf((name, solid(found.get(name, trace))) for name, trace in traces.items())
+
+
+def check_config(config: Any) -> None:
+    """Raise TypeError unless `config`, of which an adapter is to make an optimizer, is one."""
+    if not isinstance(config, MetaOptimize):
+        msg = f"`config` must be a metaopt.MetaOptimize, such as a preset; got {config!r}."
+        raise TypeError(msg)

@@ -92,7 +92,8 @@ def sign(x: ArrayT) -> ArrayT:
     xp = namespace(x)
     own = getattr(type(x), "sign", None)
     if own is not None:  # torch's; the wrapper of it assigns NaN by a mask, which no graph can
-        return xp.where(xp.isnan(x), x, own(x))
+        # a comparison, where isnan would be called number by number in a loop over vectors
+        return xp.where(x == x, own(x), x)
     return xp.sign(x)
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from metaopt.configuration import RuleLike
 from metaopt.curvature import Diagonal
 from metaopt.metaoptimize import MetaOptimize
 from metaopt.rules import SGD, AdamW, Lion, RMSprop, Rule
@@ -40,6 +41,7 @@ def idbd(step_size: float, meta_lr: float) -> MetaOptimize:
         meta=SGD(),
         step_size=step_size,
         meta_lr=meta_lr,
+        discount=1.0,
         blocks="weight",
         curvature=Diagonal(rectified=True),
         meta_first=True,
@@ -62,6 +64,7 @@ def idbd_nonlinear(step_size: float, meta_lr: float) -> MetaOptimize:
         meta=SGD(),
         step_size=step_size,
         meta_lr=meta_lr,
+        discount=1.0,
         blocks="weight",
         curvature="exact",
         meta_first=True,
@@ -69,7 +72,7 @@ def idbd_nonlinear(step_size: float, meta_lr: float) -> MetaOptimize:
 
 
 def hypergradient(
-    base: Rule,
+    base: RuleLike,
     multiplicative: bool = False,
     *,
     step_size: float = 1e-3,
@@ -80,7 +83,7 @@ def hypergradient(
 
     Parameters
     ----------
-    base : Rule
+    base : Rule, or name of one
     multiplicative : bool, default False
         Change the logarithm of the step size rather than the step size.
     step_size, meta_lr : float, default 1e-3 and 1e-6

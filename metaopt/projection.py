@@ -3,6 +3,7 @@
 docs/mathematics.md section 10, *Projections*.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -73,18 +74,20 @@ def pushed(
     ValueError, TypeError
         If `jvp` returns something else than it should.
     """
-    if not plan.layout.leading:
+    leading = plan.horizons + plan.layout.leading
+    if not leading:
         return _checked(jvp(weights, traces), plan, weights)
-    columns = [
-        per_leaf((name, trace[column, ...]) for name, trace in traces.items())
-        for column in range(plan.layout.leading[0])
-    ]
-    found = [_checked(jvp(weights, column), plan, weights) for column in columns]
+    shapes, found = plan.shapes, []
+    for column in itertools.product(*map(range, leading)):
+        tangents = per_leaf((name, trace[(*column, ...)]) for name, trace in traces.items())
+        found.append(_checked(jvp(weights, tangents), plan, weights))
     new = found[0][0]
-    return new, {
-        name: namespace(weight).stack([tangents[name] for _, tangents in found])
-        for name, weight in new.items()
-    }
+
+    def together(name: str, weight: Any) -> Any:
+        xp = namespace(weight)
+        return xp.reshape(xp.stack([some[name] for _, some in found]), leading + shapes[name])
+
+    return new, {name: together(name, weight) for name, weight in new.items()}
 
 
 def _checked(found: Any, plan: Plan, weights: Leaves[Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -17,11 +17,24 @@ __all__ = ["beta", "state"]
 def state(config: Configuration, plan: Plan, params: Mapping[str, Array]) -> State:
     """Return the state of a run that has made no step."""
     like = next(iter(params.values()))
-    parts = {name: _zeros(spec, like, params) for name, spec in plan.state.items()}
+    parts = _begun(config, plan, params, like)
+    parts["learned"] = per_leaf(
+        (name, per_leaf(_begun(config.learned[name], number, params, like).items()))
+        for name, number in plan.learned.items()
+    )
+    return State(**parts)
+
+
+def _begun(
+    config: Configuration, plan: Plan, params: Mapping[str, Array], like: Any
+) -> dict[str, Any]:
+    """Return the parts of a state, or of the state of a learned number, at the start."""
+    specs = {name: spec for name, spec in plan.state.items() if name != "learned"}
+    parts = {name: _zeros(spec, like, params) for name, spec in specs.items()}
     parts["beta"] = beta(config, plan, params)
     if plan.beta_feeding:
         parts["beta_trace"]["beta"] = plan.layout.start(parts["beta"])
-    return State(**parts)
+    return parts
 
 
 def beta(config: Configuration, plan: Plan, params: Mapping[str, Array]) -> Any:

@@ -1,6 +1,7 @@
 """The state of a run."""
 
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import Any
 
 from metaopt.arrays import Leaves
@@ -16,7 +17,8 @@ class State:
     float32; what belongs to blocks has the widest of these. A *leaf* is one named parameter array.
     Values per block ("blocks" below) are one vector in order of first appearance, at weight
     level a mapping of leaf to array of its shape. Mappings are ordered like the parameters at
-    `init`.
+    `init`. Of several discounts, `trace`, `average`, `slot_traces`, `meta_grad` and of `meta_slots`
+    the moments and "decided" have a leading axis, an entry for each.
 
     Parameters
     ----------
@@ -32,12 +34,13 @@ class State:
         Moments of the meta update, and how near the end of its fast start is; "compensation", what
         rounding took from beta; "peak", the largest step size since the trace started; with
         `recover` "scale", the largest meta-gradient of late, and "recoveries", how often the block
-        has gone back.
+        has gone back; of several discounts "decided", in how many meta updates the direction of
+        each was the least.
     slots : mapping of leaf to mapping of slot to array of the leaf's shape
         Moments of the base update.
     trace : mapping of leaf to array
         How the leaf depends on past meta-parameters, docs/mathematics.md section 3: of the leaf's
-        shape where condensed; (m, *shape), one column per block, where dense. Of the leaves that
+        shape where condensed; `(m, *shape)`, one column per block, where dense. Of the leaves that
         have no average.
     average : mapping of leaf to array of the leaf's shape
         Where the trace is the distance from the weights to a moving average of them, that average
@@ -47,7 +50,7 @@ class State:
     beta_trace : mapping of "beta" or slot to blocks
         The same of the meta update's state (Y), with one leading axis of columns where dense;
         empty where it does not feed back and stays E.
-    third_trace : mapping of leaf to array (m, m, *shape)
+    third_trace : mapping of leaf to array of shape `(m, m, *shape)`
         How the leaf's trace depends on past meta-parameters (Z); empty unless
         `approximation="full"` and it feeds back.
     meta_grad : blocks
@@ -57,6 +60,10 @@ class State:
         the step size or a bound that it met: an entry per block, at weight level per leaf.
     skipped : array, shape (), int32
         Steps left out by `skip_nonfinite`.
+    learned : mapping of name to mapping of field to its value
+        Of each number of a rule that is learned, `beta`, `meta_count`, `meta_slots`, `meta_grad`,
+        `restarts`, `trace`, `slot_traces`, `beta_trace` and `third_trace` of its own, of one
+        discount: docs/mathematics.md section 15.
     """
 
     step: Any
@@ -73,3 +80,4 @@ class State:
     meta_grad: Any
     restarts: Any
     skipped: Any
+    learned: Leaves[Leaves[Any]] = field(default_factory=OrderedDict)

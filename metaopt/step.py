@@ -4,23 +4,35 @@ docs/mathematics.md sections 2, 3, 7 and 11. What happens to one leaf is in `met
 blocks in `metaopt.meta`; here is what looks at several leaves, and what follows what.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import sub
 from typing import Any, TypeAlias
 
 from metaopt.arrays import Leaves, cast, filled, kind_of, map_leaves, namespace, per_leaf, solid
 from metaopt.configuration import Configuration
 from metaopt.inputs import check_products
 from metaopt.jets import Jet, scaled
-from metaopt.leaf import Leaf, advance, discount_where, discounted, has_average, taken
+from metaopt.leaf import (
+    Leaf,
+    advance,
+    discount_where,
+    discounted,
+    follow,
+    has_average,
+    taken,
+    with_lr,
+)
 from metaopt.meta import BlockRow, begun, carried, meta_step
-from metaopt.plan import Plan
+from metaopt.plan import OF_NUMBER, Plan
+from metaopt.rules.learned import bound
 from metaopt.state import State
 from metaopt.step_sizes import StepSizeMap, step_sizes
 
-__all__ = ["Given", "Reduce", "make_step", "move_blocks"]
+__all__ = ["Given", "Reduce", "each_horizon", "make_step", "move_blocks", "sizes_of"]
 
 #: From sums over the parts of the leaves that a device holds to those over all devices.
 Reduce: TypeAlias = Callable[[list[Any]], Sequence[Any]]
@@ -39,18 +51,27 @@ class Across:
     reduce: Reduce | None = None
     copies: Mapping[str, int] = field(default_factory=dict)
 
-    def sums(self, plan: Plan, value: Any, lost: Any) -> tuple[Any, Any]:
-        """Return a value per block, and a count, summed over the devices; either may be None.
+    def sums(self, plans: Sequence[Plan], values: list[Any], lost: Any) -> tuple[list[Any], Any]:
+        """Return values per block of plans, and a count, summed over the devices; any may be None.
 
         At weight level a device has all of what its weights need.
         """
-        whole = self.reduce is None or plan.blocks.partition.per_leaf
-        arrays = [array for array in (None if whole else value, lost) if array is not None]
+        whole = [
+            value is None or plan.blocks.partition.per_leaf
+            for plan, value in zip(plans, values, strict=True)
+        ]
+        pairs = list(zip(values, whole, strict=True))
+        arrays = [value for value, has_all in pairs if not has_all]
+        arrays += [] if lost is None else [lost]
         if self.reduce is None or not arrays:
-            return value, lost
+            return values, lost
         sums = iter(self.reduce(arrays))
-        value = value if whole or value is None else next(sums)
-        return value, lost if lost is None else next(sums)
+        values = [value if has_all else next(sums) for value, has_all in pairs]
+        return values, lost if lost is None else next(sums)
+
+    def apart(self, plan: Plan) -> bool:
+        """Say whether devices may differ in which parts of a block's leaves have gradients."""
+        return self.reduce is not None and not plan.blocks.partition.per_leaf
 
     def counted(self, plan: Plan, by_leaf: Any) -> Any:
         """Return counts by block; at weight level by leaf, of which each device has a part."""
@@ -69,8 +90,11 @@ class Given:
 
     Parameters
     ----------
-    params, grads, hvp, third, hessian_diagonal
+    params, grads, hvp, third, hessian_diagonal, unit_steps
         As `MetaOptimize.step` takes them.
+    meta_grads : mapping of leaf to array or None
+        With what the meta-gradient is made: the gradients themselves, or those of another loss, of
+        which leaves may be left out.
     lrs : mapping of leaf to float or array, shape ()
         Multipliers; arrays in the leaf's compute dtype.
     across : Across
@@ -82,6 +106,8 @@ class Given:
     hvp: Callable[[Any], Mapping[str, Any]] | None
     third: Callable[[Any, Any], Mapping[str, Any]] | None
     hessian_diagonal: Mapping[str, Any] | None
+    unit_steps: Mapping[str, Any]
+    meta_grads: Mapping[str, Any]
     across: "Across"
 
     @property
@@ -105,76 +131,234 @@ def make_step(
     The former two are None for leaves without a gradient. Last comes whether all that came in was
     finite; None where `skip_nonfinite` does not ask.
     """
-    active, present = given.active, given.present
-    curved = plan.curvature != "none"
+    curved, present = plan.curvature != "none", given.present
     rectified = config.rectified and curved
-    table = rows(plan, given.params, state, plan.shapes if curved else present)
-    follows = {name: _follows(table[name], active[name]) for name in table}
-    traces = {name: leaf.param.first for name, leaf in table.items()}
+    sides = [Side.of(config, plan, state, given)]
+    for name, number in plan.learned.items():
+        sides.append(Side.of(config.learned[name], number, of_number(state, name), given))
     values = per_leaf((name, cast(given.grads[name], plan.dtypes[name])) for name in present)
-    z = products(plan, traces, follows, values, given.across.copies)
-    if z is None:
-        z = map_leaves(namespace(state.step).zeros_like, state.beta)
-    lost = not_finite(plan, values) if config.skip_nonfinite else None
+    sources = values
+    if config.held_out:
+        judges = ((name, given.meta_grads.get(name)) for name in present)
+        sources = per_leaf(
+            (name, cast(grad, plan.dtypes[name])) for name, grad in judges if grad is not None
+        )
+    found = [meta_gradient(side, sources, given) for side in sides]
+    lost = None
+    if config.skip_nonfinite:
+        units = {name: given.unit_steps[name] for name in present if name in given.unit_steps}
+        lost = not_finite(plan, values, units, *([sources] if config.held_out else []))
     if config.skip_nonfinite and lost is None and given.across.reduce is not None:
         lost = filled(state.step, (), 0, plan.beta_dtype)  # those of other devices count
-    z, lost = given.across.sums(plan, z, lost)
-    z = map_leaves(begun, z, state.meta_count)
-    mask = map_leaves(carried, z, state.meta_count)
-
-    z_trace = None
-    grads: Leaves[Jet[Any]] = per_leaf((name, Jet(value)) for name, value in values.items())
+    plans = [side.plan for side in sides]
+    found, lost = given.across.sums(plans, found, lost)
+    sides = [side.given(z) for side, z in zip(sides, found, strict=True)]
     if curved:
-        table = discounted_rows(plan, table, active, mask, config.discount)
-        hats = {name: leaf.param.first for name, leaf in table.items()}
-        tangents = grad_traces(plan, hats, given)
-        if plan.beta_feeding:
-            z_trace = products(plan, traces, active, tangents, given.across.copies)
-        bent: Mapping[str, Any] = {}
-        if plan.third:
-            thirds = {name: leaf.param.second for name, leaf in table.items()}
-            term_b = products(plan, thirds, active, values, given.across.copies)
-            z_trace = term_b if z_trace is None else map_leaves(lambda a, b: a + b, z_trace, term_b)
-            table = _discounted_again(plan, table, active, config.discount)
-            bent = grad_seconds(plan, hats, table, given)
-        lost_here = not_finite(plan, tangents, bent) if config.skip_nonfinite else None
-        z_trace, lost_here = given.across.sums(plan, z_trace, lost_here)
+        sides = [side.curved(values, given) for side in sides]
+        lost_here = None
+        if config.skip_nonfinite:
+            lost_here = not_finite(plan, *(part for s in sides for part in (s.tangents, s.bent)))
+        terms, lost_here = given.across.sums(plans, [side.z_trace for side in sides], lost_here)
+        sides = [replace(side, z_trace=term) for side, term in zip(sides, terms, strict=True)]
         lost = lost if lost_here is None else lost + lost_here
-        if not rectified:
-            order = 2 if plan.third else 1
-            grads = per_leaf(
-                (name, Jet(grad.value, tangents[name], bent.get(name), order))
-                for name, grad in grads.items()
-            )
-    # devices may differ in which parts of a block's leaves have gradients
-    apart = given.across.reduce is not None and not plan.blocks.partition.per_leaf
-    new, sizes = move_blocks(
-        config,
-        plan,
-        state,
-        z,
-        present=None if apart else blocks_present(plan, present, state.step),
-        mask=mask,
-        z_trace=z_trace,
-        across=given.across,
-    )
+
+    moves = [
+        move_blocks(
+            side.config,
+            side.plan,
+            side.state,
+            side.z,
+            present=None
+            if given.across.apart(side.plan)
+            else blocks_present(side.plan, present, state.step),
+            mask=side.mask,
+            z_trace=side.z_trace,
+            across=given.across,
+        )
+        for side in sides
+    ]
+
+    (own, *numbers), ((new, sizes), *others) = sides, moves
+
+    def plain(jet: Any) -> Any:
+        """Return the value of a learned number, a jet where the rule is fed with these."""
+        return Jet(jet.value) if curved else jet.value
 
     deltas: Leaves[Any] = per_leaf((name, None) for name in plan.shapes)
-    moved: Leaves[Leaf | None] = per_leaf((name, None) for name in plan.shapes)
+    moved: list[Leaves[Leaf | None]] = [OrderedDict(deltas) for _ in sides]
     for name in present:
-        dtype, ndim = plan.dtypes[name], len(plan.shapes[name])
+        dtype, ndim, lr = plan.dtypes[name], len(plan.shapes[name]), given.lrs[name]
+        alpha, rule = taken(_sizes_of_leaf(plan, sizes, name), lr, dtype), plan.rules[name]
+        learned = {
+            side.plan.place: side.number(jet, name)
+            for side, (_, jet) in zip(numbers, others, strict=True)
+            if name in side.plan.placed
+        }
         diagonal = cast(given.hessian_diagonal[name], dtype) if rectified else None  # type: ignore[index]
-        deltas[name], moved[name] = advance(
-            plan.rules[name],
-            table[name],
-            grads[name],
-            taken(_sizes_of_leaf(plan, sizes, name), given.lrs[name], dtype),
-            discount=1.0 if curved else discount_where(active[name], config.discount, dtype),
-            mask=None if curved else _kept(table[name], plan.layout.columns(mask, name, ndim)),
+        deltas[name], moved[0][name] = advance(
+            bound(with_lr(rule, lr), {place: plain(jet) for place, jet in learned.items()}),
+            own.table[name],
+            Jet(values[name]) if rectified else own.grad(values, name),
+            alpha,
+            discount=1.0 if curved else discounts(plan, name, own.active[name], config.discount),
+            mask=None
+            if curved
+            else _kept(own.table[name], plan.layout.columns(own.mask, name, ndim)),
             rectified=diagonal,
+            unit_step=cast(given.unit_steps[name], dtype) if name in given.unit_steps else None,
         )
+        for side, rows_after in zip(numbers, moved[1:], strict=True):
+            if name in side.table:
+                rows_after[name] = side.followed(name, values, alpha.value, lr, learned)
     finite = None if lost is None else lost == 0.0
-    return deltas, moved, next_state(state, moved, new, z), finite
+    after = next_state(state, moved[0], new, own.z)
+    if numbers:
+        states = (
+            next_state(side.state, rows_after, new_blocks, side.z)
+            for side, rows_after, (new_blocks, _) in zip(numbers, moved[1:], others, strict=True)
+        )
+        parts = zip(plan.learned, map(part_of_number, states), strict=True)
+        after = replace(after, learned=per_leaf(parts))
+    return deltas, moved[0], after, finite
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a step follows: how weights depend on step sizes, or on a number that is learned.
+
+    Parameters
+    ----------
+    config, plan, state
+        The optimizer's, or those of the number.
+    active : mapping of leaf to bool or boolean array
+    table : mapping of leaf to Leaf
+        Rows as the step began; `curved`, discounted.
+    z : blocks
+        Meta-gradient, as it counts.
+    mask : blocks, bool
+        Whose traces go on.
+    z_trace : blocks, optional
+        Terms A and B of section 3.
+    tangents, bent : mapping of leaf to array
+        First and second derivatives of the gradients, where curvature is followed.
+    """
+
+    config: Configuration
+    plan: Plan
+    state: State
+    active: Leaves[Any]
+    table: Leaves[Leaf]
+    z: Any = None
+    mask: Any = None
+    z_trace: Any = None
+    tangents: Mapping[str, Any] = field(default_factory=dict)
+    bent: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Configuration, plan: Plan, state: State, given: Given) -> "Side":
+        """Return a side as a step begins."""
+        present = plan.shapes if plan.curvature != "none" else given.present
+        names = [name for name in present if name in plan.shapes]
+        return cls(config, plan, state, given.active, rows(plan, given.params, state, names))
+
+    @property
+    def traces(self) -> dict[str, Any]:
+        """How the weights depend on what is followed."""
+        return {name: leaf.param.first for name, leaf in self.table.items()}
+
+    def given(self, z: Any) -> "Side":
+        """Return the side with its meta-gradient, and rows of a learned number discounted."""
+        z = map_leaves(begun, z, self.state.meta_count)
+        side = replace(self, z=z, mask=map_leaves(carried, z, self.state.meta_count))
+        return side.discounted() if self.plan.place and self.plan.curvature == "none" else side
+
+    def discounted(self) -> "Side":
+        """Return the side with its rows discounted and restarted."""
+        discount = self.config.discount
+        table = discounted_rows(self.plan, self.table, self.active, self.mask, discount)
+        return replace(self, table=table)
+
+    def curved(self, values: Leaves[Any], given: Given) -> "Side":
+        """Return the side with rows discounted and the derivatives of gradients."""
+        plan, copies, active = self.plan, given.across.copies, self._active
+        side = self.discounted()
+        hats = side.traces
+        tangents, z_trace = grad_traces(plan, hats, given), None
+        if plan.beta_feeding:
+            z_trace = products(plan, self.traces, active, tangents, copies)
+        bent: Mapping[str, Any] = {}
+        if plan.third:
+            thirds = {name: leaf.param.second for name, leaf in side.table.items()}
+            term_b = products(plan, thirds, active, values, copies)
+            z_trace = term_b if z_trace is None else map_leaves(lambda a, b: a + b, z_trace, term_b)
+            again = _discounted_again(plan, side.table, active, self.config.discount)
+            side = replace(side, table=again)
+            bent = grad_seconds(plan, hats, again, given)
+        return replace(side, tangents=tangents, bent=bent, z_trace=z_trace)
+
+    @property
+    def _active(self) -> Leaves[Any]:
+        return per_leaf((name, self.active[name]) for name in self.table)
+
+    @property
+    def follows(self) -> dict[str, Any]:
+        """Whether each leaf moves and has a trace."""
+        return {name: _follows(leaf, self.active[name]) for name, leaf in self.table.items()}
+
+    def grad(self, values: Leaves[Any], name: str) -> Jet[Any]:
+        """Return a leaf's gradient with its derivatives."""
+        if self.plan.curvature == "none":
+            return Jet(values[name])
+        order = 2 if self.plan.third else 1
+        return Jet(values[name], self.tangents[name], self.bent.get(name), order)
+
+    def number(self, sizes: Jet[Any], name: str) -> Jet[Any]:
+        """Return the value of a learned number for a leaf, with its derivative."""
+        size = _sizes_of_leaf(self.plan, sizes, name)
+        jet = taken(size, 1.0, self.plan.dtypes[name])
+        return Jet(self.config.start, jet.first) if self.config.fixed else jet
+
+    def followed(
+        self,
+        name: str,
+        values: Leaves[Any],
+        alpha: Any,
+        lr: Any,
+        learned: Mapping[str, Jet[Any]],
+    ) -> Leaf:
+        """Return a leaf's row of a learned number after a step."""
+        plan = self.plan
+        own = plan.place if name in plan.placed else None
+        numbers = {at: jet if at == own else Jet(jet.value) for at, jet in learned.items()}
+        return follow(
+            bound(with_lr(plan.rules[name], lr), numbers),
+            self.table[name],
+            self.grad(values, name),
+            alpha,
+            in_direction=plan.in_direction,
+        )
+
+
+def of_number(state: State, name: str) -> State:
+    """Return the state with what is a learned number's own in the place of the step size's."""
+    return replace(state, average=per_leaf(()), learned=per_leaf(()), **state.learned[name])
+
+
+def part_of_number(state: State) -> Leaves[Any]:
+    """Return what is a learned number's own: the inverse of `of_number`."""
+    return per_leaf((part, getattr(state, part)) for part in OF_NUMBER)
+
+
+def meta_gradient(side: Side, sources: Leaves[Any], given: Given) -> Any:
+    """Return the meta-gradient of step sizes or a learned number, over this device's parts.
+
+    `sources` are gradients, of this step's loss or of a held-out one, of some of the leaves.
+    """
+    follows = {name: moves for name, moves in side.follows.items() if name in sources}
+    z = products(side.plan, side.traces, follows, sources, given.across.copies)
+    if z is None:
+        return map_leaves(namespace(side.state.step).zeros_like, side.state.meta_grad)
+    return z
 
 
 def accepted(old: State, new: State, finite: Any) -> State:
@@ -202,7 +386,10 @@ def rows(plan: Plan, params: Mapping[str, Any], state: State, names: Iterable[st
     table: Leaves[Leaf] = OrderedDict()
     for name in names:
         param, average = cast(params[name], plan.dtypes[name]), state.average.get(name)
-        trace = state.trace[name] if average is None else param - average
+        if average is None:
+            trace = state.trace[name]
+        else:
+            trace = each_horizon(plan, partial(sub, param), average)
         slot_traces: Mapping[str, Any] = state.slot_traces.get(name, {})
         table[name] = Leaf(
             Jet(param, trace, state.third_trace.get(name), order),
@@ -259,6 +446,7 @@ def next_state(state: State, moved: Leaves[Leaf | None], new: dict[str, Any], z:
         third_trace=column(state.third_trace, lambda _, leaf: leaf.param.second),
         meta_grad=z,
         skipped=state.skipped,
+        learned=state.learned,
         **new,
     )
 
@@ -412,9 +600,30 @@ def _sizes_of_leaf(plan: Plan, sizes: Jet[Any], name: str) -> Jet[Any]:
     return Jet(value, first, None if sizes.second is None else of(sizes.second), sizes.order)
 
 
+def discounts(plan: Plan, name: str, active: Any, discount: Any) -> Any:
+    """Return the discount of a leaf's traces, several as a tuple: `metaopt.leaf.discount_where`."""
+    dtype = plan.dtypes[name]
+    if not plan.horizons:
+        return discount_where(active, discount, dtype)
+    return tuple(discount_where(active, one, dtype) for one in discount)
+
+
+def _column(discounts: Any, leaf: Leaf) -> Any:
+    """Return the discounts of a leaf's traces as what multiplies these, several as one array."""
+    like, trace = leaf.param.value, leaf.param.first
+    if not isinstance(discounts, tuple):
+        return discounts
+    assert trace is not None  # so only in the middle of a step
+    xp, dtype = namespace(like), like.dtype
+    column = [filled(like, (), d, dtype) if isinstance(d, float) else d for d in discounts]
+    return xp.reshape(xp.stack(column), (-1,) + (1,) * (trace.ndim - 1))
+
+
 def _follows(leaf: Leaf, moves: Any) -> Any:
     """Say whether a leaf moves and has a trace: see `metaopt.leaf.has_average`."""
-    return moves if leaf.average is None or moves is False else has_average(leaf.count) & moves
+    if leaf.average is None or moves is False:
+        return moves
+    return has_average(leaf.count) if moves is True else has_average(leaf.count) & moves
 
 
 def _kept(leaf: Leaf, columns: Any) -> Any:
@@ -424,7 +633,8 @@ def _kept(leaf: Leaf, columns: Any) -> Any:
 
 def blocks_present(plan: Plan, names: Iterable[str], like: Any) -> Any:
     """Say which blocks have one of these leaves, those with gradients; None where all have."""
-    present = {plan.blocks.family_of[name] for name in names}
+    family_of = plan.blocks.family_of
+    present = {family_of[name] for name in names if name in family_of}
     if len(present) == len(plan.blocks.families):
         return None
     kind = namespace(like).bool
@@ -443,20 +653,43 @@ def products(
     """Return the leaves' traces times `arrays`, over the leaves that move, values per block.
 
     Of H and gradients it is the meta-gradient z, of H and derivatives of gradients term A of
-    section 3, of Z and gradients term B. None where no leaf moves. A leaf of which several devices
-    have copies counts as one share of as many.
+    section 3, of Z and gradients term B; of several discounts with a leading axis of them. None
+    where no leaf moves. A leaf of which several devices have copies counts as one share of as many.
     """
-    partials = {}
-    for name, moves in active.items():
-        if moves is False:
-            continue
-        part = plan.layout.partial(traces[name], arrays[name], name, plan.beta_dtype)
-        if moves is not True:
-            part = namespace(part).where(moves, part, 0.0)
-        if copies.get(name, 1) != 1 and not plan.blocks.partition.per_leaf:
-            part = part / copies[name]
-        partials[name] = part
-    return plan.layout.gather(partials) if partials else None
+    moving = {name: moves for name, moves in active.items() if moves is not False}
+    if not moving:
+        return None
+
+    def total(traces: Mapping[str, Any]) -> Any:
+        partials = {}
+        for name, moves in moving.items():
+            part = plan.layout.partial(traces[name], arrays[name], name, plan.beta_dtype)
+            if moves is not True:
+                part = namespace(part).where(moves, part, 0.0)
+            if copies.get(name, 1) != 1 and not plan.blocks.partition.per_leaf:
+                part = part / copies[name]
+            partials[name] = part
+        return plan.layout.gather(partials)
+
+    return each_horizon(plan, total, {name: traces[name] for name in moving})
+
+
+def each_horizon(plan: Plan, function: Callable[[Any], Any], values: Any) -> Any:
+    """Return `function` of values; of several discounts, of each one's by themselves, together."""
+    if not plan.horizons:
+        return function(values)
+    found = [
+        function(map_leaves(partial(_entry, horizon), values)) for horizon in range(*plan.horizons)
+    ]
+    return map_leaves(_stacked, *found)
+
+
+def _entry(horizon: int, array: Any) -> Any:
+    return array[horizon, ...]
+
+
+def _stacked(*arrays: Any) -> Any:
+    return namespace(arrays[0]).stack(list(arrays))
 
 
 def in_dtype(number: Any, dtype: Any) -> Any:
@@ -475,7 +708,8 @@ def discounted_rows(
             finite = partial(_finite_traces, moves)
             leaf = leaf._replace(param=finite(leaf.param), slots=map_leaves(finite, leaf.slots))
         keep = plan.layout.columns(mask, name, len(plan.shapes[name]))
-        result[name] = discounted(leaf, discount_where(moves, discount, plan.dtypes[name]), keep)
+        factor = _column(discounts(plan, name, moves, discount), leaf)
+        result[name] = discounted(leaf, factor, keep)
     return result
 
 
@@ -516,12 +750,25 @@ def grad_traces(plan: Plan, hats: Mapping[str, Any], given: Given) -> Leaves[Any
             for name, hat in hats.items()
         )
     assert given.hvp is not None  # `inputs.check_curvature` has seen to it
-    tangents = kind_of(grads)((name, hats[name]) for name in grads)
+    lead = len(plan.horizons)  # the columns of all horizons are so many tangents
+
+    def as_columns(name: str) -> Any:
+        hat = hats[name]
+        if not lead:
+            return hat
+        columns = math.prod(hat.shape[: lead + 1])
+        return namespace(hat).reshape(hat, (columns, *hat.shape[lead + 1 :]))
+
+    tangents = kind_of(grads)((name, as_columns(name)) for name in grads)
     found = given.hvp(tangents)
     check_products("hvp", found, tangents, grads)
+
+    def product(name: str, hat: Any) -> Any:
+        array = cast(found[name], hat.dtype)
+        return namespace(array).reshape(array, hat.shape) if lead else array
+
     return per_leaf(
-        (name, None if grads[name] is None else cast(found[name], hat.dtype))
-        for name, hat in hats.items()
+        (name, None if grads[name] is None else product(name, hat)) for name, hat in hats.items()
     )
 
 

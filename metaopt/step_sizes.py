@@ -15,7 +15,7 @@ from metaopt.arrays import Array, ArrayT, is_number, namespace
 from metaopt.jets import Jet, outer
 from metaopt.numerics import exp, logistic, softplus
 
-__all__ = ["Exp", "Identity", "Sigmoid", "Softplus", "StepSizeMap"]
+__all__ = ["Decay", "Exp", "Identity", "Sigmoid", "Softplus", "StepSizeMap"]
 
 #: The least step size, and the inverse of the largest: its products with float32 gradients down to
 #: 1e-19 are normal numbers, and so are its square and the largest's.
@@ -142,6 +142,25 @@ class Sigmoid(StepSizeMap):
     def inverse(self, step_size: Array) -> Array:  # noqa: D102
         xp = namespace(step_size)
         return xp.log(xp.log(step_size / self.lo)) - xp.log(-xp.log(step_size / self.hi))
+
+
+@dataclass(frozen=True, slots=True)
+class Decay(StepSizeMap):
+    """1 - exp(-beta): decay rates, whose time scale 1 / (1 - value) changes by factors.
+
+    For numbers of rules that are `metaopt.Learned`.
+    """
+
+    range = (0.0, 1.0)
+    #: Beyond, a float32 cannot tell the value from 1; and where it is all but 0, beta is.
+    beta_range = (2.0**-20, 15.5)
+
+    def value(self, beta: ArrayT) -> ArrayT:  # noqa: D102
+        return 1.0 - exp(-beta)
+
+    def inverse(self, step_size: Array) -> Array:  # noqa: D102
+        xp = namespace(step_size)
+        return -xp.log1p(-step_size)
 
 
 def is_exponential(sigma: StepSizeMap) -> bool:

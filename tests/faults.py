@@ -126,17 +126,17 @@ FAULTS = {
     ),
     "weight decay left out of the step": Fault(
         "leaf.advance",
-        "direction.value + decay * param.value if decays else direction.value",
+        "direction.value if kappa is None else direction.value + kappa * param.value",
         "direction.value",
     ),
     "weight decay left out of the trace": Fault(
         "leaf.advance",
-        "1.0 - decay * alpha.value if decays else 1.0",
+        "1.0 if lost is None else 1.0 - lost",
         "1.0",
     ),
     "weight decay left out of the average's share": Fault(
         "leaf._share",
-        "share + discount * (decay * alpha)",
+        "share + discount * lost",
         "share",
     ),
     "discount left out of the average's share": Fault(
@@ -146,23 +146,51 @@ FAULTS = {
     ),
     "trace from the weights after the step": Fault(
         "leaf.advance",
-        "delta if alpha.first is alpha.value else scaled(alpha.first, step)",
-        "scaled(alpha.first, direction.value + decay * value)",
+        "moved if alpha.first is alpha.value else scaled(alpha.first, step)",
+        "scaled(alpha.first, step if kappa is None else direction.value + kappa * value)",
     ),
     "slope of a step size taken for its value": Fault(
         "leaf.advance",
-        "delta if alpha.first is alpha.value else scaled(alpha.first, step)",
-        "delta",
+        "moved if alpha.first is alpha.value else scaled(alpha.first, step)",
+        "moved",
     ),
     "rectifier left out": Fault(
         "leaf.advance",
-        "namespace(step).clip(1.0 - alpha.value * (decay + rectified), min=0.0)",
-        "1.0 - alpha.value * (decay + rectified)",
+        "namespace(step).clip(retain - alpha.value * rectified, min=0.0)",
+        "retain - alpha.value * rectified",
     ),
     "rectifier without weight decay": Fault(
         "leaf.advance",
-        "namespace(step).clip(1.0 - alpha.value * (decay + rectified), min=0.0)",
-        "namespace(step).clip(1.0 - alpha.value * rectified, min=0.0) - alpha.value * decay",
+        "namespace(step).clip(retain - alpha.value * rectified, min=0.0)",
+        "namespace(step).clip(1.0 - alpha.value * rectified, min=0.0) + retain - 1.0",
+    ),
+    "decay apart left out of the step": Fault(
+        "leaf.advance", "delta = moved + apart * param.value", "pass"
+    ),
+    "decay apart left out of the trace": Fault(
+        "leaf.advance",
+        "apart if kappa is None else kappa * alpha.value",
+        "kappa and kappa * alpha.value",
+    ),
+    "decay apart taken for a part of what the step size multiplies": Fault(
+        "leaf.advance",
+        "moved if alpha.first is alpha.value else scaled(alpha.first, step)",
+        "delta if alpha.first is alpha.value else scaled(alpha.first, step)",
+    ),
+    "decay apart left out of the average": Fault(
+        "leaf.advance", "average if apart is None else average - apart * average", "average"
+    ),
+    "decay apart left out of the third trace": Fault(
+        "leaf.advance",
+        "second if apart is None else second - apart * second",
+        "second",
+        families=("traces",),
+    ),
+    "decay apart without the multiplier": Fault(
+        "leaf.with_lr", "{'decay_step_size': lr * size}", "{'decay_step_size': size}"
+    ),
+    "decay apart multiplied by the learned step size all the same": Fault(
+        "leaf._decay", "(kappa, None) if size is None else (None, kappa * size)", "(kappa, None)"
     ),
     "multiplier left out of the tangent": Fault(
         "leaf.taken",
@@ -238,7 +266,7 @@ FAULTS = {
     ),
     "a meta-gradient of 0 moves its block": Fault(
         "meta.meta_step",
-        "finite & (z.value != 0.0)",
+        "finite & xp.logical_not(all_horizons(z.value == 0.0, beta))",
         "finite",
     ),
     "bounds from above ignored": Fault(
@@ -302,14 +330,15 @@ FAULTS = {
     # the order of a step, and what looks at several leaves
     "beta updated from the new trace": Fault(
         "step.make_step",
-        "return deltas, moved, next_state(state, moved, new, z), finite",
+        "after = next_state(state, moved[0], new, own.z)",
         """
+        z = own.z
         ends = {
             name: leaf.param.value - leaf.average if leaf.param.first is None else leaf.param.first
-            for name, leaf in moved.items()
+            for name, leaf in moved[0].items()
             if leaf is not None
         }
-        late = products(plan, traces | ends, active, given.grads, given.across.copies)
+        late = products(plan, own.traces | ends, own.active, given.grads, given.across.copies)
         if late is not None:
             z = map_leaves(begun, late, state.meta_count)
             new, _ = move_blocks(
@@ -318,10 +347,10 @@ FAULTS = {
                 state,
                 z,
                 present=blocks_present(plan, given.present, state.step),
-                mask=mask,
-                z_trace=z_trace,
+                mask=own.mask,
+                z_trace=own.z_trace,
             )
-        return deltas, moved, next_state(state, moved, new, z), finite
+        after = next_state(state, moved[0], new, z)
         """,
     ),
     "step size from after the meta update": Fault(
@@ -350,31 +379,24 @@ FAULTS = {
         "return table",
     ),
     "l passed off as 2x2": Fault(
-        "step.make_step",
-        "products(plan, traces, active, tangents, given.across.copies)",
+        "step.Side.curved",
+        "products(plan, self.traces, active, tangents, copies)",
         "None",
     ),
     "2x2 passed off as full": Fault(
-        "step.make_step",
+        "step.Side.curved",
         "z_trace = term_b if z_trace is None else map_leaves(lambda a, b: a + b, z_trace, term_b)",
         "del term_b",
     ),
     "outer H of term A with the hat": Fault(
-        "step.make_step",
-        "products(plan, traces, active, tangents, given.across.copies)",
-        "products(plan, hats, active, tangents, given.across.copies)",
+        "step.Side.curved",
+        "products(plan, self.traces, active, tangents, copies)",
+        "products(plan, hats, active, tangents, copies)",
     ),
     "leaf at rest in the meta-gradient": Fault(
         "step.products",
-        """
-        if moves is False:
-            continue
-        """,
-        """
-        if arrays[name] is None:
-            continue
-        moves = True
-        """,
+        "{name: moves for name, moves in active.items() if moves is not False}",
+        "{name: True for name in active if arrays.get(name) is not None}",
     ),
     "leaf at rest by an array in the meta-gradient": Fault(
         "step._follows",
@@ -384,7 +406,7 @@ FAULTS = {
     ),
     "trace of a leaf that has not moved": Fault(
         "step._follows",
-        "has_average(leaf.count) & moves",
+        "has_average(leaf.count) if moves is True else has_average(leaf.count) & moves",
         "moves",
     ),
     "an array of 0 taken for awake": Fault(
@@ -406,9 +428,9 @@ FAULTS = {
     ),
     "an input changed": Fault(
         "step.make_step",
-        "dtype, ndim = plan.dtypes[name], len(plan.shapes[name])",
+        "dtype, ndim, lr = plan.dtypes[name], len(plan.shapes[name]), given.lrs[name]",
         """
-        dtype, ndim = plan.dtypes[name], len(plan.shapes[name])
+        dtype, ndim, lr = plan.dtypes[name], len(plan.shapes[name]), given.lrs[name]
         given.grads[name][...] = 0.5 * given.grads[name]
         """,
         families=("pure",),
@@ -443,10 +465,161 @@ FAULTS = {
         "None if lost is None else lost == 0.0",
         "None",
     ),
+    "training gradients in place of held-out ones": Fault(
+        "metaoptimize.MetaOptimize._given",
+        "(meta_grads or {}) if self.held_out else grads",
+        "grads",
+    ),
+    "training gradients where step sizes rest": Fault(
+        "metaoptimize.MetaOptimize._given",
+        "(meta_grads or {}) if self.held_out else grads",
+        "grads if meta_grads is None else meta_grads",
+    ),
+    "steps made with held-out gradients": Fault(
+        "step.make_step",
+        "own.grad(values, name)",
+        "own.grad({**values, **sources}, name)",
+    ),
+    "held-out gradients that are not finite in a step that counts": Fault(
+        "step.make_step",
+        "not_finite(plan, values, units, *([sources] if config.held_out else []))",
+        "not_finite(plan, values, units)",
+    ),
     "steps counted by two": Fault(
         "step.next_state",
         "state.step + 1",
         "state.step + 2",
+    ),
+    # several discounts
+    "another's discount": Fault(
+        "step.discounts",
+        "tuple(discount_where(active, one, dtype) for one in discount)",
+        "tuple(discount_where(active, one, dtype) for one in reversed(discount))",
+    ),
+    "the mean of the discounts": Fault(
+        "step.discounts",
+        "tuple(discount_where(active, one, dtype) for one in discount)",
+        "tuple(discount_where(active, sum(discount) / len(discount), dtype) for _ in discount)",
+    ),
+    "traces swapped in the meta-gradient": Fault(
+        "step.products",
+        "{name: traces[name] for name in moving}",
+        "{name: traces[name][::-1] if plan.horizons else traces[name] for name in moving}",
+    ),
+    "columns of discounts mixed in the Hessian products": Fault(
+        "step.grad_traces.product",
+        "namespace(array).reshape(array, hat.shape)",
+        """
+        namespace(array).moveaxis(
+            namespace(array).reshape(array, (hat.shape[1], hat.shape[0], *hat.shape[2:])), 0, 1
+        )
+        """,
+        families=("trajectory", "traces"),
+    ),
+    "a restart of the first discount's trace alone": Fault(
+        "step.discounted_rows",
+        "plan.layout.columns(mask, name, len(plan.shapes[name]))",
+        """
+        (
+            plan.layout.columns(mask, name, len(plan.shapes[name]))
+            | (
+                namespace(leaf.param.first).reshape(
+                    namespace(leaf.param.first).arange(plan.horizons[0]),
+                    (-1,) + (1,) * (leaf.param.first.ndim - 1),
+                )
+                > 0
+                if plan.horizons
+                else False
+            )
+        )
+        """,
+    ),
+    "the first discount alone looked at for a restart": Fault(
+        "meta.all_horizons",
+        "namespace(flags).all(flags, axis=0)",
+        "flags[0]",
+    ),
+    "the largest of the directions": Fault(
+        "meta.meta_step",
+        "xp.min(unit.value, axis=0)",
+        "xp.max(unit.value, axis=0)",
+    ),
+    "the sum of the directions": Fault(
+        "meta.meta_step",
+        "Jet(least)",
+        "Jet(xp.sum(unit.value, axis=0))",
+    ),
+    "the mean of the directions": Fault(
+        "meta.meta_step",
+        "Jet(least)",
+        "Jet(xp.mean(unit.value, axis=0))",
+    ),
+    "the direction nearest to 0": Fault(
+        "meta.meta_step",
+        "Jet(least)",
+        "Jet(xp.where(xp.max(unit.value, axis=0) < 0.0, xp.max(unit.value, axis=0), least))",
+    ),
+    "the first discount's meta-gradient for all": Fault(
+        "meta.meta_step",
+        "Jet(xp.where(moves, z.value, 0.0), z.first)",
+        """
+        Jet(
+            xp.where(moves, z.value[:1] if DECIDED in row.slots else z.value, 0.0)
+            + xp.zeros_like(z.value),
+            z.first,
+        )
+        """,
+    ),
+    "moments shared by all discounts": Fault(
+        "meta._direction",
+        "{slot: row.slots[slot].value for slot in rule.slots}",
+        """
+        {
+            slot: row.slots[slot].value[:1] + 0.0 * row.slots[slot].value
+            if DECIDED in row.slots
+            else row.slots[slot].value
+            for slot in rule.slots
+        }
+        """,
+    ),
+    "equal directions that have not both decided": Fault(
+        "meta.meta_step",
+        "cast(unit.value == least, beta.dtype)",
+        """
+        cast(
+            xp.reshape(xp.arange(unit.value.shape[0]), (-1,) + (1,) * least.ndim)
+            == xp.argmin(unit.value, axis=0),
+            beta.dtype,
+        )
+        """,
+    ),
+    "who decided forgotten when a block starts anew": Fault(
+        "meta.meta_step",
+        "(COMPENSATION, DECIDED, RECOVERIES, *getattr(rule, 'lasting', ()))",
+        "(COMPENSATION, RECOVERIES, *getattr(rule, 'lasting', ()))",
+    ),
+    "another discount's trace in the diagnostics": Fault(
+        "diagnostics._of_blocks",
+        "each_horizon(plan, squares, traces_now(plan, params, state))",
+        """
+        each_horizon(
+            plan,
+            squares,
+            {
+                name: trace[::-1] if plan.horizons else trace
+                for name, trace in traces_now(plan, params, state).items()
+            },
+        )
+        """,
+    ),
+    "another discount that decided in the diagnostics": Fault(
+        "diagnostics._of_blocks",
+        "each_horizon(plan, by_block, state.meta_slots[DECIDED])",
+        """
+        each_horizon(
+            plan, by_block, map_leaves(lambda times: times[::-1], state.meta_slots[DECIDED])
+        )
+        """,
     ),
     # step sizes
     "slope of softplus taken for its value": Fault(
@@ -495,6 +668,26 @@ FAULTS = {
         "rules.fast_start.FastStart.direction",
         "against * positive(against)",
         "1.0 * against",
+    ),
+    "start that ends without a retreat": Fault(
+        "meta._retreated",
+        "rule.retreat * rule.factor",
+        "unit.value",
+    ),
+    "retreat of as many steps that are not fast": Fault(
+        "meta._retreated",
+        "rule.retreat * rule.factor",
+        "rule.retreat * 1.0",
+    ),
+    "retreat in every step after the start": Fault(
+        "meta._retreated",
+        "after & xp.logical_not(before)",
+        "after",
+    ),
+    "retreat that is differentiated": Fault(
+        "meta._retreated",
+        "xp.where(ends, 0.0, unit.first)",
+        "unit.first",
     ),
     "Lion's moment before its sign": Fault(
         "rules.lion.Lion.direction",
@@ -601,9 +794,9 @@ FAULTS = {
         "np.ravel(to_numpy([*sizes.values()][0] if isinstance(sizes, Mapping) else sizes))[0]",
     ),
     "a norm without its root": Fault(
-        "diagnostics.diagnostics",
-        "map_leaves(xp.sqrt, total)",
-        "total",
+        "diagnostics._of_blocks",
+        "map_leaves(xp.sqrt, norms)",
+        "norms",
     ),
     # dtypes
     "narrow parameters drift": Fault(
@@ -640,5 +833,75 @@ FAULTS = {
         "(xp.__name__, tuple(shapes.items()), tuple(dtypes.values()))",
         "(xp.__name__, tuple(shapes.items()))",
         families=("trajectory", "step"),
+    ),
+    # numbers of rules that are learned
+    "a learned number moves weights the wrong way": Fault(
+        "leaf.follow", "scaled(change, -1.0)", "change", families=("learned",)
+    ),
+    "weight decay left out of the trace of a learned number": Fault(
+        "leaf.follow", "1.0 - decay.value * size", "1.0", families=("learned",)
+    ),
+    "a learned weight decay reaches no weight": Fault(
+        "leaf.follow",
+        "total(scaled(unit, alpha), scaled(scaled(decay.first, param.value), size))",
+        "scaled(unit, alpha)",
+        families=("learned",),
+        raises=True,
+    ),
+    "a learned weight decay apart moves weights by the learned step size": Fault(
+        "leaf.follow", "alpha if size is None else size", "alpha", families=("learned",)
+    ),
+    "a learned decay rate does not reach its moment": Fault(
+        "rules.rule.fed_by",
+        "tuple(slot for slot in rule.slots if slot in found)",
+        "()",
+        families=("learned",),
+    ),
+    "a learned number's trace is not discounted": Fault(
+        "step.Side.given",
+        'side.discounted() if self.plan.place and self.plan.curvature == "none" else side',
+        "side",
+        families=("learned",),
+    ),
+    "learned numbers share a trace": Fault(
+        "step.Side.followed", "jet if at == own else Jet(jet.value)", "jet", families=("learned",)
+    ),
+    "a learned number has the first discount": Fault(
+        "configuration.Configuration._config_of",
+        "self.discounts[-1]",
+        "self.discounts[0]",
+        families=("learned",),
+    ),
+    "a learned number starts fast": Fault(
+        "configuration.Configuration._config_of",
+        "self.meta.rule if isinstance(self.meta, FastStart) else self.meta",
+        "self.meta",
+        families=("learned",),
+    ),
+    "a learned decay rate starts from its distance to 1": Fault(
+        "step_sizes.Decay.inverse",
+        "-xp.log1p(-step_size)",
+        "-xp.log(step_size)",
+        families=("learned",),
+        raises=True,
+    ),
+    "leaves that rest count in the meta-gradient of a learned number": Fault(
+        "step.meta_gradient",
+        "side.follows",
+        "side.follows if not side.plan.place else dict.fromkeys(side.table, True)",
+        families=("learned",),
+    ),
+    "a learned number is the one from before a meta update that comes first": Fault(
+        "step.move_blocks",
+        "after[key].beta if config.meta_first else now.beta",
+        "after[key].beta if config.meta_first and not plan.place else now.beta",
+        families=("learned",),
+    ),
+    "with the exact Hessian a learned number reaches the leaves of its rule alone": Fault(
+        "step.Side.curved",
+        "grad_traces(plan, hats, given)",
+        "{n: 0.0 * g if plan.place and n not in plan.placed and g is not None else g"
+        " for n, g in grad_traces(plan, hats, given).items()}",
+        families=("learned",),
     ),
 }

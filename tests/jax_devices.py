@@ -111,7 +111,12 @@ def shardings(tree: Any) -> Any:
 
 
 def lies_like(tree: Any, params: Any) -> bool:
-    """Say whether the leaves of a pytree lie as the parameters do, columns aside."""
+    """Say whether the leaves of a pytree lie as the parameters do, columns aside.
+
+    Of several discounts there are several pytrees.
+    """
+    if isinstance(tree, tuple):
+        return all(lies_like(each, params) for each in tree)
 
     def axes(leaf: Any) -> Any:
         return [*leaf.sharding.spec, *(None,) * (leaf.ndim - len(leaf.sharding.spec))]
@@ -174,13 +179,17 @@ def jit(kind: str, configuration: str) -> None:
         params, state = train(step, params, state)
         assert step._cache_size() == 1
         assert shardings((params, state)) == before
-        if configuration == "weight":
+        if "weight" in configuration:
             assert lies_like(state.beta, params)
         else:
             equal_everywhere(state.beta)
         sizes = tx.step_sizes(state)
+        averaged = tx.averaged_params(state, params) if configuration == "discounts" else params
+        assert lies_like(averaged, params)
     want, other = whole_run(configuration)
     close(jax.device_get((params, state, sizes)), (want, other, tx.step_sizes(other)), STEPS)
+    if configuration == "discounts":
+        close(jax.device_get(averaged), tx.averaged_params(other, want), STEPS)
 
 
 def auto(configuration: str) -> None:
@@ -331,11 +340,44 @@ def orbax_without_leaves(folder: Path) -> None:
     close(restored, state, 1)
 
 
+def algoperf() -> None:
+    """AlgoPerf's submission, each batch spread over the devices, equals a loop on one of them."""
+    from tests.algoperf_harness import TRAIN, JaxDigits, Run, submission
+
+    workload = JaxDigits(normalized=True)
+    run, tx = Run(submission("jax"), workload), metaoptimize()
+    params, stats = workload.init_model_fn(None)
+    state, queue = tx.init(params), workload.batches(seed=1)
+
+    @jax.jit
+    def step(params: Any, state: Any, stats: Any, batch: Any) -> Any:
+        def mean_loss(params: Any) -> Any:
+            logits, new = workload.model_fn(params, batch, stats, TRAIN, None, True)
+            loss = workload.loss_fn(batch["targets"], logits, batch["weights"])
+            return loss["summed"] / loss["n_valid_examples"], new
+
+        grads, stats = jax.grad(mean_loss, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, stats
+
+    for _ in range(STEPS):
+        batch = next(queue)
+        assert len(batch["inputs"].sharding.device_set) == 8
+        run.train(iter([batch]), 1)
+        params, state, stats = step(params, state, stats, jax.device_get(batch))
+    got = (run.params, run.optimizer_state[0]["optimizer"], run.model_state)
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(got)} == {8}
+    equal_everywhere(got)
+    close(jax.device_get(got), (params, state, stats), STEPS)
+    run.evaluate()
+    close(jax.device_get(run.params), tx.averaged_params(state, params), STEPS)
+
+
 SCENARIOS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
         *(auto, explicit, mixed, injected, shard_map, axis_names),
-        *(leaf, leaf_in_shard_map),
+        *(leaf, leaf_in_shard_map, algoperf),
         *(orbax, orbax_without_leaves),
     )
 }

@@ -21,11 +21,17 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "weight": {"blocks": "weight", "bounds": (1e-5, 1e-1), "base": mo.SGD(momentum=0.9)},
     "named": {"blocks": {"head": "head.*", "rest": "*"}},
     "rules": {"base": {"head.*": mo.Lion(), "*": mo.AdamW()}},
-    "bare": {"base": mo.SGD(), "meta": mo.SGD()},
+    "bare": {"base": mo.SGD(), "meta": mo.SGD(), "discount": 1.0},
     "identity": {"sigma": "identity", "step_size": 0.01},
     "meta first": {"meta_first": True, "discount": 0.9},
     "delayed": {"base": mo.AdamW(delayed=True)},
     "skip": {"skip_nonfinite": True},
+    "discounts": {"discount": (0.9, 1.0), "meta": mo.AdamW()},
+    "discounts by weight": {"discount": (0.0, 0.9, 1.0), "blocks": "weight", "meta": mo.AdamW()},
+    "skipping discounts": {"discount": (0.9, 1.0), "skip_nonfinite": True, "blocks": "tensor"},
+    "exact discounts": {"discount": (0.9, 1.0), "curvature": "exact", "blocks": "tensor"},
+    "diagonal discounts": {"discount": (0.9, 1.0), "curvature": "diagonal"},
+    "identity discounts": {"discount": (0.9, 1.0), "sigma": "identity", "step_size": 0.01},
     "exact": {"curvature": "exact", "approximation": "2x2", "blocks": "tensor", "meta": mo.AdamW()},
     "full": {"curvature": "exact", "approximation": "full", "meta": mo.AdamW()},
     "diagonal": {"curvature": "diagonal", "approximation": "2x2", "meta": mo.SGD()},
@@ -40,6 +46,7 @@ def options_of(name: str) -> dict[str, Any]:
         "base": mo.AdamW(weight_decay=0.1),
         "meta": mo.Lion(),
         "step_size": 1e-2,
+        "discount": 1.0,
     }
     return usual | CONFIGURATIONS[name]
 

@@ -78,3 +78,11 @@ def write_stories(folder: Path) -> None:
     for shard in range(3):
         tokens = rng.integers(32_000, size=400, dtype=np.uint16)
         tokens.tofile(folder / f"data{shard:02}.bin")
+
+
+def write_wikitext(folder: Path) -> None:
+    (folder / "wikitext-2").mkdir(parents=True)
+    words = np.random.default_rng(0).choice(["the", "of", "<unk>", "café", "=\n"], size=(2, 600))
+    for split, chosen in zip(("train", "valid"), words, strict=True):
+        text = " ".join(chosen)
+        (folder / "wikitext-2" / f"{split}.txt").write_text(text, encoding="utf-8")

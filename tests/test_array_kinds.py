@@ -32,6 +32,7 @@ def test_the_byte_order_changes_no_number(dtype: str, curvature: str) -> None:
         step_size=0.05,
         meta_lr=0.05,
         curvature=curvature,
+        discount=1.0,
     )
     native = {name: param.astype(dtype) for name, param in PARAMS.items()}
 
@@ -65,6 +66,7 @@ def test_the_byte_order_of_step_sizes_changes_no_number() -> None:
             step_size=sizes,
             blocks="weight",
             meta_lr=order(np.array(0.01)),
+            discount=1.0,
         )
         return run(opt, PARAMS)[1].beta
 
@@ -85,7 +87,7 @@ def test_the_byte_order_changes_no_central_difference() -> None:
 
 
 def test_multipliers_of_another_byte_order_reach_every_library(backend: Any) -> None:
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.5)
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.5, discount=1.0)
     params = backend.tree({"w": np.ones(3, "float32")})
     got, _ = opt.step(params, params, opt.init(params), lr=swapped(np.array(0.5)))
     np.testing.assert_array_equal(backend.to_numpy(got)["w"], np.full(3, 0.75, "float32"))
@@ -105,7 +107,10 @@ def test_matrices_and_masked_arrays_are_refused(kind: str, argument: str) -> Non
     made, params = OTHERS[kind], {"w": PARAMS["w"]}
     theirs = {"w": made(params["w"])}
     opt = mo.MetaOptimize(
-        base=mo.SGD(), meta=mo.SGD(), curvature="exact" if argument == "hvp" else "diagonal"
+        base=mo.SGD(),
+        meta=mo.SGD(),
+        curvature="exact" if argument == "hvp" else "diagonal",
+        discount=1.0,
     )
     arguments: dict[str, Any] = {"params": params, "grads": params, "state": opt.init(params)}
     arguments |= {"hessian_diagonal": params, "hvp": lambda tangents: tangents}
@@ -160,7 +165,7 @@ class Almost:
 
 
 def test_a_library_that_lacks_something_is_named() -> None:
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD())
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), discount=1.0)
     almost: Any = Almost()
     with pytest.raises(TypeError, match=r"follows the array API standard; almost does not: .*'dev"):
         opt.init({"w": almost})
@@ -169,7 +174,7 @@ def test_a_library_that_lacks_something_is_named() -> None:
 def test_dtypes_are_changed_by_the_function_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """`asarray` of an array may be that array, whatever dtype is asked for."""
     xp = pytest.importorskip("array_api_strict")
-    opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.AdamW(), step_size=0.1)
+    opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.AdamW(), step_size=0.1, discount=1.0)
 
     def stepped() -> Any:
         params = {"w": xp.asarray(np.ones(3, "float32"))}
@@ -195,8 +200,12 @@ def test_matrices_and_masked_arrays_are_refused_in_place(kind: str, fused: bool 
     params = {"w": PARAMS["w"].copy()}
     theirs = {"w": made(params["w"])}
     with pytest.raises(TypeError, match=rf"`params\['w'\]` must be an array .*; got {kind}\."):
-        metaopt_kernels.MetaOptimizer(theirs, mo.SGD(), mo.SGD(), fused=fused)
-    opt = metaopt_kernels.MetaOptimizer(params, mo.SGD(), mo.SGD(), fused=fused)
+        metaopt_kernels.MetaOptimizer(
+            theirs, base=mo.SGD(), meta=mo.SGD(), fused=fused, discount=1.0
+        )
+    opt = metaopt_kernels.MetaOptimizer(
+        params, base=mo.SGD(), meta=mo.SGD(), fused=fused, discount=1.0
+    )
     with pytest.raises(TypeError, match=rf"`grads\['w'\]` must be an array .*; got {kind}\."):
         opt.step(theirs)
     with pytest.raises(TypeError, match=r"`lr` must be an array .*; got MaskedArray\."):
@@ -212,7 +221,13 @@ def test_the_byte_order_changes_no_number_in_place(dtype: str) -> None:
     def stepped(order: Any) -> Any:
         params = {name: order(param.astype(dtype)) for name, param in PARAMS.items()}
         opt = metaopt_kernels.MetaOptimizer(
-            params, mo.AdamW(), mo.AdamW(), step_size=0.05, meta_lr=0.05, fused=False
+            params,
+            base=mo.AdamW(),
+            meta=mo.AdamW(),
+            step_size=0.05,
+            meta_lr=0.05,
+            fused=False,
+            discount=1.0,
         )
         for _ in range(5):
             opt.step({n: order(p / 7.0) for n, p in params.items()}, lr=order(np.array(0.7)))
@@ -234,7 +249,7 @@ def test_jax_is_handed_plain_native_arrays(kind: str) -> None:
     metaopt_jax = pytest.importorskip("metaopt_jax")
     params = {"w": PARAMS["w"].astype("float32")}
     theirs = {"w": (OTHERS | {"swapped": swapped})[kind](params["w"])}
-    tx = metaopt_jax.metaoptimize(mo.SGD(), mo.SGD())
+    tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD())
     reason = "in native byte order; got dtype" if kind == "swapped" else f"an array .*{kind}"
     with pytest.raises(TypeError, match=rf"`params\['w'\]` must be {reason}"):
         tx.init(theirs)
@@ -245,7 +260,7 @@ def test_jax_is_handed_plain_native_arrays(kind: str) -> None:
 def test_jax_is_handed_narrow_arrays_of_numpy() -> None:
     metaopt_jax = pytest.importorskip("metaopt_jax")
     params = {"w": np.ones(3, pytest.importorskip("ml_dtypes").bfloat16)}
-    tx = metaopt_jax.metaoptimize(mo.SGD(), mo.SGD(), step_size=0.5)
+    tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.5, discount=1.0)
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["w"].dtype == "bfloat16"
     np.testing.assert_array_equal(np.asarray(updates["w"], "float32"), -0.5)

@@ -189,7 +189,9 @@ def expected_keys(kind: str) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_and_shapes_of_step_sizes(backend: Any, kind: str) -> None:
     blocks = {"head": "fc.*", "rest": "*"} if kind == "named" else KINDS[kind]
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.Lion(), blocks=blocks, step_size=0.25)
+    opt = mo.MetaOptimize(
+        base=mo.SGD(), meta=mo.Lion(), blocks=blocks, step_size=0.25, discount=1.0
+    )
     state = opt.init(backend.tree(values_like(SHAPES, 0)))
     sizes = backend.to_numpy(opt.step_sizes(state))
     shapes = {key: value.shape for key, value in sizes.items()}
@@ -208,7 +210,8 @@ def test_a_mapping_of_step_sizes_reaches_its_blocks(backend: Any, kind: str) -> 
         base=mo.SGD(),
         meta=mo.Lion(),
         blocks=blocks,
-        step_size=dict(reversed(wanted.items())),  # a mapping: its order says nothing
+        step_size=dict(reversed(wanted.items())),
+        discount=1.0,  # a mapping: its order says nothing
     )
     sizes = backend.to_numpy(opt.step_sizes(opt.init(backend.tree(values_like(SHAPES, 0)))))
     for key, value in wanted.items():
@@ -228,6 +231,7 @@ def test_beta_is_in_order_of_first_appearance() -> None:
         sigma="identity",
         blocks={"head": "head.*", "rest": "*"},
         step_size={"head": 0.5, "rest": 0.25},
+        discount=1.0,
     )
     state = opt.init({name: np.zeros(shape) for name, shape in shapes.items()})
     np.testing.assert_array_equal(state.beta, [0.25, 0.5])
@@ -313,12 +317,13 @@ def test_leaves_without_entries_take_part(kind: str) -> None:
     """An axis may have length 0: nothing to move, nothing to say, nothing goes wrong."""
     shapes = OrderedDict(w0=(0, 3), w1=(2, 0), w2=(2, 3))
     blocks: Any = {"even": "w0", "rest": "*"} if kind == "named" else KINDS[kind]
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), blocks=blocks, step_size=0.25)
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), blocks=blocks, step_size=0.25, discount=1.0)
     alone = mo.MetaOptimize(
         base=mo.SGD(),
         meta=mo.SGD(),
         blocks={"rest": "*"} if kind == "named" else KINDS[kind],
         step_size=0.25,
+        discount=1.0,
     )
     params = values_like(shapes, 0)
     only = {"w2": params["w2"]}
@@ -331,7 +336,7 @@ def test_leaves_without_entries_take_part(kind: str) -> None:
 
 def test_an_empty_leaf_at_rest_does_not_stop_the_blocks_of_another() -> None:
     opt = mo.MetaOptimize(
-        base=mo.SGD(), meta=mo.AdamW(), step_size=0.1, meta_lr=0.01, blocks="node"
+        base=mo.SGD(), meta=mo.AdamW(), step_size=0.1, meta_lr=0.01, blocks="node", discount=1.0
     )
     params: dict[str, Any] = {"a": np.zeros((0, 3)), "b": np.ones((2, 3))}
     state = opt.init(params)

@@ -33,10 +33,15 @@ ROOT = Path(__file__).parents[1]
 SHAPES: dict[str, tuple[int, ...]] = {"w": (4, 3), "b": (3,), "s": ()}
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "scalar": {"base": mo.AdamW(weight_decay=0.1), "meta": mo.Lion()},
-    "node": {"blocks": "node", "base": mo.RMSprop(), "meta": mo.AdamW()},
+    "scalar": {"base": mo.AdamW(weight_decay=0.1), "meta": mo.Lion(), "discount": 1.0},
+    "node": {"blocks": "node", "base": mo.RMSprop(), "meta": mo.AdamW(), "discount": 1.0},
     "node of another axis": {"blocks": mo.blocks.node(-1), "base": mo.SGD(momentum=0.9)},
-    "weight": {"blocks": "weight", "base": mo.SGD(momentum=0.9), "meta": mo.AdamW()},
+    "weight": {
+        "blocks": "weight",
+        "base": mo.SGD(momentum=0.9),
+        "meta": mo.AdamW(),
+        "discount": 1.0,
+    },
     "named": {
         "blocks": {"matrices": ("w",), "rest": "*"},
         "base": {"w": mo.Lion(), "*": mo.AdamW(betas=(0.8, 0.9))},
@@ -48,6 +53,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "blocks": "tensor",
         "base": mo.AdamW(),
         "meta": mo.AdamW(),
+        "discount": 1.0,
     },
     "exact by node": {"curvature": "exact", "blocks": "node"},
     "exact 2x2 by weight": {
@@ -67,7 +73,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 def configured(name: str) -> mo.MetaOptimize:
-    defaults: dict[str, Any] = {"base": mo.SGD(), "meta": mo.Lion(), "step_size": 0.02}
+    defaults: dict[str, Any] = {
+        "base": mo.SGD(),
+        "meta": mo.Lion(),
+        "step_size": 0.02,
+        "discount": 1.0,
+    }
     return mo.MetaOptimize(**(defaults | CONFIGURATIONS[name]))
 
 
@@ -244,7 +255,7 @@ def test_loaded_torch_tensors_can_be_written_to(tmp_path: Path) -> None:
 def test_arrays_in_another_memory_order_are_saved_as_what_they_hold(
     blocks: str, tmp_path: Path
 ) -> None:
-    opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.AdamW(), blocks=blocks)
+    opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.AdamW(), blocks=blocks, discount=1.0)
     params = {"w": np.asfortranarray(start()["w"]), "v": start()["w"][:, ::2]}
     state = opt.init(params)
     for _ in range(3):
@@ -260,7 +271,7 @@ def test_arrays_in_another_memory_order_are_saved_as_what_they_hold(
     "names", [("a", "a/exp_avg"), ("0", "schicht.größe"), ("", " "), ("__metadata__", "metaopt")]
 )
 def test_any_name_of_a_leaf_will_do(names: tuple[str, ...], tmp_path: Path) -> None:
-    opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.AdamW(), blocks="weight")
+    opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.AdamW(), blocks="weight", discount=1.0)
     params = {name: np.full(2, 1.0 + index) for index, name in enumerate(names)}
     params, state = opt.step(params, params, opt.init(params))
     mo.save(tmp_path / "state", opt, state)
@@ -293,7 +304,7 @@ CONFIGURED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_configuration_round_trips(name: str, tmp_path: Path) -> None:
-    defaults: dict[str, Any] = {"base": mo.SGD(), "meta": mo.Lion()}
+    defaults: dict[str, Any] = {"base": mo.SGD(), "meta": mo.Lion(), "discount": 1.0}
     opt = mo.MetaOptimize(**(defaults | CONFIGURED[name]))
     state = opt.init(start())
     mo.save(tmp_path / "state", opt, state)
@@ -304,7 +315,9 @@ def test_configuration_round_trips(name: str, tmp_path: Path) -> None:
 
 def test_step_sizes_given_as_arrays_round_trip(tmp_path: Path) -> None:
     """The configuration that is loaded starts a new run at the same step sizes."""
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.Lion(), blocks="node", step_size=PER_UNIT)
+    opt = mo.MetaOptimize(
+        base=mo.SGD(), meta=mo.Lion(), blocks="node", step_size=PER_UNIT, discount=1.0
+    )
     mo.save(tmp_path / "state", opt, opt.init(start()))
     loaded, _ = mo.load(tmp_path / "state", start())
     assert contents(loaded.init(start())) == contents(opt.init(start()))
@@ -314,7 +327,9 @@ def test_step_sizes_given_as_arrays_round_trip(tmp_path: Path) -> None:
 
 
 def test_configurations_with_arrays_can_be_compared(tmp_path: Path) -> None:
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.Lion(), blocks="node", step_size=PER_UNIT)
+    opt = mo.MetaOptimize(
+        base=mo.SGD(), meta=mo.Lion(), blocks="node", step_size=PER_UNIT, discount=1.0
+    )
     mo.save(tmp_path / "state", opt, opt.init(start()))
     loaded, _ = mo.load(tmp_path / "state", start())
     assert loaded == opt
@@ -353,24 +368,26 @@ class OwnPartition(mo.blocks.Partition):
 @pytest.mark.parametrize("base", [Own(2.0), {"w": Own(2.0), "*": mo.SGD()}], ids=["one", "of two"])
 def test_own_rule_needs_the_configuration(base: Any, tmp_path: Path) -> None:
     path = tmp_path / "state"
-    opt = mo.MetaOptimize(base=base, meta=mo.Lion())
+    opt = mo.MetaOptimize(base=base, meta=mo.Lion(), discount=1.0)
     params, state = run(opt, start(), opt.init(start()), range(3))
     mo.save(path, opt, state)
     with pytest.raises(ValueError, match=rf"{path}.*Own\(factor=2.0.*pass `opt` to load it"):
         mo.load(path, params)
     assert contents(mo.load(path, params, opt)[1]) == contents(state)
-    other = mo.MetaOptimize(base=mo.SGD(), meta=mo.Lion())
+    other = mo.MetaOptimize(base=mo.SGD(), meta=mo.Lion(), discount=1.0)
     with pytest.raises(ValueError, match=rf"{path} was saved with another `base`.*Own\(factor=2.0"):
         mo.load(path, params, other)
     changed = mo.MetaOptimize(
-        base=Own(3.0) if isinstance(base, Own) else base | {"w": Own(3.0)}, meta=mo.Lion()
+        base=Own(3.0) if isinstance(base, Own) else base | {"w": Own(3.0)},
+        meta=mo.Lion(),
+        discount=1.0,
     )
     with pytest.raises(ValueError, match=r"another `base`.*factor=2.0.*`opt` has.*factor=3.0"):
         mo.load(path, params, changed)
 
 
 def test_own_partition_needs_the_configuration(tmp_path: Path) -> None:
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.Lion(), blocks=OwnPartition())
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.Lion(), blocks=OwnPartition(), discount=1.0)
     state = opt.init(start())
     mo.save(tmp_path / "state", opt, state)
     with pytest.raises(ValueError, match=r"OwnPartition.*pass `opt` to load it"):
@@ -381,7 +398,8 @@ def test_own_partition_needs_the_configuration(tmp_path: Path) -> None:
 def test_own_partition_made_again_is_the_same_configuration(tmp_path: Path) -> None:
     """As in the next process, where the object of the first is gone."""
     first, again = (
-        mo.MetaOptimize(base=mo.SGD(), meta=mo.Lion(), blocks=OwnPartition()) for _ in range(2)
+        mo.MetaOptimize(base=mo.SGD(), meta=mo.Lion(), blocks=OwnPartition(), discount=1.0)
+        for _ in range(2)
     )
     state = first.init(start())
     mo.save(tmp_path / "state", first, state)
@@ -389,7 +407,7 @@ def test_own_partition_made_again_is_the_same_configuration(tmp_path: Path) -> N
 
 
 DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
-    "meta_lr": ({"meta_lr": 0.5}, r"another `meta_lr`: 0\.001; `opt` has 0\.5\."),
+    "meta_lr": ({"meta_lr": 0.5}, r"another `meta_lr`: 0\.01; `opt` has 0\.5\."),
     "base": ({"base": mo.SGD()}, r"another `base`: AdamW\(.*`opt` has SGD\("),
     "base option": ({"base": mo.AdamW(eps=0.5)}, r"eps=1e-08.*eps=0\.5"),
     "blocks": ({"blocks": "tensor"}, "another `blocks`: 'scalar'; `opt` has 'tensor'"),
@@ -403,7 +421,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_configuration_that_differs_is_refused(name: str, tmp_path: Path) -> None:
     options, message = DIFFERENT[name]
-    opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.Lion())
+    opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.Lion(), discount=1.0)
     mo.save(tmp_path / "state", opt, opt.init(start()))
     with pytest.raises(ValueError, match=f"{tmp_path / 'state'} was saved with.*{message}"):
         mo.load(tmp_path / "state", start(), replace(opt, **options))
@@ -572,6 +590,11 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]]
         configuring(base={"type": "Exp", "options": {}}),
         "cannot be rebuilt.*`base` must be a rule",
     ),
+    "rule by its path": (configuring(base="os.getcwd"), "cannot be rebuilt.*`base` must be a rule"),
+    "rule by a path with options": (
+        configuring(meta={"mapping": [["name", "os.getcwd"]]}),
+        "cannot be rebuilt.*`meta` must be a rule",
+    ),
     "unknown option of a class": (
         configuring(base={"type": "SGD", "options": {"speed": 1}}),
         "cannot be rebuilt.*speed",
@@ -624,7 +647,7 @@ def test_metadata_that_is_no_json_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def big(value: float) -> tuple[mo.MetaOptimize, dict[str, Any], mo.State]:
-    opt = mo.MetaOptimize(base=mo.SGD(momentum=0.9), meta=mo.SGD(), meta_lr=0.0)
+    opt = mo.MetaOptimize(base=mo.SGD(momentum=0.9), meta=mo.SGD(), meta_lr=0.0, discount=1.0)
     params = {"w": np.full(200_000, value)}
     return opt, params, opt.step(params, params, opt.init(params))[1]
 
@@ -701,7 +724,7 @@ CHILD = textwrap.dedent(
     from pathlib import Path
 
     path, point = sys.argv[1:]
-    opt = mo.MetaOptimize(base=mo.SGD(momentum=0.9), meta=mo.SGD(), meta_lr=0.0)
+    opt = mo.MetaOptimize(base=mo.SGD(momentum=0.9), meta=mo.SGD(), meta_lr=0.0, discount=1.0)
     states = []
     for value in (1.0, 2.0):
         params = {"w": np.full(200_000, value)}

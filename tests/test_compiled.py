@@ -37,6 +37,7 @@ def configured(name: str) -> mo.MetaOptimize:
         "base": mo.AdamW(weight_decay=0.1),
         "meta": mo.Lion(),
         "step_size": 1e-2,
+        "discount": 1.0,
     }
     return mo.MetaOptimize(**(options | CONFIGURATIONS[name]))
 

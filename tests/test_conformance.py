@@ -16,6 +16,7 @@ from metaopt_conformance.backends import BACKENDS, UnavailableError, find
 from metaopt_conformance.cases import OPTIONS, Case
 from metaopt_conformance.covering import covering
 from metaopt_conformance.families import FAMILIES
+from metaopt_conformance.oracle_runs import config, oracle_run
 from metaopt_conformance.suite import ADAPTED, run
 from metaopt_conformance.table import BASES, METAS
 
@@ -24,7 +25,7 @@ NUMPY = find("numpy")
 
 #: Minutes of compiling: in every run of the tests JAX has the families below, on demand all.
 ALL_OF_JAX = pytest.param("jax", marks=pytest.mark.slow)
-SOME = ("jets", "special", "laws", "optimizer", "compiled")
+SOME = ("jets", "special", "laws", "optimizer")
 
 
 def test_some_families_pass_on_jax(tmp_path: Path, capsys: Any) -> None:
@@ -48,14 +49,21 @@ def test_the_quick_part_passes(name: str, tmp_path: Path, capsys: Any) -> None:
     found = json.loads((tmp_path / f"conformance_{name}.json").read_text())["outcomes"]
     # an adapter, where the library has one, is checked beside the core
     adapted = {entry["family"] for entry in found} - set(FAMILIES)
-    assert adapted == set(ADAPTED.values() if find(name).optimizer is not None else ())
+    made = {"adapter": find(name).optimizer, "wrapped": find(name).wrapped}
+    columns = [ADAPTED[subject] for subject, make in made.items() if make is not None]
+    assert adapted == {title for titles in columns for title in titles.values()}
     passed = [entry for entry in found if entry["status"] == "passed"]
     assert len(passed) > 150
     assert {entry["pair"] for entry in passed if entry["family"] == "traces"} == {
         f"{base} + {meta}" for base in BASES for meta in METAS
     }
     reasons = {entry["detail"] for entry in found if entry["status"] == "skipped"}
-    explained = "the library has no", "an adapter may restart a trace one step later"
+    explained = (
+        "the library has no",
+        "what is wrapped",
+        "an adapter may restart a trace one step later",
+        "the adapter takes a single discount",
+    )
     assert all(reason.startswith(explained) for reason in reasons)
     page = (tmp_path / f"conformance_{name}.md").read_text()
     assert page.startswith(f"# {name}, default device, quick cases\n")
@@ -91,6 +99,12 @@ def test_several_processes_need_a_name() -> None:
         (("--backend", "numpy", "--case", "delayed=1"), "must be one of False, True; got '1'"),
         (("--backend", "numpy", "--case", "base=Foo"), "must be one of SGD, SGDm, RMSprop"),
         (("--backend", "numpy", "--case", "discount=1.5"), "must be a number in [0, 1]; got '1.5'"),
+        (("--backend", "numpy", "--case", "discount=1.0 and 0.9"), "from the least to the largest"),
+        (("--backend", "numpy", "--case", "discount=0.9 and 2"), "a number in [0, 1]; got '2'"),
+        (
+            ("--backend", "numpy", "--case", "discount=0.9 and 1.0,approximation=2x2"),
+            "is not defined: several discounts need approximation l",
+        ),
         (("--backend", "numpy", "--case", "eps=nan"), "must be at least 0; got 'nan'"),
         (
             ("--backend", "numpy", "--case", "approximation=full"),
@@ -209,6 +223,30 @@ def test_cases_are_written_and_read() -> None:
     for case in covering(Case(base="AdamW", meta="Lion")):
         assert Case.parse(str(case)) == case
         case.opt()
+
+
+@pytest.mark.parametrize("family", ["trajectory", "traces"])
+def test_each_of_several_discounts_decides_in_some_case(family: str) -> None:
+    several: tuple[tuple[float, ...], ...] = ((0.9, 1.0), (0.0, 0.8, 1.0))
+    alone = {discounts: np.zeros(len(discounts)) for discounts in several}
+    for case in FAMILIES[family].cases(NUMPY.dtypes, True):
+        if not isinstance(case.discount, tuple):
+            continue
+        with np.errstate(all="ignore"):  # of cases that are to overflow
+            decided = np.diff([state.decided for state in oracle_run(case)], axis=0)
+        sole = decided * (np.sum(decided, axis=1, keepdims=True) == 1)
+        alone[case.discount] += np.sum(sole, axis=(0, 2))
+    assert all(np.all(times >= 3) for times in alone.values()), alone
+
+
+def test_one_of_several_meta_gradients_is_not_usable_in_some_case() -> None:
+    apart = []
+    for case in FAMILIES["trajectory"].cases(NUMPY.dtypes, True):
+        if isinstance(case.discount, tuple) and case.faulty == "huge":
+            with np.errstate(all="ignore"):
+                usable = np.abs(oracle_run(case)[-1].z) < config(case).largest
+            apart.append(np.any(usable & np.logical_not(np.all(usable, axis=0))))
+    assert any(apart)
 
 
 @pytest.mark.parametrize("pair", [("SGD", "SGD"), ("AdamW", "Lion"), ("Lion", "Adam")])

@@ -112,7 +112,8 @@ def test_optimized_python_checks_as_well(tmp_path: Path) -> None:
         arguments = ("--backend", "thin:broken", "--quick", "--stop", "--family", family)
         done = outside(tmp_path, *arguments, python=("-O",))
         # derivatives, adjoints and literature forms at other numbers are as good
-        expected = 1 if family in ("trajectory", "step", "traces", "special") else 0
+        wrong = ("trajectory", "step", "traces", "special", "learned")
+        expected = 1 if family in wrong else 0
         assert done.returncode == expected, family + done.stdout
 
 
@@ -264,6 +265,7 @@ def test_an_adapter_has_a_column_of_its_own(kind: Any, detail: str) -> None:
             {
                 "the adapter's `step` takes no `third`",
                 "the adapter's `step` takes no `hessian_diagonal`",
+                "the adapter's `step` takes no `meta_grads`",
             },
         ),
     ],
@@ -274,4 +276,4 @@ def test_a_right_adapter_passes_the_quick_part(kind: Any, reasons: set[str]) -> 
     later = "an adapter may restart a trace one step later (docs/mathematics.md section 11)"
     assert {o.status for o in outcomes} == {"passed", "skipped"}
     assert {o.detail for o in outcomes if o.status == "skipped"} == reasons | {later}
-    assert len([o for o in outcomes if o.family == "adapter" and o.status == "passed"]) > 15
+    assert len([o for o in outcomes if o.family == "adapter" and o.status == "passed"]) > 10

@@ -128,7 +128,10 @@ def test_operations_of_a_step(base: Any, sigma: Any, discount: float, space: Rec
 def test_operations_do_not_depend_on_the_meta_update(blocks: Any, space: Recording) -> None:
     counts = {
         meta_operations(
-            mo.MetaOptimize(base=mo.AdamW(), meta=meta, blocks=blocks, meta_first=first), space
+            mo.MetaOptimize(
+                base=mo.AdamW(), meta=meta, blocks=blocks, meta_first=first, discount=1.0
+            ),
+            space,
         )
         for meta in METAS.values()
         for first in (False, True)
@@ -151,7 +154,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 def test_operations_of_the_traced_step(base: Any, sigma: Any) -> None:
     jax = pytest.importorskip("jax")
     params = {"w": jax.numpy.ones(SIZE, "float32")}
-    opt = mo.MetaOptimize(base=base, meta=mo.Lion(), sigma=sigma)
+    opt = mo.MetaOptimize(base=base, meta=mo.Lion(), sigma=sigma, discount=1.0)
     state = opt.init(params)
 
     def plain(param: Any, slots: Any, lr: Any, count: Any) -> Any:
@@ -193,21 +196,24 @@ def meta_step(opt: Any, state: Any, param: Any, grad: Any, kept: Any, slots: Any
 @pytest.mark.parametrize("blocks", ["scalar", "tensor", {"a": "*"}], ids=str)
 @pytest.mark.parametrize("base", BASES.values(), ids=repr)
 def test_arrays_of_state(base: Any, blocks: Any) -> None:
-    opt = mo.MetaOptimize(base=base, meta=mo.AdamW(), blocks=blocks)
-    params = {"w": np.ones(SIZE, "float32")}
-    state = opt.init(params)
-    _, state = opt.step(params, params, state)
-    sizes: list[int] = []
-    for value in vars(state).values():
-        arrays.map_leaves(lambda array: sizes.append(array.size), value)
-    assert sizes.count(SIZE) == len(base.slots) + 1
-    assert max(size for size in sizes if size != SIZE) <= 1
+    for discount, horizons in ((1.0, 1), ((0.99, 1.0), 2)):
+        opt = mo.MetaOptimize(base=base, meta=mo.AdamW(), blocks=blocks, discount=discount)
+        params = {"w": np.ones(SIZE, "float32")}
+        state = opt.init(params)
+        _, state = opt.step(params, params, state)
+        sizes: list[int] = []
+        for value in vars(state).values():
+            arrays.map_leaves(lambda array: sizes.append(array.size), value)  # noqa: B023
+        large = [size for size in sizes if size > 2]
+        assert sum(large) == SIZE * (len(base.slots) + horizons)
 
 
 @pytest.mark.parametrize("discount", [0.0, 1.0])
 def test_what_cannot_feed_back_is_not_kept(discount: float) -> None:
     def state(**options: Any) -> mo.State:
-        opt = mo.MetaOptimize(**{"base": mo.AdamW(), "meta": mo.AdamW(), **options})
+        opt = mo.MetaOptimize(
+            **{"base": mo.AdamW(), "meta": mo.AdamW(), "discount": 1.0, **options}
+        )
         return opt.init({"w": np.ones((2, 3)), "b": np.ones(3)})
 
     exact = state(curvature="exact", approximation="2x2", blocks="tensor", discount=discount)

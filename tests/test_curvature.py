@@ -170,7 +170,7 @@ def test_an_estimate_without_a_leaf_goes_into_a_step() -> None:
 
     estimate = hutchinson(hvp, signs(2))
     assert [name for name, value in estimate.items() if value is None] == ["b"]
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), curvature="diagonal")
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), curvature="diagonal", discount=1.0)
     params = {name: np.ones(shape) for name, shape in SHAPES.items()}
     opt.step(params, params | {"b": None}, opt.init(params), hessian_diagonal=estimate)
 
@@ -307,6 +307,7 @@ def test_hutchinson_feeds_diagonal_curvature() -> None:
             meta_lr=1e-3,
             curvature="diagonal",
             blocks="tensor",
+            discount=1.0,
         )
         params = tree(0)
         state, record = opt.init(params), []
@@ -341,11 +342,11 @@ def test_names_of_curvature() -> None:
 @pytest.mark.parametrize("base", [mo.SGD(momentum=0.9), mo.AdamW(), mo.Lion()], ids=repr)
 def test_the_rectifier_is_for_plain_sgd(base: Any) -> None:
     with pytest.raises(ValueError, match="needs SGD without momentum as `base`"):
-        mo.MetaOptimize(base=base, meta=mo.SGD(), curvature=Diagonal(rectified=True))
+        mo.MetaOptimize(base=base, meta=mo.SGD(), curvature=Diagonal(rectified=True), discount=1.0)
 
 
 def test_products_of_another_shape_are_refused() -> None:
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), curvature="exact")
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), curvature="exact", discount=1.0)
     params = tree(0)
     state = opt.init(params)
     wrongs: list[tuple[Any, str]] = [
@@ -371,7 +372,9 @@ def test_the_advice_for_torch_holds_for_its_own_losses() -> None:
         return torch.nn.functional.mse_loss(out, y)
 
     _, pull = torch.func.vjp(torch.func.grad(loss), params)
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), curvature="exact", blocks="tensor")
+    opt = mo.MetaOptimize(
+        base=mo.SGD(), meta=mo.SGD(), curvature="exact", blocks="tensor", discount=1.0
+    )
     state = opt.init(params)
     for _ in range(2):
         params, state = opt.step(

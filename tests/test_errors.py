@@ -24,6 +24,7 @@ NAN, INF = math.nan, math.inf
 
 def make(**options: Any) -> mo.MetaOptimize:
     defaults: dict[str, Any] = {"base": mo.SGD(), "meta": mo.SGD(), "step_size": 0.1}
+    defaults["discount"] = 1.0
     return mo.MetaOptimize(**(defaults | options))
 
 
@@ -69,6 +70,10 @@ REFUSED: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
         (-1, ("`weight_decay`", NOT_NEGATIVE, "-1.")),
         (NAN, ("`weight_decay`", NOT_NEGATIVE, "nan.")),
         (INF, ("`weight_decay`", NOT_NEGATIVE, "inf.")),
+    ],
+    "decay_step_size": [
+        (-1e-3, ("`decay_step_size`", NOT_NEGATIVE, "-0.001.")),
+        (NAN, ("`decay_step_size`", NOT_NEGATIVE, "nan.")),
     ],
 }
 

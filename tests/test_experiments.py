@@ -2,6 +2,7 @@
 
 import json
 import lzma
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,16 @@ pytest.importorskip("PIL")
 import torch
 
 import metaopt as mo
-from benchmarks import learning, reproduce
+from benchmarks import learning, meta_parameters, reproduce
 from benchmarks.paper.images import Cifar10, ImageNet
 from benchmarks.paper.language import TinyStories
 from benchmarks.paper.resnet import GROUPS, ResNet18
 from benchmarks.paper.settings import EXPERIMENTS, PAPER_TASKS, runs
 from benchmarks.training.loop import Job, run
 from benchmarks.training.methods import Method
+from benchmarks.training.studies import JUDGING
 from benchmarks.training.tasks import TASKS, Measures, Task
-from tests.made_up_data import write_cifar, write_imagenet, write_stories
+from tests.made_up_data import write_cifar, write_imagenet, write_stories, write_wikitext
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
 
@@ -37,6 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_cifar(folder, classes)
     write_imagenet(folder)
     write_stories(folder)
+    write_wikitext(folder)
     letters = np.random.default_rng(0).choice(list("abcdefgh \n"), size=4000)
     with lzma.open(folder / "tinyshakespeare.txt.xz", "wt", encoding="utf-8") as file:
         file.write("".join(letters))
@@ -45,8 +48,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let CIFAR-100 have as many steps as the made-up images."""
+    """Let CIFAR-100 have as many steps as the made-up images, and little come before a run."""
     monkeypatch.setattr(TASKS["continual-as-released"], "steps", 100)
+    monkeypatch.setattr(TASKS["finetuning"], "before", 2)
 
 
 @pytest.mark.parametrize("released", [False, True], ids=["as printed", "as released"])
@@ -73,16 +77,15 @@ def test_each_experiment_runs_a_few_steps(
         assert np.all(np.isfinite(entries[-1]["train"]["loss"]))
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_the_comparison_runs_a_few_steps(data: Path, tmp_path: Path) -> None:
     arguments = ["--smoke", "--data", str(data), "--logs", str(tmp_path)]
-    for task in ("drift", "logistic", "characters"):
+    tasks = ("drift", "logistic", "characters", *JUDGING)
+    for task in tasks:
         learning.main(["compare", "--task", task, *arguments])
-    learning.main(["maps", "--task", "drift", *arguments])
-    assert {path.name.split("-")[0] for path in tmp_path.glob("*.jsonl")} == {
-        "drift",
-        "logistic",
-        "characters",
-    }
+    for study in ("maps", "long"):
+        learning.main([study, "--task", "drift", *arguments])
+    assert {path.name.split("-")[0] for path in tmp_path.glob("*.jsonl")} == set(tasks)
 
 
 def test_without_data_tasks_are_left_out_and_said_so(
@@ -202,6 +205,11 @@ def test_a_report_shows_what_was_run_and_says_what_was_not(
     assert "learning_starts.png" in (output / "learning.md").read_text()
     assert (output / "learning_starts.png").stat().st_size > 1000
 
+    monkeypatch.setattr("benchmarks.training.report.LONG_STEPS", 80)
+    run(replace(fixed, steps=80), tmp_path)
+    learning.main(["report", "--logs", str(tmp_path), "--output", str(output)])
+    assert "| AdamW, best fixed step size: 1e-" in (output / "learning_long.md").read_text()
+
     monkeypatch.setattr(TASKS["continual"], "steps", 100)
     job = next(iter(runs("continual-cifar100")))
     run(job, tmp_path, data=data)
@@ -222,3 +230,17 @@ def test_a_report_shows_what_was_run_and_says_what_was_not(
     learning.main(["report", "--logs", str(nothing), "--output", str(output)])
     reproduce.main(["report", "--logs", str(nothing), "--output", str(output)])
     assert {path.name: path.read_bytes() for path in output.iterdir()} == made, "results stay"
+
+
+@pytest.mark.parametrize("name", ["noisy", "drift"])
+def test_what_is_learned_is_held_against_grids(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = meta_parameters.TASKS[name]
+    monkeypatch.setattr(meta_parameters, "SEEDS", range(1))
+    monkeypatch.setitem(meta_parameters.TASKS, name, lambda seed: replace(make(seed), steps=30))
+    lines = meta_parameters.section(name)
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in lines if "|" in line}
+    assert any(row.startswith("step size; best weight decay of 0, 0.01, 0.1, 1: ") for row in rows)
+    *_, decay, first, second = rows["and weight decay and betas, held out"]
+    assert float(decay) != meta_parameters.DECAY, "it is learned"
+    assert (float(first), float(second.removesuffix(" |"))) != meta_parameters.BETAS
+    assert rows["step size"][-3:] == ["", "", " |"], "numbers that are not learned are not shown"

@@ -21,6 +21,7 @@ CASES = [
     "base=RMSprop,meta=Adam,curvature=exact,approximation=full,steps=2",
     "base=Lion,meta=Lion,blocks=weight,lr=by name,steps=3",
     "base=SGDm,meta=RMSprop,sigma=softplus,discount=0.9,steps=3",
+    "base=AdamW,meta=Adam,blocks=tensor,discount=0.9 and 1.0,steps=3",
 ]
 
 

@@ -61,6 +61,7 @@ def tx_of(name: str) -> Any:
         "meta_lr": 1e-2,
         "curvature": "exact",
         "blocks": "tensor",
+        "discount": 1.0,
     }
     return metaopt_jax.metaoptimize(**(usual | OPTIONS[name]))
 
@@ -201,7 +202,7 @@ def test_the_nonlinear_extension_of_idbd_is_its_literature_form() -> None:
         error = params["w"] - target
         return 0.5 * error @ hessian @ error
 
-    tx = metaopt_jax.transformation(mo.presets.idbd_nonlinear(step_size=0.05, meta_lr=0.02))
+    tx = metaopt_jax.from_config(mo.presets.idbd_nonlinear(step_size=0.05, meta_lr=0.02))
     params = {"w": jnp.zeros(2)}
     state = tx.init(params)
 

@@ -93,7 +93,6 @@ def test_a_model_of_equinox_trains_as_a_plain_loop() -> None:
             for name, layer in zip(("inner", "outer"), start.layers, strict=True)
         },
         base=mo.AdamW(),
-        meta=mo.FastStart(mo.AdamW()),
         blocks="tensor",
     )
     same(
@@ -134,7 +133,7 @@ def test_a_model_of_flax_trains_as_a_plain_loop(curvature: str) -> None:
     same(found.values(), sizes.values())
     assert list(found) == list(sizes) == ["inner", "outer"]
     told = tx.diagnostics(optimizer.opt_state, nnx.state(model, nnx.Param))
-    assert float(told["trace_norm"]["inner"]) > 0.0
+    assert bool((told["trace_norm"]["inner"] > 0.0).all())
     assert int(state.count) == STEPS
 
 
@@ -142,7 +141,7 @@ def test_leaves_of_a_flax_model_have_the_names_of_their_paths() -> None:
     """Not those of what is within the variables that flax holds them in."""
     nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
-    tx = metaoptimize(mo.AdamW(), mo.AdamW(), blocks="tensor")
+    tx = metaoptimize(base=mo.AdamW(), meta=mo.AdamW(), blocks="tensor", discount=1.0)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     optimizer.update(model, nnx.grad(lambda model: (model(jnp.ones((2, 3))) ** 2).mean())(model))
     assert set(tx.step_sizes(optimizer.opt_state)) == {"kernel", "bias"}

@@ -22,9 +22,12 @@ SCENARIOS = [
     *(f"mixed,{name}" for name in ("scalar", "weight", "exact", "full")),
     *("injected,auto", "injected,explicit"),
     *(f"shard_map,{name}" for name in ("scalar", "skip", "exact")),
+    *("auto,discounts", "explicit,discounts", "explicit,discounts by weight"),
+    *("mixed,exact discounts", "shard_map,discounts", "orbax,discounts"),
     "axis_names",
     *(f"leaf,{kind}" for kind in ("auto", "explicit")),
     "leaf_in_shard_map",
+    "algoperf",
     "orbax,scalar",
     "orbax_without_leaves",
 ]

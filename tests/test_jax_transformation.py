@@ -34,7 +34,7 @@ jnp = jax.numpy
 
 STEPS = 6
 #: Of which the others are variants as far as JAX's transformations are concerned.
-KINDS = ["scalar", "weight", "skip", "exact"]
+KINDS = ["scalar", "weight", "skip", "exact", "discounts"]
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +108,7 @@ def test_compiled_it_takes_the_steps_of_the_core(name: str) -> None:
 
 def test_a_preset_is_wrapped_as_it_is() -> None:
     opt = mo.presets.idbd_nonlinear(step_size=0.01, meta_lr=0.01)
-    tx = metaopt_jax.transformation(opt)
+    tx = metaopt_jax.from_config(opt)
     assert tx.opt is opt
     params = {"w": jnp.ones(3)}
     params, state = update(tx, params, tx.init(params))
@@ -117,7 +117,7 @@ def test_a_preset_is_wrapped_as_it_is() -> None:
 
 def test_updates_are_not_differences_of_parameters() -> None:
     """Of parameters so large that a step is lost in them, the step is still what it should be."""
-    tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), step_size=1e-3)
+    tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), step_size=1e-3, discount=1.0)
     params = {"w": jnp.asarray([1e8])}
     updates, _ = tx.update({"w": jnp.asarray([1.0])}, tx.init(params), params)
     assert relative_error(updates["w"], [-1e-3]) < rounding("float32", operations=2)
@@ -228,7 +228,9 @@ def test_it_can_be_differentiated(base: str, meta: str, by: str) -> None:
 
     def after(given: Any) -> Any:
         size, first = (given, 2.0) if by == "step_size" else (1e-2, given)
-        tx = metaopt_jax.metaoptimize(BASES[base], METAS[meta], step_size=size, meta_lr=1e-2)
+        tx = metaopt_jax.metaoptimize(
+            base=BASES[base], meta=METAS[meta], step_size=size, meta_lr=1e-2, discount=1.0
+        )
         params = {"w": jnp.ones(3) * first}
         state = tx.init(params)
         for _ in range(3):
@@ -250,7 +252,7 @@ def test_a_run_goes_on_from_a_file_of_the_core(name: str, tmp_path: Path) -> Non
     params, state = step(params, tx.init(params))
     mo.save(tmp_path / "run.safetensors", tx.opt, tx.core_state(state, params))
     opt, core = mo.load(tmp_path / "run.safetensors", tx.named(params))
-    again = metaopt_jax.transformation(opt).from_core_state(core, params)
+    again = metaopt_jax.from_config(opt).from_core_state(core, params)
     assert jax.tree.map(jax.typeof, again) == jax.tree.map(jax.typeof, state)
     pairs = zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True)
     assert all(np.asarray(one).tobytes() == np.asarray(other).tobytes() for one, other in pairs)
@@ -277,7 +279,7 @@ class Layer(NamedTuple):
     ],
 )
 def test_names_are_key_paths(params: Any, names: list[str]) -> None:
-    tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), blocks="tensor")
+    tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), blocks="tensor", discount=1.0)
     params = jax.tree.map(jnp.asarray, params)
     state = tx.init(params)
     assert list(tx.step_sizes(state)) == names
@@ -295,7 +297,7 @@ def test_one_array_is_a_pytree(name: str) -> None:
 
 
 def test_numpy_arrays_are_parameters_too() -> None:
-    tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD())
+    tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), discount=1.0)
     params = {"w": np.ones(3, "float32")}
     updates, state = tx.update(params, tx.init(params), params)
     assert isinstance(updates["w"], jax.Array)
@@ -344,7 +346,7 @@ def test_shapes_and_dtypes_are_enough_for_init(name: str) -> None:
 
 
 def test_bad_calls_are_refused() -> None:
-    tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), blocks="tensor")
+    tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), blocks="tensor", discount=1.0)
     params = {"w": jnp.ones(3)}
     state = tx.init(params)
     with pytest.raises(ValueError, match=r"`params` must be passed to `update`.*got None"):
@@ -376,15 +378,56 @@ def test_bad_calls_are_refused() -> None:
 )
 def test_a_bad_multiplier_is_told_at_once(lr: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), lr=lr)
+        metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), lr=lr, discount=1.0)
 
 
 def test_the_configuration_is_the_cores() -> None:
     with pytest.raises(ValueError, match="`meta_lr` must be a finite number"):
-        metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), meta_lr=-1.0)
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), meta_lr=0.5)
-    tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), meta_lr=0.5)
+        metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), meta_lr=-1.0, discount=1.0)
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), meta_lr=0.5, discount=1.0)
+    tx = metaopt_jax.metaoptimize(base=mo.SGD(), meta=mo.SGD(), meta_lr=0.5, discount=1.0)
     assert tx.opt == opt != replace(opt, meta_lr=0.1)
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     init, update = tx
     assert (init, update) == (tx.init, tx.update)
+
+
+@pytest.mark.parametrize(
+    ("lr", "blocks"),
+    [
+        (0.5, "node"),
+        (optax.linear_schedule(0.25, 1.0, 6), {"w": "w", "b": "b"}),
+        ({"w": 0.5, "b": optax.linear_schedule(0.25, 1.0, 6)}, "node"),
+        (lambda count: {"w": 1.0 / (2.0 + count), "b": 0.5}, "scalar"),
+    ],
+    ids=["number", "schedule", "mapping", "schedule of mappings"],
+)
+def test_the_effective_lr_is_what_the_next_update_takes(lr: Any, blocks: Any) -> None:
+    """SGD steps by it times the gradient."""
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(2)}
+    tx = metaopt_jax.metaoptimize(
+        base=mo.SGD(), blocks=blocks, lr=lr, step_size=1e-2, meta_lr=0.1, discount=1.0
+    )
+    chained = optax.chain(optax.identity(), tx)
+    state = chained.init(params)
+    grads = jax.tree.map(lambda w: jnp.arange(1.0, 1.0 + w.size).reshape(w.shape), params)
+    for _ in range(2):
+        found = tx.effective_lr(state)
+        steps, state = chained.update(grads, state, params)
+        params = optax.apply_updates(params, steps)
+    for name, step in steps.items():  # against what was found before the last one
+        size = found[name]  # of units or of the whole leaf
+        size = size.reshape(size.shape + (1,) * (step.ndim - size.ndim))
+        np.testing.assert_allclose(step, -size * grads[name], rtol=2e-6)
+
+
+def test_the_effective_lr_of_no_leaf_and_of_a_wrapper() -> None:
+    tx = metaopt_jax.metaoptimize(lr={})
+    assert tx.effective_lr(tx.init({})) == {}
+    wrapped = metaopt_jax.wrap(optax.sgd(1.0), lr=0.5, step_size=0.5)
+    found = wrapped.effective_lr(wrapped.init({"w": jnp.ones(2)}))
+    assert {name: float(lr) for name, lr in found.items()} == {"all": 0.25}
+    descending = metaopt_jax.metaoptimize(lr=lambda count: 0.5 - 0.6 * count, step_size=0.5)
+    params = {"w": jnp.ones(2)}
+    _, state = descending.update(params, descending.init(params), params)
+    assert float(descending.effective_lr(state)["all"]) == 0.0  # as in a step

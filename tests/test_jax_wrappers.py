@@ -98,10 +98,12 @@ def test_step_sizes_are_found_by_name_in_every_configuration(name: str) -> None:
         ("trace_or_average", core.trace or core.average),
     ):
         found = optax.tree.get(state, field)
+        if tx.opt.horizons and isinstance(found, tuple):  # a pytree for each
+            found = jax.tree.map(lambda *each: jnp.stack(each), *found)
         close(jax.tree.leaves(found), jax.tree.leaves(want), 1)
 
 
-@pytest.mark.parametrize("name", ["scalar", "tensor", "exact"])
+@pytest.mark.parametrize("name", ["scalar", "tensor", "exact", "discounts"])
 def test_a_group_of_a_partition_learns_by_itself(name: str) -> None:
     params, tx, rest = start(), ours(name), optax.sgd(0.1)
     make = optax.partition if hasattr(optax, "partition") else optax.multi_transform
@@ -119,7 +121,7 @@ def test_one_group_each_is_one_block_each() -> None:
     close(got, want, STEPS)
 
 
-@pytest.mark.parametrize("name", ["tensor", "weight"])
+@pytest.mark.parametrize("name", ["tensor", "weight", "discounts by weight"])
 def test_masked_parameters_are_not_its_own(name: str) -> None:
     params, tx = start(), ours(name)
     mask = jax.tree.map(lambda label: label == "head", labels(params))
@@ -132,7 +134,7 @@ def test_masked_parameters_are_not_its_own(name: str) -> None:
 # --- accumulation, skipped steps
 
 
-@pytest.mark.parametrize("name", ["scalar", "weight"])
+@pytest.mark.parametrize("name", ["scalar", "weight", "discounts"])
 def test_accumulated_gradients_are_one_gradient(name: str) -> None:
     params, tx = start(), ours(name)
     steps = optax.MultiSteps(tx, every_k_schedule=2).gradient_transformation()
@@ -202,12 +204,9 @@ def test_hyperparameters_in_half_precision_are_refused_or_wider() -> None:
     assert updates["w"].dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("name", ["scalar", "weight", "rules", "exact", "full", "diagonal"])
-def test_parts_like_the_parameters_are_found(name: str) -> None:
-    """By `optax.tree.map_params`, which is how partition specs of a state are made."""
-    tx, params = ours(name), start()
-    state = tx.init(params)
-    marked = optax.tree.map_params(
+def shapes_of_params(tx: Any, state: Any, params: Any) -> Any:
+    """Return a state with shapes in the parts that are like the parameters, None elsewhere."""
+    return optax.tree.map_params(
         tx,
         lambda _, leaf: leaf.shape,
         state,
@@ -215,10 +214,111 @@ def test_parts_like_the_parameters_are_found(name: str) -> None:
         transform_non_params=lambda _: None,
         is_leaf=lambda node: isinstance(node, optax.MaskedNode),  # what a rule has no slot for
     )
+
+
+@pytest.mark.parametrize("name", ["discounts", "discounts by weight", "exact discounts"])
+def test_each_discount_has_parts_like_the_parameters(name: str) -> None:
+    tx, params = ours(name), start()
+    state = tx.init(params)
+    marked = shapes_of_params(tx, state, params)
+    shapes, several = jax.tree.map(jnp.shape, params), len(tx.opt.discount)
+    assert marked.trace_or_average == (shapes,) * several
+    own = (shapes,) * several if name == "discounts by weight" else None
+    assert marked.meta_grad == marked.meta_slots["decided"] == own
+    assert state.beta.shape if own is None else marked.beta == shapes
+
+
+@pytest.mark.parametrize("name", ["scalar", "weight", "rules", "exact", "full", "diagonal"])
+def test_parts_like_the_parameters_are_found(name: str) -> None:
+    """By `optax.tree.map_params`, which is how partition specs of a state are made."""
+    tx, params = ours(name), start()
+    state = tx.init(params)
+    marked = shapes_of_params(tx, state, params)
     shapes = jax.tree.map(jnp.shape, params)
     assert marked.trace_or_average == shapes
     assert marked.count is marked.restarts is None
     assert (marked.beta == shapes) == (name == "weight")
+
+
+# --- averaged weights
+
+
+WRAPPED: dict[str, Any] = {
+    "itself": lambda tx, _: tx,
+    "chain": lambda tx, _: optax.chain(optax.clip_by_global_norm(1e9), optax.chain(tx)),
+    "masked": lambda tx, mask: optax.masked(tx, mask),
+    "partition": lambda tx, _: optax.partition({"head": tx, "rest": optax.sgd(0.1)}, labels),
+    "accumulated": lambda tx, _: optax.MultiSteps(tx, 1).gradient_transformation(),
+    "guarded": lambda tx, _: optax.apply_if_finite(tx, 5),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_averages_are_found_within_others(wrapper: str) -> None:
+    """They are those of the core, and weights that are not its own stay as they are."""
+    params, tx = start(), ours("discounts")
+    mask = jax.tree.map(lambda label: label == "head", labels(params))
+    own = {"head": params["head"]} if wrapper in ("masked", "partition") else params
+    params, state = train(WRAPPED[wrapper](tx, mask), params)
+    own, alone = train(tx, own)
+    want = tx.opt.averaged_params(tx.core_state(alone, own), tx.named(own))
+    for averaged in (tx.averaged_params, jax.jit(tx.averaged_params)):
+        found = averaged(state, params)
+        assert jax.tree.structure(found) == jax.tree.structure(params)
+        got, last = tx.named(found), tx.named(params)
+        close({name: got[name] for name in want}, dict(want), STEPS)
+        assert relative_error(got["head.kernel"], last["head.kernel"]) > 1e-4
+        for name in set(got) - set(want):
+            np.testing.assert_array_equal(got[name], last[name])
+
+
+def test_a_rule_may_keep_averages_of_its_own() -> None:
+    """Also where there is no discount below 1; the updates are those of the rule within."""
+    runs = []
+    for base in (mo.AdamW(), mo.Averaged(mo.AdamW())):
+        tx = metaopt_jax.metaoptimize(base=base, step_size=0.05, discount=1.0)
+        runs.append(train(tx, start()))
+    (params, _), (same, state) = runs
+    for name, array in tx.named(params).items():
+        np.testing.assert_array_equal(array, tx.named(same)[name])
+    want = tx.opt.averaged_params(tx.core_state(state, same), tx.named(same))
+    close(tx.named(jax.jit(tx.averaged_params)(state, same)), dict(want), STEPS)
+    assert relative_error(want["head.kernel"], tx.named(same)["head.kernel"]) > 1e-4
+
+
+def test_averages_of_half_precision_have_it() -> None:
+    params = {"w": jnp.linspace(0.5, 2.0, 4, dtype="bfloat16")}
+    tx = ours("discounts")
+    _, state = tx.update(params, tx.init(params), params)
+    assert tx.averaged_params(state, params)["w"].dtype == "bfloat16"
+
+
+def test_averages_of_others_parameters_are_refused() -> None:
+    tx, params = ours("discounts"), start()
+    with pytest.raises(ValueError, match="must be a pytree like `params`"):
+        tx.averaged_params(tx.init(params), params["layers"])
+    with pytest.raises(ValueError, match="need a `discount` below 1"):
+        ours().averaged_params(ours().init(params), params)
+
+
+@pytest.mark.parametrize("discount", [jnp.float32(0.9), jnp.asarray(0.9, "bfloat16")])
+def test_several_discounts_may_be_arrays(discount: Any) -> None:
+    """As while JAX traces them, to take many at once."""
+    params = start()
+    if discount.dtype == "bfloat16":
+        with pytest.raises(TypeError, match="`discount` must be float32 or wider; got bfloat16"):
+            ours("discounts", discount=(discount, 1.0))
+        return
+
+    def trained(least: Any) -> Any:
+        tx = ours("discounts", discount=(least, 1.0))
+        found, state = params, tx.init(params)
+        for _ in range(STEPS):
+            found, state = update(tx, found, state)
+        return found, tx.averaged_params(state, found)
+
+    many = jax.jit(jax.vmap(trained))(jnp.asarray([0.5, 0.9]))
+    close(jax.tree.map(lambda leaf: leaf[1], many), trained(0.9), STEPS)
 
 
 # --- dtypes

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from metaopt_conformance import table, tolerances
 from metaopt_conformance.translate import contents, values_of
-from metaopt_kernels import MetaOptimizer, cpu, memory
+from metaopt_kernels import MetaOptimizer, cpu, from_config, memory
 from metaopt_kernels.memory import address
 from metaopt_kernels.sharing import shared
 
@@ -124,7 +124,12 @@ def assert_close(got: Any, want: Any, dtype: str, steps: int = STEPS) -> None:
 
 
 def configured(**options: Any) -> dict[str, Any]:
-    return {"step_size": 0.05, "meta_lr": 0.05, "meta": mo.AdamW(eps=1e-2)} | options
+    return {
+        "step_size": 0.05,
+        "meta_lr": 0.05,
+        "meta": mo.AdamW(eps=1e-2),
+        "discount": 1.0,
+    } | options
 
 
 @needs_numba
@@ -139,6 +144,13 @@ def test_a_step_in_one_pass_equals_the_core(base: str, blocks: str, sigma: str) 
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "discount": {"discount": 0.9},
+    "discounts": {"discount": (0.9, 1.0)},
+    "discounts, one of them": {"discount": (0.9,)},
+    "discounts by tensor": {"discount": (0.0, 0.9, 1.0), "blocks": "tensor"},
+    "discounts by node": {"discount": (0.9, 1.0), "blocks": "node", "meta": mo.Lion()},
+    "discounts by weight": {"discount": (0.9, 1.0), "blocks": "weight"},
+    "discounts, softplus": {"discount": (0.9, 1.0), "sigma": "softplus"},
+    "discounts, fast start": {"discount": (0.9, 1.0), "meta": mo.FastStart(mo.AdamW())},
     "hypergradient": {"discount": 0.0},
     "bounds": {"bounds": (0.049, 0.051)},
     "bounds by block": {"bounds": {"dense": (0.049, 0.051)}, "blocks": "tensor"},
@@ -156,6 +168,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "rules in a block": {"base": {"conv": mo.SGD(), "*": mo.SGD(momentum=0.5)}},
     "approximation": {"approximation": "2x2"},
+    "decay apart": {"base": replace(BASES["AdamW"], decay_step_size=0.2)},
+    "decay apart, traces": {
+        "base": mo.SGD(weight_decay=0.1, decay_step_size=0.2),
+        "sigma": "softplus",
+        "discount": (0.9, 1.0),
+    },
 }
 
 
@@ -169,10 +187,11 @@ def test_options_equal_the_core(name: str, dtype: str) -> None:
 
 
 @needs_numba
+@pytest.mark.parametrize("discount", [1.0, (0.9, 1.0)])
 @pytest.mark.parametrize("blocks", ["scalar", "node", "weight"])
-def test_leaves_of_several_dtypes(blocks: str) -> None:
+def test_leaves_of_several_dtypes(blocks: str, discount: Any) -> None:
     """Those of float16, in which numba does not compute, are stepped by the core's function."""
-    options = configured(base=BASES["AdamW"], blocks=blocks)
+    options = configured(base=BASES["AdamW"], blocks=blocks, discount=discount)
     dtypes = dict(zip(SHAPES, ("float32", "float64", "float16", "float32", "float32"), strict=True))
 
     def params() -> Any:
@@ -186,7 +205,10 @@ def test_leaves_of_several_dtypes(blocks: str) -> None:
 
 PASSES: dict[str, dict[str, Any]] = {
     "meta_first": {"meta_first": True},
+    "recover": {"recover": True, "discount": (0.9, 1.0)},
+    "curvature of discounts": {"curvature": "exact", "discount": (0.9, 1.0)},
     "skip_nonfinite": {"skip_nonfinite": True},
+    "held_out": {"held_out": True},
     "curvature": {"curvature": "exact"},
     "diagonal": {"curvature": "diagonal"},
 }
@@ -205,6 +227,8 @@ def test_what_takes_more_than_one_pass_is_the_cores_step(name: str) -> None:
             "hvp": lambda tangents: tangents,
             "hessian_diagonal": {name: np.ones(shape) for name, shape in SHAPES.items()},
         }
+        if name == "held_out" and t % 2:
+            more["meta_grads"] = {"dense": np.ones(SHAPES["dense"]), "bias": None}
         opt.step(**inputs(t, opt.params), **more)
         params, state = core.step(params, state=state, **inputs(t, params), **more)
     assert contents(opt.params) == contents(params)
@@ -237,14 +261,17 @@ class Opaque:
 def test_warnings_point_at_the_call(tmp_path: Path) -> None:
     params = {"w": np.ones(3, "float16")}
     with pytest.warns(UserWarning, match="no kernels for float16") as made:
-        opt = MetaOptimizer(params, mo.SGD(), mo.SGD())
+        opt = MetaOptimizer(params, base=mo.SGD(), meta=mo.SGD())
     opt.save(tmp_path / "run")
     with pytest.warns(UserWarning, match="no kernels for float16") as loaded:
         MetaOptimizer.load(tmp_path / "run", params)
+    with pytest.warns(UserWarning, match="no kernels for float16") as given:
+        from_config(opt.config, params)
     pickled = pickle.dumps(opt)
     with pytest.warns(UserWarning, match="no kernels for float16") as copied:
         pickle.loads(pickled)
-    assert [w.filename for caught in (made, loaded, copied) for w in caught] == [__file__] * 3
+    found = [w.filename for caught in (made, loaded, given, copied) for w in caught]
+    assert found == [__file__] * 4
 
 
 @needs_numba
@@ -285,12 +312,14 @@ def test_a_rule_that_cannot_be_compiled_says_so_and_equals_the_core() -> None:
 
 
 @needs_numba
+@pytest.mark.parametrize("discount", [1.0, (0.9, 1.0)])
 @pytest.mark.parametrize("blocks", ["tensor", "node", "weight"])
-def test_what_is_not_finite_never_reaches_the_step_sizes(blocks: str) -> None:
+def test_what_is_not_finite_never_reaches_the_step_sizes(blocks: str, discount: Any) -> None:
     """Kernels restart traces as the core's function on arrays does, the step after."""
 
     def run(rule: Any, **more: Any) -> Any:
-        opt = MetaOptimizer(start(), **configured(base=rule, blocks=blocks), **more)
+        options = configured(base=rule, blocks=blocks, discount=discount)
+        opt = MetaOptimizer(start(), **options, **more)
         for t in range(8):
             grads = gradient(t, opt.params)
             if t == 3:
@@ -310,6 +339,26 @@ def test_what_is_not_finite_never_reaches_the_step_sizes(blocks: str) -> None:
     assert_close((opt.params, opt.state), (slow.params, slow.state), "float64", steps=8)
 
 
+@needs_numba
+@pytest.mark.parametrize("blocks", ["tensor", "weight"])
+def test_all_traces_of_a_block_start_anew_where_one_product_is_not_finite(blocks: str) -> None:
+    opt = MetaOptimizer(
+        start(),
+        fused=True,
+        **configured(base=mo.SGD(), blocks=blocks, discount=(0.9, 1.0)),
+    )
+    run_fused(opt, 2)
+    opt.state.average["bias"][1] = 1e308  # so far away that the product with it alone is not finite
+    opt.step(map_leaves(lambda grad: 10.0 * np.ones_like(grad), opt.params))
+    size = float(np.size(opt.state.meta_count["bias"] if blocks == "weight" else 1))
+    assert opt.state.restarts.sum() == size
+    weights = map_leaves(np.array, opt.params)
+    opt.step(gradient(3, opt.params))
+    for average in opt.state.average["bias"]:  # which begins at the weights of this step
+        np.testing.assert_array_equal(average, weights["bias"])
+    assert not np.array_equal(opt.state.average["dense"][1], weights["dense"])
+
+
 # --- arrays of every kind
 
 
@@ -327,10 +376,11 @@ def laid_out(kind: str, array: Any) -> Any:
 
 
 @needs_numba
+@pytest.mark.parametrize("discount", [1.0, (0.9, 1.0)])
 @pytest.mark.parametrize("blocks", ["scalar", "node", "weight"])
 @pytest.mark.parametrize("kind", ["strided", "reversed", "fortran", "swapped"])
-def test_arrays_need_not_be_contiguous(kind: str, blocks: str) -> None:
-    options = configured(base=BASES["AdamW"], blocks=blocks)
+def test_arrays_need_not_be_contiguous(kind: str, blocks: str, discount: Any) -> None:
+    options = configured(base=BASES["AdamW"], blocks=blocks, discount=discount)
     plain = MetaOptimizer(start(), fused=True, **options)
     own = start() if kind == "swapped" else map_leaves(lambda a: laid_out(kind, a), start())
     arrays = dict(own)
@@ -431,7 +481,8 @@ def test_many_leaves_and_many_chunks() -> None:
     }
     shapes |= {"long": (3 * cpu.Cpu.chunk + 1,), "rows": (3, cpu.Cpu.chunk + 7)}
     for blocks in ("scalar", "node", "weight"):
-        options = configured(base=BASES["AdamW"], blocks=blocks, meta=mo.SGD())
+        discount = {"discount": (0.9, 1.0)}
+        options = configured(base=BASES["AdamW"], blocks=blocks, meta=mo.SGD()) | discount
         opt, params = (
             MetaOptimizer(start(shapes=shapes), fused=True, **options),
             start(shapes=shapes),
@@ -485,7 +536,7 @@ from metaopt_kernels import MetaOptimizer
 
 def made(size):
     w = np.ones(size)
-    return w, MetaOptimizer({"w": w}, mo.AdamW(), mo.SGD(), step_size=0.1, fused=True)
+    return w, MetaOptimizer({"w": w}, base=mo.AdamW(), meta=mo.SGD(), step_size=0.1, fused=True)
 
 few, small = made(3)
 before = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
@@ -519,10 +570,13 @@ def test_a_forked_process_steps(when: str) -> None:
 
 
 @needs_numba
+@pytest.mark.parametrize("discount", [1.0, (0.9, 1.0)])
 @pytest.mark.parametrize("blocks", ["tensor", "weight"])
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_saved_run_goes_on_to_the_last_bit(blocks: str, broken: bool, tmp_path: Path) -> None:
-    options = configured(base=BASES["AdamW"], blocks=blocks)
+def test_a_saved_run_goes_on_to_the_last_bit(
+    blocks: str, broken: bool, discount: Any, tmp_path: Path
+) -> None:
+    options = configured(base=BASES["AdamW"], blocks=blocks, discount=discount)
     opt = MetaOptimizer(start(), fused=True, **options)
     run_fused(opt, 3)
     if broken:  # the trace is to restart in the step after
@@ -542,8 +596,9 @@ def test_a_saved_run_goes_on_to_the_last_bit(blocks: str, broken: bool, tmp_path
 
 
 @needs_numba
-def test_a_run_of_the_core_goes_on_in_one_pass(tmp_path: Path) -> None:
-    core = mo.MetaOptimize(**configured(base=BASES["AdamW"], blocks="node"))
+@pytest.mark.parametrize("discount", [1.0, (0.9, 1.0)])
+def test_a_run_of_the_core_goes_on_in_one_pass(discount: Any, tmp_path: Path) -> None:
+    core = mo.MetaOptimize(**configured(base=BASES["AdamW"], blocks="node", discount=discount))
     params, state = run_core(core, start())
     mo.save(tmp_path / "run", core, state)
     opt = MetaOptimizer.load(tmp_path / "run", map_leaves(np.array, params), fused=True)
@@ -568,8 +623,9 @@ def test_copies_are_apart(duplicate: Any, fused: bool) -> None:
 
 
 @needs_numba
-def test_the_state_is_the_cores() -> None:
-    options = configured(base=BASES["AdamW"], blocks="tensor")
+@pytest.mark.parametrize("discount", [1.0, (0.9, 1.0)])
+def test_the_state_is_the_cores(discount: Any) -> None:
+    options = configured(base=BASES["AdamW"], blocks="tensor", discount=discount)
     opt = MetaOptimizer(start(), fused=True, **options)
     params, state = run_fused(opt)
     core = mo.MetaOptimize(**options)
@@ -577,6 +633,34 @@ def test_the_state_is_the_cores() -> None:
     assert contents(opt.step_sizes()) == contents(core.step_sizes(state))
     assert contents(opt.diagnostics()) == contents(core.diagnostics(state, params))
     core.step(params, gradient(0, params), state)  # takes it as one of its own
+
+
+@needs_numba
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("blocks", ["scalar", "weight"])
+@pytest.mark.parametrize("base", [BASES["AdamW"], mo.Averaged(BASES["AdamW"])], ids=["", "own"])
+def test_averages_equal_the_cores(base: Any, blocks: str, fused: bool) -> None:
+    """Of narrow leaves, which keep traces, and through rest and schedules."""
+    options = configured(base=base, blocks=blocks, discount=(0.8, 1.0))
+    core, params = mo.MetaOptimize(**options), start("float32")
+    state, opt = core.init(params), MetaOptimizer(start("float32"), fused=fused, **options)
+    assert contents(opt.averaged_params()) == contents(params)
+    for t in range(2 * STEPS):
+        params, state = core.step(params, state=state, **inputs(t, params))
+        opt.step(**inputs(t, opt.params))
+    found, before = opt.averaged_params(), contents(opt.params)
+    for name, average in core.averaged_params(state, params).items():
+        allowed = tolerances.rounding("float32", operations=60, steps=2 * STEPS)
+        assert found[name].dtype == average.dtype
+        assert tolerances.relative_error(found[name], average) <= allowed
+        found[name][...] = 0.0  # they are the caller's own
+    assert contents(opt.params) == before
+
+
+def test_there_are_no_averages_without_a_discount_below_1() -> None:
+    opt = MetaOptimizer({"w": np.ones(3)}, base=mo.SGD(), meta=mo.SGD(), fused=False, discount=1.0)
+    with pytest.raises(ValueError, match="need a `discount` below 1"):
+        opt.averaged_params()
 
 
 def test_examples_in_docstrings_run() -> None:
@@ -623,7 +707,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, str]] = {
 def test_a_bad_argument_is_named_and_changes_nothing(name: str, fused: bool) -> None:
     arguments, error, message = BAD[name]
     params = {"w": np.ones(3), "b": np.ones(2)}
-    opt = MetaOptimizer(params, mo.AdamW(), mo.AdamW(), fused=fused)
+    opt = MetaOptimizer(params, base=mo.AdamW(), meta=mo.AdamW(), fused=fused, discount=1.0)
     opt.step({"w": np.ones(3), "b": np.ones(2)})
     before = contents(params), contents(opt.state)
     with pytest.raises(error, match=message):
@@ -661,7 +745,7 @@ def test_a_parameter_that_is_laid_out_otherwise_is_not_stepped(name: str, fused:
     """A kernel would write past its memory; it is named, and nothing moves."""
     change, what = CHANGED[name]
     params = {"w": np.ones(3), "b": np.ones(4)}
-    opt = MetaOptimizer(params, mo.AdamW(), mo.AdamW(), fused=fused)
+    opt = MetaOptimizer(params, base=mo.AdamW(), meta=mo.AdamW(), fused=fused, discount=1.0)
     opt.step({"w": np.ones(3), "b": np.ones(4)})
     change(params["b"])
     before = contents(params), contents(opt.state)
@@ -694,7 +778,9 @@ class Broken:
 @pytest.mark.parametrize("blocks", ["tensor", "weight"])
 def test_a_meta_rule_that_fails_does_so_before_any_step(blocks: str) -> None:
     with pytest.raises(RuntimeError, match="no such luck"):
-        MetaOptimizer(start(), mo.SGD(), Broken(), fused=True, blocks=blocks)
+        MetaOptimizer(
+            start(), base=mo.SGD(), meta=Broken(), fused=True, blocks=blocks, discount=1.0
+        )
 
 
 def read_only() -> Any:
@@ -736,18 +822,25 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
 def test_parameters_that_cannot_be_optimized_are_refused(name: str) -> None:
     params, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
-        MetaOptimizer(params, mo.SGD(), mo.SGD(), fused=False)
+        MetaOptimizer(params, base=mo.SGD(), meta=mo.SGD(), fused=False, discount=1.0)
 
 
 def test_options_are_those_of_the_core() -> None:
     with pytest.raises(TypeError, match="speed"):
-        MetaOptimizer({"w": np.ones(3)}, mo.SGD(), mo.SGD(), speed=3)
+        MetaOptimizer({"w": np.ones(3)}, base=mo.SGD(), meta=mo.SGD(), speed=3, discount=1.0)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="`discount` must be"):
-        MetaOptimizer({"w": np.ones(3)}, mo.SGD(), mo.SGD(), discount=2.0)
+        MetaOptimizer({"w": np.ones(3)}, base=mo.SGD(), meta=mo.SGD(), discount=2.0)
     with pytest.raises(
         ValueError, match=r"`fused` is True, but .*`meta_first` takes more than one"
     ):
-        MetaOptimizer({"w": np.ones(3)}, mo.SGD(), mo.SGD(), meta_first=True, fused=True)
+        MetaOptimizer(
+            {"w": np.ones(3)},
+            base=mo.SGD(),
+            meta=mo.SGD(),
+            meta_first=True,
+            fused=True,
+            discount=1.0,
+        )
 
 
 # --- arrays of other libraries
@@ -767,17 +860,17 @@ class Elsewhere:
 
 def test_the_error_for_another_device_names_both() -> None:
     params = {"w": np.ones(3, "float32")}
-    opt = MetaOptimizer(params, mo.SGD(), mo.SGD(), fused=False)
+    opt = MetaOptimizer(params, base=mo.SGD(), meta=mo.SGD(), fused=False, discount=1.0)
     with pytest.raises(ValueError, match=r"`grads\['w'\]` is on cuda:1, but its parameter on cpu"):
         opt.step({"w": Elsewhere()})
     with pytest.raises(ValueError, match=r"'a' is on cpu, but 'b' on cuda:1"):
-        MetaOptimizer({"a": np.ones(3), "b": Elsewhere()}, mo.SGD(), mo.SGD())
+        MetaOptimizer({"a": np.ones(3), "b": Elsewhere()}, base=mo.SGD(), meta=mo.SGD())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
 def test_parameters_of_a_gpu_say_that_they_need_cupy() -> None:
     with pytest.raises(ImportError, match="parameters on cuda:1 need CuPy, which is not installed"):
-        MetaOptimizer({"w": Elsewhere()}, mo.SGD(), mo.SGD())
+        MetaOptimizer({"w": Elsewhere()}, base=mo.SGD(), meta=mo.SGD())
 
 
 @pytest.mark.parametrize("library", ["torch", "jax"])
@@ -797,8 +890,8 @@ def test_gradients_are_shared_without_a_copy(library: str) -> None:
     like = np.ones((2, 3), "float32")
     for array, pointer in zip(arrays, where, strict=True):
         assert address(shared("grad", array, like, np)) == pointer
-    fixed = {"step_size": 0.5, "meta_lr": 0.0}
-    opt = MetaOptimizer({"w": like.copy()}, mo.SGD(), mo.SGD(), fused=False, **fixed)
+    fixed: dict[str, Any] = {"step_size": 0.5, "meta_lr": 0.0}
+    opt = MetaOptimizer({"w": like.copy()}, base=mo.SGD(), meta=mo.SGD(), fused=False, **fixed)
     for array in arrays:
         opt.step({"w": array})
     want = 1.0 - 0.5 * sum(np.asarray(a.detach() if library == "torch" else a) for a in arrays)
@@ -807,7 +900,9 @@ def test_gradients_are_shared_without_a_copy(library: str) -> None:
 
 def test_bfloat16_is_nothing_numpy_can_read() -> None:
     torch = pytest.importorskip("torch")
-    opt = MetaOptimizer({"w": np.ones(3, "float32")}, mo.SGD(), mo.SGD(), fused=False)
+    opt = MetaOptimizer(
+        {"w": np.ones(3, "float32")}, base=mo.SGD(), meta=mo.SGD(), fused=False, discount=1.0
+    )
     with pytest.raises(TypeError, match=r"`grads\['w'\]`, a torch.Tensor, cannot be shared"):
         opt.step({"w": torch.ones(3, dtype=torch.bfloat16)})
 
@@ -818,8 +913,10 @@ def test_tensors_of_torch_are_stepped_where_they_lie() -> None:
     model = torch.nn.Linear(3, 2)
     params = dict(model.named_parameters())
     start = {name: param.detach().clone().numpy() for name, param in params.items()}
-    opt = MetaOptimizer(params, mo.AdamW(), mo.AdamW(), step_size=0.1, fused=True)
-    core = mo.MetaOptimize(base=mo.AdamW(), meta=mo.AdamW(), step_size=0.1)
+    opt = MetaOptimizer(
+        params, base=mo.AdamW(), meta=mo.AdamW(), step_size=0.1, fused=True, discount=1.0
+    )
+    core = mo.MetaOptimize(base=mo.AdamW(), meta=mo.AdamW(), step_size=0.1, discount=1.0)
     model(torch.ones(4, 3)).square().sum().backward()
     opt.step({name: param.grad for name, param in params.items()})
     grads = {name: param.grad.numpy() for name, param in params.items()}
@@ -833,7 +930,9 @@ def of_torch(fused: bool) -> Any:
     torch = pytest.importorskip("torch")
     model = torch.nn.Linear(3, 2)
     params = dict(model.named_parameters())
-    opt = MetaOptimizer(params, mo.SGD(), mo.SGD(), step_size=0.5, fused=fused)
+    opt = MetaOptimizer(
+        params, base=mo.SGD(), meta=mo.SGD(), step_size=0.5, fused=fused, discount=1.0
+    )
     return torch, model, opt
 
 
@@ -886,7 +985,18 @@ def test_autograd_is_told_what_a_step_has_written(fused: bool) -> None:
 def test_arrays_of_jax_cannot_be_written_to() -> None:
     jax = pytest.importorskip("jax")
     with pytest.raises(ValueError, match=r"`params\['w'\]` is read-only"):
-        MetaOptimizer({"w": jax.numpy.ones(3)}, mo.SGD(), mo.SGD(), fused=False)
+        MetaOptimizer(
+            {"w": jax.numpy.ones(3)}, base=mo.SGD(), meta=mo.SGD(), fused=False, discount=1.0
+        )
+
+
+def test_a_configuration_of_the_core_goes_in() -> None:
+    config = mo.presets.hypergradient("sgd", multiplicative=True)
+    opt = from_config(config, {"w": np.ones(3)}, fused=False)
+    assert opt.config == config
+    opt.step({"w": np.ones(3)})
+    with pytest.raises(TypeError, match="`config` must be a metaopt"):
+        from_config({"base": "sgd"}, {"w": np.ones(3)})  # type: ignore[arg-type]
 
 
 # --- what is not installed
@@ -926,9 +1036,9 @@ from metaopt_kernels import MetaOptimizer
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    opt = MetaOptimizer({"w": np.ones(3)}, mo.SGD(), mo.SGD(), step_size=0.5)
+    opt = MetaOptimizer({"w": np.ones(3)}, base=mo.SGD(), meta=mo.SGD(), step_size=0.5)
     quiet = len(caught)
-    MetaOptimizer({"w": np.ones(3)}, mo.SGD(), mo.SGD(), fused=False)
+    MetaOptimizer({"w": np.ones(3)}, base=mo.SGD(), meta=mo.SGD(), fused=False)
     assert len(caught) == quiet
 opt.step({"w": np.ones(3)})
 print(*[str(w.message) for w in caught], opt.unfused, opt.params["w"].tolist())

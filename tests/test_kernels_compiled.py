@@ -232,7 +232,9 @@ def compare(opt: mo.MetaOptimize, dtype: str, *, engine: Any = HOST, grad: Any =
 @pytest.mark.parametrize("blocks", ["tensor", "weight"])
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_on_the_host_equals_the_core(rule: str, blocks: str) -> None:
-    opt = mo.MetaOptimize(base=RULES[rule], meta=mo.AdamW(), step_size=0.05, blocks=blocks)
+    opt = mo.MetaOptimize(
+        base=RULES[rule], meta=mo.AdamW(), step_size=0.05, blocks=blocks, discount=1.0
+    )
     compare(opt, "float32")
 
 
@@ -240,10 +242,17 @@ def test_every_rule_on_the_host_equals_the_core(rule: str, blocks: str) -> None:
 @pytest.mark.parametrize("grad", [None, "float32", "float64"])
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_every_dtype_on_the_host_equals_the_core(dtype: str, grad: Any) -> None:
-    compare(mo.MetaOptimize(base=RULES["AdamW"], meta=mo.Lion(), step_size=0.05), dtype, grad=grad)
+    compare(
+        mo.MetaOptimize(base=RULES["AdamW"], meta=mo.Lion(), step_size=0.05, discount=1.0),
+        dtype,
+        grad=grad,
+    )
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "discounts": {"discount": (0.9, 1.0)},
+    "discounts by node": {"discount": (0.8, 0.9, 1.0), "blocks": "node"},
+    "discounts by weight": {"discount": (0.9, 1.0), "blocks": "weight"},
     "node": {"blocks": "node"},
     "last axis": {"blocks": mo.blocks.node(-1)},
     "groups": {"blocks": {"biases": "bias", "rest": "*"}, "discount": 0.9},
@@ -256,7 +265,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @needs_compiler
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_on_the_host_equal_the_core(name: str) -> None:
-    options: dict[str, Any] = {"base": RULES["AdamW"], "meta": mo.AdamW(), "step_size": 0.05}
+    options: dict[str, Any] = {
+        "base": RULES["AdamW"],
+        "meta": mo.AdamW(),
+        "step_size": 0.05,
+        "discount": 1.0,
+    }
     compare(mo.MetaOptimize(**(options | OPTIONS[name])), "float32")
 
 
@@ -267,7 +281,9 @@ def test_many_leaves_and_chunks(blocks: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu.Gpu, "chunk", 16)
     shapes: dict[str, tuple[int, ...]] = {f"leaf{i}": (i % 4, 3) for i in range(2 * gpu.ROWS + 3)}
     shapes["long"] = (1000,)
-    opt = mo.MetaOptimize(base=RULES["SGDm"], meta=mo.SGD(), step_size=0.05, blocks=blocks)
+    opt = mo.MetaOptimize(
+        base=RULES["SGDm"], meta=mo.SGD(), step_size=0.05, blocks=blocks, discount=1.0
+    )
     params = start("float64", shapes)
     ours, state = OnHost(opt, params), opt.init(params)
     for t in range(3):
@@ -286,7 +302,7 @@ def test_many_leaves_and_chunks(blocks: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_block_of_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert gpu.THREADS == 256
-    compare(mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.05), "float32")
+    compare(mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.05, discount=1.0), "float32")
 
 
 @needs_compiler
@@ -296,6 +312,7 @@ def test_the_suite_passes_on_the_host() -> None:
         Case(base="Lion", meta="Lion", blocks="weight", lr="schedule", bounds="one", start="fast"),
         Case(base="RMSprop", meta="RMSprop", blocks="groups", sigma="softplus", mixed=True),
         Case(base="SGDm", meta="SGD", blocks="tensor", delayed=True, problem="network"),
+        Case(base="AdamW", meta="Lion", blocks="node", discount=(0.8, 0.9, 1.0), lr="schedule"),
     ]
     backend = replace(find("numpy"), optimizer=OnHost)
     outcomes = list(run(backend, families=["trajectory"], cases=cases))
@@ -340,7 +357,12 @@ def cupy() -> Any:
 def test_kernels_on_the_gpu_equal_the_core_on_the_host(
     cupy: Any, blocks: str, dtype: str, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"base": RULES["AdamW"], "meta": mo.AdamW(), "step_size": 0.05}
+    options: dict[str, Any] = {
+        "base": RULES["AdamW"],
+        "meta": mo.AdamW(),
+        "step_size": 0.05,
+        "discount": 1.0,
+    }
     core, params = mo.MetaOptimize(**options, blocks=blocks), start(dtype)
     state = core.init(params)
     opt = MetaOptimizer(
@@ -368,7 +390,7 @@ def test_a_step_on_the_gpu_is_captured_from_the_current_stream(cupy: Any, blocks
     stream = cupy.cuda.Stream(non_blocking=True)
     params = {"w": cupy.ones(1000, dtype="float32"), "b": cupy.ones(3, dtype="float16")}
     options: dict[str, Any] = {"step_size": 0.1, "blocks": blocks, "fused": True}
-    opt = MetaOptimizer(params, mo.AdamW(), mo.Lion(), **options)
+    opt = MetaOptimizer(params, base=mo.AdamW(), meta=mo.Lion(), **options)
     grads = {name: cupy.ones_like(param) for name, param in params.items()}
     cupy.cuda.get_current_stream().synchronize()
     with stream:
@@ -397,7 +419,9 @@ def test_multipliers_on_the_gpu_may_be_arrays(cupy: Any, library: str, fused: bo
         found = []
         for multiplier in (lr, kinds[library](lr)):
             params = {"w": cupy.ones(3, dtype="float32")}
-            opt = MetaOptimizer(params, mo.SGD(), mo.SGD(), step_size=0.5, fused=fused)
+            opt = MetaOptimizer(
+                params, base=mo.SGD(), meta=mo.SGD(), step_size=0.5, fused=fused, discount=1.0
+            )
             for _ in range(3):
                 opt.step({"w": cupy.ones(3, dtype="float32")}, lr=multiplier)
             found.append((contents(opt.params), contents(opt.state)))
@@ -410,9 +434,11 @@ def test_gradients_of_torch_on_the_gpu_are_shared(cupy: Any) -> None:
         pytest.skip("torch finds no GPU")
     opt = MetaOptimizer(
         {"w": cupy.ones(3, dtype="float32")},
-        *(mo.SGD(), mo.SGD()),
+        base=mo.SGD(),
+        meta=mo.SGD(),
         step_size=0.5,
         fused=True,
+        discount=1.0,
     )
     opt.step({"w": torch.ones(3, device="cuda")})
     assert opt.params["w"].tolist() == [0.5, 0.5, 0.5]

@@ -60,14 +60,6 @@ def test_the_page_runs_on_numpy(tmp_path: Path) -> None:
     assert (tmp_path / "run.safetensors").exists()
 
 
-@needs_numba
-def test_the_program_of_the_readme_runs(tmp_path: Path) -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    _, _, section = page.partition("**NumPy and CuPy, in place.**")
-    program = blocks(section)[0]
-    run(f"{program}\nassert abs(params['weight'] - target).max() < 1e-2, params", tmp_path)
-
-
 @needs_gpu
 def test_the_page_runs_on_cupy(tmp_path: Path) -> None:
     check = 'assert abs(params["weight"] - target).max() < 1e-2, params'
@@ -81,7 +73,7 @@ def learns(program: str, folder: Path) -> None:
     assert len(right) == 6
     assert right[-1] > 97.0
     sizes = [float(size) for size in re.findall(r"'weight': '([^']+)'", printed)]
-    assert sizes[-1] > 1e4 * 1e-6  # from where it started
+    assert sizes[-1] > 100 * 1e-4  # from where it started
 
 
 @needs_numba

@@ -357,7 +357,12 @@ PURE: dict[str, dict[str, Any]] = {
     "node": {"blocks": "node", "base": mo.Lion(weight_decay=0.1)},
     "weight": {"blocks": "weight", "bounds": (1e-3, 1.0), "base": mo.SGD()},
     "momentum": {"base": mo.SGD(momentum=0.9), "meta": mo.SGD(), "discount": 0.0},
-    "one step, no decay": {"base": mo.SGD(), "meta": mo.SGD(), "sigma": "identity"},
+    "one step, no decay": {
+        "base": mo.SGD(),
+        "meta": mo.SGD(),
+        "sigma": "identity",
+        "discount": 1.0,
+    },
     "skip": {"skip_nonfinite": True},
     "meta first": {"meta_first": True, "base": mo.RMSprop()},
     "diagonal": {"curvature": "diagonal", "approximation": "2x2"},
@@ -378,7 +383,11 @@ QUICK = ["numpy", "strict", "torch"]
 )
 def test_no_input_is_modified(backend: Any, name: str) -> None:
     """Bytes before and after, and NumPy's arrays not even writeable."""
-    options: dict[str, Any] = {"base": mo.AdamW(weight_decay=0.1), "meta": mo.AdamW()}
+    options: dict[str, Any] = {
+        "base": mo.AdamW(weight_decay=0.1),
+        "meta": mo.AdamW(),
+        "discount": 1.0,
+    }
     options["step_size"] = 0.1
     opt = mo.MetaOptimize(**(options | PURE[name]))
     rng = np.random.default_rng(0)
@@ -406,7 +415,12 @@ def test_no_input_is_modified(backend: Any, name: str) -> None:
 def test_params_in_another_order_give_the_same() -> None:
     """The order of blocks is that of `init`; a mapping handed to `step` may have any."""
     for options in PURE.values():
-        defaults: dict[str, Any] = {"base": mo.AdamW(), "meta": mo.AdamW(), "step_size": 0.1}
+        defaults: dict[str, Any] = {
+            "base": mo.AdamW(),
+            "meta": mo.AdamW(),
+            "step_size": 0.1,
+            "discount": 1.0,
+        }
         opt = mo.MetaOptimize(**(defaults | options))
         rng = np.random.default_rng(0)
         start = {"w": rng.normal(size=(3, 2)), "b": rng.normal(size=3), "a": rng.normal(size=())}

@@ -75,7 +75,9 @@ def test_a_run_is_the_same_whatever_the_scale_of_the_loss(
         pytest.skip("the tests of JAX run without x64")
     if run is not in_numpy and base != "AdamW":
         pytest.skip("one base is enough for an adapter")
-    opt = mo.MetaOptimize(base=SCALE_FREE[base], meta=METAS[meta], step_size=1e-3, meta_lr=1e-2)
+    opt = mo.MetaOptimize(
+        base=SCALE_FREE[base], meta=METAS[meta], step_size=1e-3, meta_lr=1e-2, discount=1.0
+    )
     want = run(opt, 1.0, dtype)
     # powers of two, with which nothing but the range of a dtype can make a difference
     for scale in (2.0**-40, 2.0**40):
@@ -96,12 +98,12 @@ def test_a_learned_step_size_grows_whatever_the_scale_of_the_loss(dtype: str) ->
 
 
 def test_eps_is_that_of_the_role() -> None:
-    opt: Any = mo.MetaOptimize(base=mo.AdamW(), meta=mo.FastStart(mo.AdamW()))
+    opt: Any = mo.MetaOptimize(base=mo.AdamW(), meta=mo.FastStart(mo.AdamW()), discount=1.0)
     assert opt.meta.rule.eps == 0.0
     assert opt.base.eps == 1e-8
-    given: Any = mo.MetaOptimize(base=mo.AdamW(), meta=mo.RMSprop(eps=1e-3))
+    given: Any = mo.MetaOptimize(base=mo.AdamW(), meta=mo.RMSprop(eps=1e-3), discount=1.0)
     assert given.meta.eps == 1e-3
-    assert mo.MetaOptimize(base=mo.AdamW(), meta=opt.meta).meta is opt.meta
+    assert mo.MetaOptimize(base=mo.AdamW(), meta=opt.meta, discount=1.0).meta is opt.meta
     slots = {"exp_avg": np.zeros(1), "exp_avg_sq": np.zeros(1)}
     direction, _ = mo.AdamW().direction(np.full(1, 1e-8), slots, np.asarray(1.0))
     assert relative_error(direction, [0.5]) < rounding("float64", 10)
@@ -112,7 +114,7 @@ def test_eps_is_that_of_the_role() -> None:
 def test_small_meta_updates_add_up_in_float32(run: Any, meta_lr: float) -> None:
     # beta is -7, where the next float32 is 5e-7 away, and every z has one sign
     opt = mo.MetaOptimize(
-        base=mo.SGD(), meta=mo.Lion(), step_size=float(np.exp(-7.0)), meta_lr=meta_lr
+        base=mo.SGD(), meta=mo.Lion(), step_size=float(np.exp(-7.0)), meta_lr=meta_lr, discount=1.0
     )
     state = final_state(opt, run)
     moved = float(state["beta"]) + 7.0 + float(state["compensation"])
@@ -152,7 +154,9 @@ def final_state(opt: mo.MetaOptimize, run: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("meta", METAS)
 @pytest.mark.parametrize("blocks", ["node", "weight", "tensor"])
 def test_rows_that_are_seen_no_more_keep_their_step_sizes(meta: str, blocks: str) -> None:
-    opt = mo.MetaOptimize(base=mo.AdamW(), meta=METAS[meta], step_size=1e-3, blocks=blocks)
+    opt = mo.MetaOptimize(
+        base=mo.AdamW(), meta=METAS[meta], step_size=1e-3, blocks=blocks, discount=1.0
+    )
     params = {"rows": np.ones((3, 2)), "others": np.ones(2)}
     state = opt.init(params)
     rng = np.random.default_rng(0)
@@ -179,7 +183,9 @@ def test_rows_that_are_seen_no_more_keep_their_step_sizes(meta: str, blocks: str
 @pytest.mark.parametrize("meta", METAS)
 def test_a_block_seen_late_learns_as_if_it_were_the_first(meta: str) -> None:
     def run(start: int) -> Any:
-        opt = mo.MetaOptimize(base=mo.SGD(), meta=METAS[meta], step_size=1e-3, blocks="node")
+        opt = mo.MetaOptimize(
+            base=mo.SGD(), meta=METAS[meta], step_size=1e-3, blocks="node", discount=1.0
+        )
         params = {"rows": np.ones((2, 2))}
         state = opt.init(params)
         for t in range(start + 20):

@@ -83,6 +83,14 @@ def test_values_at_the_edges() -> None:
         numerics.where(values, 1.0, 0.0)
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax.numpy"])
+def test_a_sign_is_that_of_numpy(library: str) -> None:
+    xp = pytest.importorskip(library)
+    values = [np.nan, np.inf, 2.0**-126, 0.0, -0.0, -(2.0**-126), -2.0, -np.inf]
+    got = np.asarray(numerics.sign(xp.asarray(values, dtype=xp.float32)))
+    np.testing.assert_array_equal(got, np.sign(np.asarray(values)))
+
+
 @pytest.mark.parametrize(
     ("branch", "message"),
     [

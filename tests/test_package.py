@@ -5,6 +5,7 @@ import doctest
 import importlib
 import importlib.resources
 import inspect
+import os
 import pkgutil
 import re
 import subprocess
@@ -55,6 +56,26 @@ def test_importing_metaopt_imports_no_array_library_but_numpy() -> None:
         cwd=ROOT,
     )
     assert done.stdout.split() == []
+
+
+def test_importing_the_torch_adapter_imports_no_dtensors() -> None:
+    """They take most of a second, and few use them."""
+    pytest.importorskip("torch")
+    program = (
+        "import sys, torch\n"
+        "before = 'torch.distributed.tensor' in sys.modules\n"
+        "import metaopt_torch\n"
+        "print(before, 'torch.distributed.tensor' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "backends")])},
+    )
+    assert done.stdout.split() in (["False", "False"], ["True", "True"])
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -270,6 +291,31 @@ def test_the_changelog_opens_with_this_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     entries = re.findall(r"^## (\S+)", text, re.MULTILINE)
     assert entries[0] == ("Unreleased" if ".dev" in mo.__version__ else mo.__version__)
+
+
+def bounds(*extras: str) -> dict[str, str]:
+    """Return the least versions of what the project needs, and of what these extras do."""
+    optional = project()["optional-dependencies"]
+    requirements = [*project()["dependencies"], *(one for name in extras for one in optional[name])]
+    return dict(re.split(">=", requirement) for requirement in requirements)
+
+
+def test_the_oldest_packages_are_those_that_the_bounds_say() -> None:
+    """With which `make oldest` runs tests."""
+    text = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8")
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+?)(?:\.\*|\.0)?$", text, re.MULTILINE))
+    assert pinned == bounds("torch", "jax")
+
+
+def test_the_recipe_for_conda_says_what_the_project_does() -> None:
+    recipe = (ROOT / "recipe" / "recipe.yaml").read_text(encoding="utf-8")
+    (version,) = re.findall(r"^  version: (\d.+)$", recipe, re.MULTILINE)
+    assert version == mo.__version__
+    needs = dict(re.findall(r"^    - ([\w-]+) >=([\d.]+)$", recipe, re.MULTILINE))
+    needs["torch"] = needs.pop("pytorch")  # as conda calls it
+    assert f">={needs.pop('python')}" == project()["requires-python"]
+    assert needs == bounds("torch", "jax", "cupy", "mlx")
+    assert project()["description"] in recipe
 
 
 def test_files_that_the_project_names_exist() -> None:

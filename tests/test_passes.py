@@ -106,7 +106,12 @@ def derivatives(t: int, w: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("broken", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_parts_of_leaves_on_two_devices_equal_the_whole(name: str, broken: bool) -> None:
-    options: dict[str, Any] = {"meta": mo.AdamW(eps=1e-3), "step_size": 0.05, "meta_lr": 0.1}
+    options: dict[str, Any] = {
+        "meta": mo.AdamW(eps=1e-3),
+        "step_size": 0.05,
+        "meta_lr": 0.1,
+        "discount": 1.0,
+    }
     options |= OPTIONS[name]
     opt = mo.MetaOptimize(base=mo.AdamW(eps=1e-2, weight_decay=0.1), **options)
     if broken and not opt.skip_nonfinite:
@@ -162,7 +167,12 @@ def test_parts_of_leaves_on_two_devices_equal_the_whole(name: str, broken: bool)
 
 @pytest.mark.parametrize("name", ["none", "tensor", "groups", "skip", "weight"])
 def test_a_leaf_that_two_devices_hold_whole_counts_once(name: str) -> None:
-    options: dict[str, Any] = {"meta": mo.AdamW(eps=1e-3), "step_size": 0.05, "meta_lr": 0.1}
+    options: dict[str, Any] = {
+        "meta": mo.AdamW(eps=1e-3),
+        "step_size": 0.05,
+        "meta_lr": 0.1,
+        "discount": 1.0,
+    }
     options |= OPTIONS[name] | {"curvature": "none", "approximation": "l"}
     options["skip_nonfinite"] = name == "skip"
     opt = mo.MetaOptimize(base=mo.AdamW(eps=1e-2, weight_decay=0.1), **options)
@@ -211,7 +221,7 @@ def lost(state: mo.State, leaf: str) -> mo.State:
 
 
 @pytest.mark.parametrize("keep", [None, True, False])
-def test_a_fused_pass_is_product_and_step_of_the_restarted_trace(keep: Any) -> None:
+def test_a_fused_pass_is_a_step_of_the_restarted_trace(keep: Any) -> None:
     rng = np.random.default_rng(0)
     rule = mo.AdamW(weight_decay=0.1)
     slots = {slot: rng.random(5) for slot in rule.slots}
@@ -223,7 +233,7 @@ def test_a_fused_pass_is_product_and_step_of_the_restarted_trace(keep: Any) -> N
     trace = trace if keep is not False else np.zeros(5)
     start = Leaf.of(param, slots, count, trace=trace)
     want = advance(rule, start, Jet(grad), Jet(alpha, alpha), discount=0.9)
-    assert contents(list(found)) == contents([trace * grad, *want])
+    assert contents(list(found)) == contents([trace, *want])
 
 
 @pytest.mark.parametrize("count", [0, 3])
@@ -239,11 +249,11 @@ def test_a_fused_pass_takes_the_trace_from_the_average(keep: Any, count: int) ->
     steps = np.asarray(count, "int32")
     alpha, flag = np.asarray(0.1), None if keep is None else np.asarray(keep)
     leaf = Leaf.of(param, slots, steps, average=average)
-    product, delta, after = fused(rule, leaf, grad, Jet(alpha, alpha), mask=flag, discount=0.9)
+    found_trace, delta, after = fused(rule, leaf, grad, Jet(alpha, alpha), mask=flag, discount=0.9)
     trace = param - average if goes_on else np.zeros(5)
     start = Leaf.of(param, slots, steps, trace=trace)
     step, want = advance(rule, start, Jet(grad), Jet(alpha, alpha), discount=0.9)
-    assert contents(product) == contents(trace * grad)
+    assert contents(found_trace) == contents(trace)
     assert contents([delta, after.slots]) == contents([step, want.slots])
     allowed = rounding("float64", 10) + distance("float64", param, trace)
     found = after.param.value - after.average
@@ -261,7 +271,9 @@ def test_what_is_usable_has_a_square(dtype: str) -> None:
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_an_update_is_what_a_step_takes(broken: bool) -> None:
-    opt = mo.MetaOptimize(base=mo.AdamW(weight_decay=0.1), meta=mo.Lion(), skip_nonfinite=True)
+    opt = mo.MetaOptimize(
+        base=mo.AdamW(weight_decay=0.1), meta=mo.Lion(), skip_nonfinite=True, discount=1.0
+    )
     params = {
         name: array.astype("float16") for name, array in tree(PROBLEM.start(), SHAPES).items()
     }

@@ -17,7 +17,12 @@ narrow = pytest.mark.parametrize(("backend", "dtype"), NARROW, indirect=["backen
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "scalar": {},
     "tensor": {"blocks": "tensor", "base": mo.RMSprop(weight_decay=0.1)},
-    "node": {"blocks": "node", "base": mo.Lion(weight_decay=0.1), "meta": mo.Lion()},
+    "node": {
+        "blocks": "node",
+        "base": mo.Lion(weight_decay=0.1),
+        "meta": mo.Lion(),
+        "discount": 1.0,
+    },
     "weight": {"blocks": "weight", "base": mo.SGD(momentum=0.9), "bounds": (1e-3, 1.0)},
     "meta first": {"meta_first": True, "skip_nonfinite": True},
     "diagonal": {"curvature": "diagonal", "approximation": "2x2"},
@@ -55,6 +60,7 @@ def configured(name: str = "scalar", **options: Any) -> mo.MetaOptimize:
         "meta": mo.AdamW(),
         "step_size": 0.05,
         "meta_lr": 0.05,
+        "discount": 1.0,
     }
     return mo.MetaOptimize(**(defaults | CONFIGURATIONS[name] | options))
 
@@ -220,7 +226,9 @@ MANY = 100_000
 @pytest.mark.parametrize("size", [1.0, 2.0**-9], ids=["overflow", "stall"])
 def test_large_sums_are_taken_in_float32(backend: Any, dtype: str, level: str, size: float) -> None:
     """1e5 products of 2: beyond float16's 65504, and beyond where a sum of 2**-17 would stall."""
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.5, meta_lr=1e-6, blocks=level)
+    opt = mo.MetaOptimize(
+        base=mo.SGD(), meta=mo.SGD(), step_size=0.5, meta_lr=1e-6, blocks=level, discount=1.0
+    )
     params = {"w": made(backend, np.zeros((2, MANY // 2)), dtype)}
     grads = {"w": made(backend, np.full((2, MANY // 2), 2.0 * size), dtype)}
     state = opt.init(params)
@@ -246,6 +254,7 @@ def test_large_sums_of_curvature_are_taken_in_float32(
         meta_lr=1e-6,
         curvature=curvature,
         approximation="2x2",
+        discount=1.0,
     )
     params = {"w": made(backend, np.zeros(MANY), dtype)}
     grads = {"w": made(backend, np.full(MANY, 2.0), dtype)}
@@ -272,6 +281,7 @@ def test_counts_are_exact_beyond_the_integers_of_narrow_dtypes(
         meta=mo.AdamW(eps=0.0),
         step_size=0.5,
         meta_lr=1e-3,
+        discount=1.0,
     )
     params = {"w": made(backend, np.array([1.0, -2.0]), dtype)}
     state = opt.init(params)
@@ -340,7 +350,12 @@ def test_a_narrow_run_follows_the_wide_one(backend: Any, dtype: str) -> None:
     ends = []
     for kind in (dtype, "float64"):
         opt = mo.MetaOptimize(
-            base=mo.SGD(momentum=0.5), meta=mo.SGD(), step_size=0.1, meta_lr=1e-2, blocks="tensor"
+            base=mo.SGD(momentum=0.5),
+            meta=mo.SGD(),
+            step_size=0.1,
+            meta_lr=1e-2,
+            blocks="tensor",
+            discount=1.0,
         )
         params = start(backend, {"a": kind, "b": kind})
         state = opt.init(params)
@@ -365,7 +380,7 @@ def test_one_minus_power_keeps_its_digits() -> None:
 
 def test_a_narrow_leaf_beside_a_wide_one_is_summed_in_the_wide_dtype() -> None:
     """A float32 sum of 2**25 quarters by halves stalls; beta is float64 here."""
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.5)
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.5, discount=1.0)
     params = {"narrow": np.ones(3001, "float32"), "wide": np.ones(1)}
     state = opt.init(params)
     grads = {
@@ -382,7 +397,7 @@ def test_a_narrow_leaf_beside_a_wide_one_is_summed_in_the_wide_dtype() -> None:
 
 def test_a_narrow_parameter_is_stepped_in_the_wide_dtype() -> None:
     """Rounding the step before taking it from the parameter would round twice."""
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.3, meta_lr=0.0)
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.3, meta_lr=0.0, discount=1.0)
     values = np.linspace(0.5, 2.0, 997).astype("float16")
     grads = np.linspace(0.1, 0.9, 997).astype("float16")
     params, _ = opt.step({"w": values}, {"w": grads}, opt.init({"w": values}))

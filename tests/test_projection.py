@@ -243,7 +243,7 @@ def test_every_trace_goes_through_the_derivative(options: Any) -> None:
 
 
 def test_leaves_that_have_made_no_step_keep_no_trace() -> None:
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD())
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), discount=1.0)
     start = {"a": np.ones(3)}
     loaded: Any = {"a": np.full(3, 5.0)}
     params, state = opt.project(loaded, opt.init(start), elementwise(half_clip))
@@ -290,7 +290,9 @@ def test_what_a_projection_returns_is_checked(jvp: Any, message: str) -> None:
 
 
 def test_a_third_trace_is_refused() -> None:
-    opt = mo.MetaOptimize(base=mo.AdamW(), meta=mo.AdamW(), curvature="exact", approximation="full")
+    opt = mo.MetaOptimize(
+        base=mo.AdamW(), meta=mo.AdamW(), curvature="exact", approximation="full", discount=1.0
+    )
     params = {"a": np.ones(2)}
     with pytest.raises(ValueError, match="second derivatives"):
         opt.project(params, opt.init(params), elementwise(half_clip))
@@ -304,7 +306,13 @@ def test_torch_projects_narrow_parameters_with_their_traces(rounding: str) -> No
     torch.manual_seed(0)
     params = [torch.randn(40, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     opt = MetaOptimizer(
-        params, base=mo.AdamW(), meta=mo.AdamW(), rounding=rounding, step_size=0.01, compile=False
+        params,
+        base=mo.AdamW(),
+        meta=mo.AdamW(),
+        rounding=rounding,
+        step_size=0.01,
+        compile=False,
+        discount=1.0,
     )
     for _ in range(5):
         for param in params:
@@ -333,10 +341,16 @@ def test_torch_projects_small_and_large_parameters(options: Any) -> None:
     for name, param in params.items():
         param.requires_grad_(name != "d")
     opt = MetaOptimizer(
-        params.items(), base=mo.AdamW(), meta=mo.AdamW(), step_size=0.1, compile=False, **options
+        params.items(),
+        base=mo.AdamW(),
+        meta=mo.AdamW(),
+        step_size=0.1,
+        compile=False,
+        **options,
+        discount=1.0,
     )
     arrays: Any = {name: param.detach().numpy().copy() for name, param in params.items()}
-    core = mo.MetaOptimize(base=mo.AdamW(), meta=mo.AdamW(), step_size=0.1, **options)
+    core = mo.MetaOptimize(base=mo.AdamW(), meta=mo.AdamW(), step_size=0.1, **options, discount=1.0)
     state = core.init(arrays)
 
     def grads() -> Any:
@@ -365,7 +379,7 @@ def test_torch_refuses_a_projection_in_place_that_returns_nothing() -> None:
     from metaopt_torch import MetaOptimizer
 
     param = torch.nn.Parameter(torch.tensor([0.5, -1.0]))
-    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.SGD(), compile=False)
+    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.SGD(), compile=False, discount=1.0)
 
     def in_place(weights: Any) -> Any:
         for w in weights.values():
@@ -381,7 +395,7 @@ def test_jax_projects_within_a_chain() -> None:
     import metaopt_jax
     import optax
 
-    tx = metaopt_jax.metaoptimize(base=mo.AdamW(), meta=mo.AdamW(), step_size=0.1)
+    tx = metaopt_jax.metaoptimize(base=mo.AdamW(), meta=mo.AdamW(), step_size=0.1, discount=1.0)
     chain = optax.chain(optax.clip_by_global_norm(1.0), tx)
     params = {"w": jax.numpy.asarray([0.5, -0.05], dtype="bfloat16"), "b": jax.numpy.ones(3)}
     state = chain.init(params)

@@ -1,11 +1,16 @@
 """The README keeps its word: its programs run and do what it says, its links lead somewhere."""
 
+import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+import metaopt as mo
+from metaopt.rules import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,7 +62,14 @@ def test_jax() -> None:
     [
         *("README.md", "docs/mathematics.md", "docs/conformance.md", "docs/kernels.md"),
         *("docs/torch.md", "docs/jax.md", "docs/contributing.md", "docs/architecture.md"),
-        "backends/README.md",
+        *(
+            "docs/meta_parameters.md",
+            "docs/wrap.md",
+            "docs/options.md",
+            "docs/how_to_choose.md",
+            "docs/your_own_rule.md",
+        ),
+        *("docs/compatibility.md", "backends/README.md", "CONTRIBUTING.md"),
     ],
 )
 def test_links_and_pictures_exist(page: str) -> None:
@@ -77,21 +89,41 @@ def test_formulas_survive_markdown(page: str) -> None:
         assert not re.search(r"\\[,;{}!]", formula), formula
 
 
-def test_every_option_of_metaoptimize_that_it_names_exists() -> None:
-    import metaopt as mo
+def test_the_page_of_options_has_them_all() -> None:
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    table = page.partition("# Options")[2].partition("## Rules")[0]
+    named = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    assert named == {option.name for option in fields(mo.MetaOptimize) if option.init}
 
-    table = README.partition("## What to choose")[2].partition("\n\n`step")[0]
-    named = {
-        name
-        for row in re.findall(r"^\| (.*?) \|", table, re.M)
-        for name in re.findall(r"`(\w+)`", row)
-    }
-    assert len(named) > 5
-    assert named <= set(mo.MetaOptimize.__dataclass_fields__)
+
+def test_every_rule_has_its_name_on_the_page_of_options() -> None:
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    for cls in SHIPPED:
+        if cls is not mo.Opaque:
+            assert f"`mo.{cls.__name__}" in page
+
+
+def test_the_page_of_options_runs_as_it_is_printed(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_is_read_in_a_few_minutes() -> None:
+    assert len(README.splitlines()) <= 150
+    first, second, third = re.findall(r"^\*\*(PyTorch|JAX|NumPy)\*\*$", README, re.MULTILINE)
+    assert [first, second, third] == ["PyTorch", "JAX", "NumPy"]
 
 
 def test_the_table_of_checks_is_that_of_the_report() -> None:
     page = (ROOT / "benchmarks" / "results" / "conformance.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len(rows) > 9
-    assert "\n".join(rows) in README
+    assert "\n".join(rows) in (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")

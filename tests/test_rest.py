@@ -576,6 +576,7 @@ def test_beta_is_finite_after_an_overflow_of_the_trace(
         meta_first=meta_first,
         curvature=curvature,
         approximation=approximation,
+        discount=1.0,
     )
     params: Any = {"a": np.ones((2, 2), np.float32), "b": np.ones(2, np.float32)}
     state = opt.init(params)
@@ -741,7 +742,7 @@ def test_skipping_works_inside_jit(curvature: str) -> None:
 )
 def test_a_meta_gradient_whose_square_overflows_restarts_the_block(meta: Any) -> None:
     """Kept, an infinite second moment, or the trace that made it, would freeze it for good."""
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=meta, step_size=0.1, meta_lr=0.1)
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=meta, step_size=0.1, meta_lr=0.1, discount=1.0)
     params = {"w": np.ones(2, "float32")}
     state = opt.init(params)
     for size in (1e10, 1e12):
@@ -809,7 +810,7 @@ def test_the_trace_of_a_slot_that_nothing_reaches_is_0() -> None:
     for _ in range(3):
         diagonal = {"w": np.ones(2)}
         params, state = opt.step(params, params, state, hessian_diagonal=diagonal)
-        np.testing.assert_array_equal(state.slot_traces["w"]["before"], np.zeros(2))
+        np.testing.assert_array_equal(state.slot_traces["w"]["before"], np.zeros((2, 2)))
 
 
 def test_a_meta_update_that_nothing_reached_in_a_step_goes_on() -> None:
@@ -829,7 +830,7 @@ def test_a_meta_update_that_nothing_reached_in_a_step_goes_on() -> None:
 
 
 def test_what_overflows_when_it_is_cast_is_not_finite() -> None:
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), skip_nonfinite=True)
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), skip_nonfinite=True, discount=1.0)
     params = {"w": np.ones(2, "float32")}
     state = opt.init(params)
     with np.errstate(over="ignore"):

@@ -49,7 +49,7 @@ def grads_at(step: int, params: Any) -> dict[str, Any]:
 
 
 def our_run(rule: Any, dtype: str, steps: int = 50, lr: Any = 1.0) -> list[dict[str, Any]]:
-    opt = mo.MetaOptimize(base=rule, meta=mo.AdamW(), step_size=LR, meta_lr=0.0)
+    opt = mo.MetaOptimize(base=rule, meta=mo.AdamW(), step_size=LR, meta_lr=0.0, discount=1.0)
     params = {name: value.astype(dtype) for name, value in start().items()}
     state, run = opt.init(params), []
     for step in range(steps):
@@ -289,7 +289,9 @@ def test_a_rule_of_ones_own_runs() -> None:
         def direction(self, grad: Any, slots: Any, count: Any) -> Any:  # noqa: ARG002
             return mo.rules.Lion().direction(grad, {"exp_avg": 0.0 * grad}, count)[0] / count, {}
 
-    opt = mo.MetaOptimize(base=SignDescent(), meta=mo.SGD(), step_size=0.5, meta_lr=0.0)
+    opt = mo.MetaOptimize(
+        base=SignDescent(), meta=mo.SGD(), step_size=0.5, meta_lr=0.0, discount=1.0
+    )
     params = {"w": np.asarray([3.0, -4.0])}
     state = opt.init(params)
     for _ in range(3):
@@ -357,19 +359,36 @@ def test_a_fast_start_ends_where_z_has_been_positive_often_enough(rule: Any) -> 
 
 
 def test_step_sizes_that_start_too_small_arrive_sooner() -> None:
-    """Beta moves by factor * meta_lr a step while z asks for more, and by meta_lr afterwards."""
+    """Beta moves by factor * meta_lr a step while z asks for more, and by meta_lr afterwards.
+
+    In between it goes back by as much as ten of the former steps.
+    """
     params, moved = {"w": np.full(3, 5.0)}, []
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.FastStart(mo.Lion()), step_size=1e-4, meta_lr=1e-2)
+    opt = mo.MetaOptimize(
+        base=mo.SGD(), meta=mo.FastStart(mo.Lion()), step_size=1e-4, meta_lr=1e-2, discount=1.0
+    )
     state = opt.init(params)
     for _ in range(400):
         before = state.beta
         params, state = opt.step(params, {"w": np.asarray(params["w"])}, state)
         moved.append(float(state.beta[0] - before[0]))
-    turn = next(t for t, delta in enumerate(moved) if 0.0 < delta < 0.05)
+    turn = next(t for t, delta in enumerate(moved) if delta < -0.5)
     assert 92 < turn < 120  # ln(1 / 1e-4) / 0.1 = 92 steps to the right step size
-    assert np.allclose(moved[1:turn], 0.1)
-    assert np.allclose(np.abs(moved[turn:]), 0.01)
+    assert np.allclose(np.abs(moved[1:turn]), 0.1)
+    assert np.isclose(moved[turn], -1.0)
+    assert np.allclose(np.abs(moved[turn + 1 :]), 0.01)
     assert np.abs(params["w"]).max() < 1e-2
+
+
+def test_the_retreat_is_of_rules_whose_direction_keeps_its_size() -> None:
+    for rule in (mo.AdamW(), mo.NAdamW(), mo.RMSprop(), mo.Lion()):
+        assert mo.FastStart(rule).retreat == 10.0
+    assert mo.FastStart(mo.SGD()).retreat == mo.FastStart(mo.SGD(momentum=0.9)).retreat == 0.0
+    assert mo.FastStart(mo.SGD(), retreat=2).retreat == 2.0
+    with pytest.raises(ValueError, match="`retreat` must be finite and at least 0"):
+        mo.FastStart(mo.AdamW(), retreat=-1.0)
+    with pytest.raises(ValueError, match="`rule` must have a formula"):
+        mo.FastStart(mo.Opaque())
 
 
 def test_a_fast_start_that_is_none_is_refused() -> None:
@@ -385,16 +404,18 @@ def test_a_fast_start_that_is_none_is_refused() -> None:
         mo.FastStart(mo.AdamW)  # type: ignore[arg-type]
     fast = mo.FastStart(mo.AdamW())
     with pytest.raises(ValueError, match="`base` must be an update of weights"):
-        mo.MetaOptimize(base=fast, meta=mo.AdamW())
+        mo.MetaOptimize(base=fast, meta=mo.AdamW(), discount=1.0)
     with pytest.raises(ValueError, match=r"`base\['b'\]` must be an update of weights"):
-        mo.MetaOptimize(base={"w": mo.SGD(), "b": fast}, meta=mo.AdamW())
+        mo.MetaOptimize(base={"w": mo.SGD(), "b": fast}, meta=mo.AdamW(), discount=1.0)
     with pytest.raises(ValueError, match="`meta` must have weight_decay 0"):
-        mo.MetaOptimize(base=mo.SGD(), meta=mo.FastStart(mo.AdamW(weight_decay=0.1)))
+        mo.MetaOptimize(base=mo.SGD(), meta=mo.FastStart(mo.AdamW(weight_decay=0.1)), discount=1.0)
 
 
 def test_a_fast_start_is_saved(tmp_path: Any) -> None:
     opt = mo.MetaOptimize(
-        base=mo.AdamW(), meta=mo.FastStart(mo.Lion(betas=(0.5, 0.6)), factor=3, patience=4)
+        base=mo.AdamW(),
+        meta=mo.FastStart(mo.Lion(betas=(0.5, 0.6)), factor=3, patience=4),
+        discount=1.0,
     )
     params = {"w": np.ones(3)}
     state = opt.init(params)

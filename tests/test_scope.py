@@ -96,7 +96,7 @@ RULES: dict[str, Any] = {
     "trusting": Trusting(),
 }
 BLOCKS: tuple[Any, ...] = ("scalar", "tensor", "node", "weight")
-OPTIONS: dict[str, Any] = {"meta": mo.AdamW(), "step_size": 0.02, "meta_lr": 0.05}
+OPTIONS: dict[str, Any] = {"meta": mo.AdamW(), "step_size": 0.02, "meta_lr": 0.05, "discount": 1.0}
 
 
 def start(dtype: str) -> dict[str, Any]:
@@ -282,9 +282,9 @@ def test_what_a_rule_returns_is_checked(scope: str, what: str) -> None:
     rule: Any = Made(function, scope)
     if scope == "weight":
         with pytest.raises(ValueError, match=rf"Made.*{message}"):
-            MetaOptimize(base=rule, meta=mo.SGD())
+            MetaOptimize(base=rule, meta=mo.SGD(), discount=1.0)
         return
-    opt = MetaOptimize(base=rule, meta=mo.SGD())
+    opt = MetaOptimize(base=rule, meta=mo.SGD(), discount=1.0)
     params = {"w": np.ones((2, 3), "float32")}
     state = opt.init(params)
     with pytest.raises(ValueError, match=rf"Made.*{message}"):
@@ -309,9 +309,9 @@ def test_what_is_not_provably_elementwise_is_refused(what: str) -> None:
             MetaOptimize(meta=mo.SGD(), **options)
     for meta in (rule, mo.FastStart(rule)):
         with pytest.raises(ValueError, match='`meta` has the `scope` "weight", but is not'):
-            MetaOptimize(base=mo.SGD(), meta=meta)
+            MetaOptimize(base=mo.SGD(), meta=meta, discount=1.0)
     if what in ("norm", "shape", "order"):  # and as what they are they run
-        opt = MetaOptimize(base=Made(NOT_ELEMENTWISE[what]), meta=mo.SGD())
+        opt = MetaOptimize(base=Made(NOT_ELEMENTWISE[what]), meta=mo.SGD(), discount=1.0)
         params = {"w": np.ones((2, 3), "float32")}
         opt.step(params, params, opt.init(params))
 
@@ -319,19 +319,21 @@ def test_what_is_not_provably_elementwise_is_refused(what: str) -> None:
 def test_scopes_go_with_what_they_can() -> None:
     leaf, elementwise = Made(lambda g, s, c: (g, s)), Made(lambda g, s, c: (g, s), "weight")
     with pytest.raises(ValueError, match='`curvature` other than "none" needs rules of the scope'):
-        MetaOptimize(base=leaf, meta=mo.SGD(), curvature="exact")
+        MetaOptimize(base=leaf, meta=mo.SGD(), curvature="exact", discount=1.0)
     with pytest.raises(
         ValueError, match='needs rules of the scope "weight", but `meta` sees whole'
     ):
-        MetaOptimize(base=mo.SGD(), meta=leaf, curvature="exact", approximation="2x2")
-    MetaOptimize(base=mo.SGD(), meta=leaf, curvature="exact")
-    MetaOptimize(base=elementwise, meta=elementwise, curvature="exact", approximation="2x2")
+        MetaOptimize(base=mo.SGD(), meta=leaf, curvature="exact", approximation="2x2", discount=1.0)
+    MetaOptimize(base=mo.SGD(), meta=leaf, curvature="exact", discount=1.0)
+    MetaOptimize(
+        base=elementwise, meta=elementwise, curvature="exact", approximation="2x2", discount=1.0
+    )
     with pytest.raises(ValueError, match='`base` must have the `scope` "weight" or "leaf"; got 1'):
-        MetaOptimize(base=Made(None, 1), meta=mo.SGD())
+        MetaOptimize(base=Made(None, 1), meta=mo.SGD(), discount=1.0)
     with pytest.raises(ValueError, match="`meta` must have no `uses_param`"):
-        MetaOptimize(base=mo.SGD(), meta=Trusting())
+        MetaOptimize(base=mo.SGD(), meta=Trusting(), discount=1.0)
     with pytest.raises(ValueError, match="`meta` must have no `slot_shapes`"):
-        MetaOptimize(base=mo.SGD(), meta=Factored())
+        MetaOptimize(base=mo.SGD(), meta=Factored(), discount=1.0)
 
 
 @pytest.mark.parametrize(
@@ -347,8 +349,8 @@ def test_shapes_of_slots_are_checked(shapes: Any, message: str) -> None:
         def slot_shapes(self, shape: Any) -> Any:  # noqa: ARG002
             return shapes
 
-    opt = MetaOptimize(base=Shaped(lambda g, s, c: (g, s)), meta=mo.SGD())
+    opt = MetaOptimize(base=Shaped(lambda g, s, c: (g, s)), meta=mo.SGD(), discount=1.0)
     with pytest.raises(ValueError, match=message):
         opt.init({"w": np.ones(3)})
     with pytest.raises(ValueError, match='has `slot_shapes`, which go with the `scope` "leaf"'):
-        MetaOptimize(base=Shaped(lambda g, s, c: (g, s), "weight"), meta=mo.SGD())
+        MetaOptimize(base=Shaped(lambda g, s, c: (g, s), "weight"), meta=mo.SGD(), discount=1.0)

@@ -230,7 +230,12 @@ BY_BLOCK: dict[str, Any] = {
 @pytest.mark.parametrize("backend", ["numpy", "strict", "torch", "jax"], indirect=True)
 @pytest.mark.parametrize("blocks", BY_BLOCK)
 def test_bounds_by_block_hold_for_these_alone(backend: Any, blocks: str) -> None:
-    common: dict[str, Any] = {"base": mo.SGD(), "meta": mo.Lion(), "step_size": 0.1}
+    common: dict[str, Any] = {
+        "base": mo.SGD(),
+        "meta": mo.Lion(),
+        "step_size": 0.1,
+        "discount": 1.0,
+    }
     common |= {"meta_lr": 0.5, "blocks": blocks}
     opt = mo.MetaOptimize(**common, bounds=BY_BLOCK[blocks])
     free, bound = (mo.MetaOptimize(**common, bounds=pair) for pair in (None, (0.07, 0.16)))
@@ -249,7 +254,7 @@ def test_bounds_by_block_hold_for_these_alone(backend: Any, blocks: str) -> None
 
 def test_bounds_are_before_the_multiplier() -> None:
     opt = mo.MetaOptimize(
-        base=mo.SGD(), meta=mo.SGD(), step_size=0.1, meta_lr=0.0, bounds=(0.05, 0.2)
+        base=mo.SGD(), meta=mo.SGD(), step_size=0.1, meta_lr=0.0, bounds=(0.05, 0.2), discount=1.0
     )
     params = {"w": np.asarray([1.0])}
     moved, _ = opt.step(params, {"w": np.asarray([1.0])}, opt.init(params), lr=10.0)
@@ -300,7 +305,12 @@ def test_the_projection_is_not_differentiated(approximation: str) -> None:
 
 def test_a_bound_at_the_end_of_the_range_bounds_nothing() -> None:
     for sigma, bounds in (("exp", (0.0, math.inf)), ("identity", (-math.inf, math.inf))):
-        common: dict[str, Any] = {"base": mo.SGD(), "meta": mo.SGD(), "sigma": sigma}
+        common: dict[str, Any] = {
+            "base": mo.SGD(),
+            "meta": mo.SGD(),
+            "sigma": sigma,
+            "discount": 1.0,
+        }
         free = mo.MetaOptimize(**common, step_size=0.1, meta_lr=0.1)
         bound = mo.MetaOptimize(**common, step_size=0.1, meta_lr=0.1, bounds=bounds)
         params = {"w": np.asarray([1.0, -2.0])}
@@ -333,6 +343,7 @@ def test_bounds_hold_for_every_kind_of_block(backend: Any, blocks: Any) -> None:
         meta_lr=0.5,
         blocks=blocks,
         bounds=(0.07, 0.16),
+        discount=1.0,
     )
     params = backend.tree({"w": np.ones((2, 3)), "b": np.asarray([-1.0])})
     state = opt.init(params)
@@ -383,7 +394,7 @@ def test_a_map_of_ones_own_learns_as_its_scaled_identity() -> None:
     sizes = []
     for sigma, meta_lr in ((Own(lambda b: 0.01 * b, lambda s: s / 0.01), 1.0), ("identity", 1e-4)):
         opt = mo.MetaOptimize(
-            base=mo.SGD(), meta=mo.SGD(), step_size=0.01, meta_lr=meta_lr, sigma=sigma
+            base=mo.SGD(), meta=mo.SGD(), step_size=0.01, meta_lr=meta_lr, sigma=sigma, discount=1.0
         )
         params = {"w": np.array([1.0, -2.0])}
         state = opt.init(params)
@@ -403,14 +414,14 @@ def test_a_map_of_ones_own_learns_as_its_scaled_identity() -> None:
 )
 def test_a_map_that_no_derivative_passes_is_refused(sigma: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), sigma=sigma)
+        mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), sigma=sigma, discount=1.0)
 
 
 def test_a_map_without_a_range_is_refused() -> None:
     sigma = Own(lambda b: b)
     sigma.range = None  # type: ignore[assignment]
     with pytest.raises(ValueError, match="`sigma` must have a `range`"):
-        mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), sigma=sigma)
+        mo.MetaOptimize(base=mo.SGD(), meta=mo.SGD(), sigma=sigma, discount=1.0)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ STEPS = 2000
 @pytest.mark.parametrize("meta", METAS)
 def test_no_run_ends_with_a_step_size_that_is_far_too_small(meta: str) -> None:
     opt = mo.MetaOptimize(
-        base=mo.AdamW(), meta=METAS[meta], step_size=1e-3, meta_lr=0.1, blocks="node"
+        base=mo.AdamW(), meta=METAS[meta], step_size=1e-3, meta_lr=0.1, blocks="node", discount=1.0
     )
     params, sizes = TASKS.run(opt, TASKS.start, STEPS, seed=1)
     found = stuck(TASKS, mo.AdamW(), params, sizes, seed=1)
@@ -44,7 +44,7 @@ def test_the_count_of_stuck_runs_has_the_rule_off_and_on(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("bounds", [None, (1e-8, 10.0)])
 def test_a_noisy_parabola_is_left_neither_frozen_nor_pinned(bounds: Any) -> None:
     opt = mo.MetaOptimize(
-        base=mo.AdamW(), meta=mo.AdamW(), step_size=1e-3, meta_lr=0.1, bounds=bounds
+        base=mo.AdamW(), meta=mo.AdamW(), step_size=1e-3, meta_lr=0.1, bounds=bounds, discount=1.0
     )
     rng, params = np.random.default_rng(0), {"w": np.ones(8)}
     state, sizes = opt.init(params), []
@@ -72,7 +72,7 @@ def opposed(opt: mo.MetaOptimize, steps: int) -> tuple[list[mo.State], list[Any]
 
 
 def test_a_block_whose_step_size_collapses_starts_anew() -> None:
-    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.AdamW(), step_size=1e-1, meta_lr=0.5)
+    opt = mo.MetaOptimize(base=mo.SGD(), meta=mo.AdamW(), step_size=1e-1, meta_lr=0.5, discount=1.0)
     states, traces = opposed(opt, 40)
     sizes = [float(opt.step_sizes(state)["all"]) for state in states]
     first = next(t for t, state in enumerate(states) if int(state.restarts[0]))
@@ -91,7 +91,7 @@ def test_a_block_whose_step_size_collapses_starts_anew() -> None:
 def test_a_block_without_gradients_starts_anew_when_it_has_one() -> None:
     """Not in the step in between: its trace is not written there."""
     opt = mo.MetaOptimize(
-        base=mo.SGD(), meta=mo.AdamW(), step_size=0.1, meta_lr=0.5, blocks="tensor"
+        base=mo.SGD(), meta=mo.AdamW(), step_size=0.1, meta_lr=0.5, blocks="tensor", discount=1.0
     )
     params = {"a": np.ones(2), "b": np.ones(2)}
     state, grad = opt.init(params), np.ones(2)
@@ -128,6 +128,7 @@ LAYERS: dict[str, Any] = {
     "step_size": 1e-3,
     "meta_lr": 0.1,
     "blocks": "tensor",
+    "discount": 1.0,
 }
 
 
@@ -173,7 +174,7 @@ def test_adapters_start_a_block_anew_as_the_core_does(adapter: str) -> None:
 
 def test_a_block_that_comes_to_a_bound_starts_anew_once() -> None:
     opt = mo.MetaOptimize(
-        base=mo.SGD(), meta=mo.SGD(), step_size=0.1, meta_lr=20.0, bounds=(0.05, 1.0)
+        base=mo.SGD(), meta=mo.SGD(), step_size=0.1, meta_lr=20.0, bounds=(0.05, 1.0), discount=1.0
     )
     states, _ = opposed(opt, 30)
     pinned = [bool(opt.diagnostics(state, {"w": np.ones(2)})["pinned"]["all"]) for state in states]
@@ -186,7 +187,9 @@ def test_a_block_that_comes_to_a_bound_starts_anew_once() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("sigma", SIGMAS.values(), ids=str)
 def test_beta_stays_where_step_sizes_are_normal_numbers(sigma: Any, dtype: str) -> None:
-    opt = mo.MetaOptimize(base=mo.Lion(), meta=mo.Lion(), step_size=1e-3, meta_lr=50.0, sigma=sigma)
+    opt = mo.MetaOptimize(
+        base=mo.Lion(), meta=mo.Lion(), step_size=1e-3, meta_lr=50.0, sigma=sigma, discount=1.0
+    )
     least, most = (-(2.0**63) if sigma == "identity" else 2.0**-64), 2.0**63
     rng, params = np.random.default_rng(0), {"w": np.ones(2, dtype)}
     state = opt.init(params)
@@ -205,6 +208,7 @@ def test_diagnostics_name_what_is_amiss() -> None:
         meta_lr=0.5,
         blocks="tensor",
         bounds={"bounded": (0.08, 1.0)},
+        discount=1.0,
     )
     params = {name: np.ones(2) for name in ("falling", "bounded", "unused", "fine")}
     state = opt.init(params)

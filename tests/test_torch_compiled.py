@@ -1,6 +1,7 @@
 """Compiled passes: one loop over memory, one graph for all sizes, the numbers of the eager ones."""
 
 import copy
+import dataclasses
 import gc
 import re
 import shutil
@@ -24,6 +25,7 @@ from metaopt_conformance.tolerances import (  # noqa: E402
     without,
 )
 from metaopt_torch import MetaOptimizer, buckets, compiler, passes  # noqa: E402
+from metaopt_torch.state_keys import horizon_keys  # noqa: E402
 from torch._inductor.utils import run_and_get_code  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
@@ -46,6 +48,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "node": {"blocks": "node"},
     "two passes": {"meta_first": True, "skip_nonfinite": True, "blocks": "tensor"},
     "softplus": {"sigma": "softplus", "discount": 0.9},
+    "several": {"discount": (0.9, 1.0), "blocks": "tensor", "meta": mo.FastStart(mo.AdamW())},
+    "several, two passes": {"discount": (0.9, 1.0), "skip_nonfinite": True, "blocks": "node"},
+    "several, softplus": {"discount": (0.9, 0.99, 1.0), "sigma": "softplus"},
 }
 
 
@@ -68,7 +73,13 @@ def trained(opt: Any, net: Any, steps: int) -> None:
 
 
 def options_of(name: str) -> dict[str, Any]:
-    defaults = {"base": RULES["AdamW"], "meta": mo.Lion(), "step_size": 1e-2, "meta_lr": 1e-2}
+    defaults = {
+        "base": RULES["AdamW"],
+        "meta": mo.Lion(),
+        "step_size": 1e-2,
+        "meta_lr": 1e-2,
+        "discount": 1.0,
+    }
     return defaults | OPTIONS[name]
 
 
@@ -100,19 +111,23 @@ def _close(got: Any, want: Any, allowed: float) -> None:
     assert relative_error(got, want, 1e-6) < allowed
 
 
-def arrays(rule: Any, size: int) -> dict[str, Any]:
+def arrays(rule: Any, size: int, kept: str = "trace", horizons: Any = ()) -> dict[str, Any]:
     """Return what a flat pass is called with."""
     generator = torch.Generator().manual_seed(0)
-    found = {name: torch.randn(size, generator=generator) for name in ("param", "grad", "trace")}
+    names = ("param", "grad", *horizon_keys(kept, horizons))
+    found = {name: torch.randn(size, generator=generator) for name in names}
     found |= {slot: torch.ones(size) for slot in rule.slots}
     return found | {
         "count": torch.tensor(3, dtype=torch.int32),
         "alpha": torch.tensor(1e-3),
         "mask": torch.tensor(True),
-        "discount": torch.tensor(1.0),
+        **{key: torch.tensor(1.0) for key in horizon_keys("discount", horizons)},
     }
 
 
+LOOPS: list[Any] = [(name, "trace", ()) for name in RULES]
+LOOPS += [("AdamW", "average", ()), ("AdamW", "trace", (2,)), ("AdamW", "average", (3,))]
+LOOPS += [(name, "average", (2,)) for name in ("AdamW", "SGDm", "Lion")]
 KIND = passes.Kind(maximize=False, rounding="nearest", axes=None)
 
 
@@ -127,17 +142,40 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("name", RULES)
-def test_a_pass_is_one_loop_over_memory(name: str) -> None:
-    """With the sum in it; and the bias corrections out of it."""
-    given = arrays(RULES[name], 10**6)
-    run = compiler.Compiled(passes.fused(KIND))
+@pytest.mark.parametrize(("name", "kept", "horizons"), LOOPS)
+def test_a_pass_is_one_loop_over_memory(name: str, kept: str, horizons: Any) -> None:
+    """With the sums in it, and all of it vectors; and the bias corrections out of it.
+
+    Several discounts read and write one array each beside what one does, and have the step in
+    common.
+    """
+    given = arrays(RULES[name], 10**6, kept, horizons)
+    run = compiler.Compiled(passes.fused(dataclasses.replace(KIND, horizons=horizons)))
     with torch.no_grad():
         _, (code,) = run_and_get_code(lambda: run.prepared(RULES[name], given)(*given.values()))
     assert len(re.findall(r"#pragma omp for", code)) == 1
     loop = code.partition("#pragma omp for")[2].partition("'''")[0]  # to the end of the kernel
     assert "loadu" in loop
+    assert "tmpbuf" not in loop  # what Inductor computes number by number
     assert "expm1" not in loop
+    vectors = loop.partition("C10_UNLIKELY")[0]  # before what is left over at the end
+    own = len(RULES[name].slots) + len(horizon_keys(kept, horizons))
+    assert vectors.count("loadu(") == 2 + own
+    assert vectors.count(".store(") == 1 + own
+    assert vectors.count(".sqrt()") == ("exp_avg_sq" in RULES[name].slots)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_pass_with_what_rounding_loses_is_one_loop_of_vectors() -> None:
+    given = arrays(RULES["AdamW"], 10**6)
+    given |= {name: given[name].bfloat16() for name in ("param", "grad")}
+    given["compensation"] = torch.zeros(10**6)
+    run = compiler.Compiled(passes.fused(dataclasses.replace(KIND, rounding="kahan")))
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(lambda: run.prepared(RULES["AdamW"], given)(*given.values()))
+    assert len(re.findall(r"#pragma omp for", code)) == 1
+    assert "Vectorized<at::BFloat16>" in code
+    assert "tmpbuf" not in code
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -196,7 +234,12 @@ def test_one_graph_serves_arrays_wherever_in_their_memory_they_begin(
     """As counts of leaves, step sizes of blocks and gradients in one buffer do."""
     graphs = made(monkeypatch)
     monkeypatch.setitem(buckets.SMALL, "cpu", 0)
-    options: dict[str, Any] = {"base": RULES["AdamW"], "meta": mo.Lion(), "step_size": 1e-2}
+    options: dict[str, Any] = {
+        "base": RULES["AdamW"],
+        "meta": mo.Lion(),
+        "step_size": 1e-2,
+        "discount": 1.0,
+    }
     nets = [
         [torch.ones(4, size, requires_grad=True) for size in (30, 33, 41, 50)] for _ in range(2)
     ]
@@ -220,7 +263,12 @@ def test_graphs_of_one_size_are_not_taken_for_another(order: int, monkeypatch: A
     """Sizes that are equal, or 1, might be taken for always equal, or always 1; strides too."""
     graphs = made(monkeypatch)
     monkeypatch.setitem(buckets.SMALL, "cpu", 0)
-    options: dict[str, Any] = {"base": RULES["AdamW"], "meta": mo.Lion(), "blocks": "node"}
+    options: dict[str, Any] = {
+        "base": RULES["AdamW"],
+        "meta": mo.Lion(),
+        "blocks": "node",
+        "discount": 1.0,
+    }
     shapes = [(40, 40), (40, 30), (1, 30), (30, 1), (1, 1), (30, 40)][::order]
     allowed = rounding("float32", operations=60, steps=1)
     passed = None
@@ -246,7 +294,12 @@ def test_compiled_steps_of_long_loops_are_the_cores(name: str, dtype: Any) -> No
     """Of parameters of several sizes, one of them a single number, the smallest first."""
     shapes: list[tuple[int, ...]] = [(), (1,), (300, 300), (7, 3)]
     params = [torch.full(shape, 0.5, dtype=dtype, requires_grad=True) for shape in shapes]
-    options: dict[str, Any] = {"meta": mo.AdamW(), "step_size": 1e-2, "meta_lr": 1e-2}
+    options: dict[str, Any] = {
+        "meta": mo.AdamW(),
+        "step_size": 1e-2,
+        "meta_lr": 1e-2,
+        "discount": 1.0,
+    }
     opt = MetaOptimizer(params, base=RULES[name], compile=True, **options)
     config = opt.config
     twins = {str(i): param.detach().clone() for i, param in enumerate(params)}
@@ -294,7 +347,7 @@ def test_a_schedule_of_one_groups_weight_decay_recompiles_nothing(monkeypatch: A
 def test_gradients_know_of_the_step() -> None:
     """What a graph of gradients has kept of a parameter is no longer true after a step."""
     param = torch.ones(10, requires_grad=True)
-    opt = MetaOptimizer([param], base=RULES["AdamW"], meta=mo.Lion(), compile=True)
+    opt = MetaOptimizer([param], base=RULES["AdamW"], meta=mo.Lion(), compile=True, discount=1.0)
     loss = param.square().sum()
     param.grad = torch.ones(10)
     kept = {key: value for key, value in opt.state[param].items() if key != "step"}
@@ -307,7 +360,7 @@ def test_gradients_know_of_the_step() -> None:
 
 def test_a_state_that_is_replaced_is_let_go() -> None:
     param = torch.ones(70_000, requires_grad=True)
-    opt = MetaOptimizer([param], base=RULES["AdamW"], meta=mo.Lion(), compile=True)
+    opt = MetaOptimizer([param], base=RULES["AdamW"], meta=mo.Lion(), compile=True, discount=1.0)
     param.grad = torch.ones(70_000)
     opt.step()
     old = [weakref.ref(value) for value in opt.state[param].values()]
@@ -320,7 +373,7 @@ def test_a_state_that_is_replaced_is_let_go() -> None:
 def test_threads_may_compile_at_once() -> None:
     def trained(number: int) -> Any:
         param = torch.full((70_000 + number,), 1.0, requires_grad=True)
-        opt = MetaOptimizer([param], base=mo.AdamW(), meta=mo.Lion(), compile=True)
+        opt = MetaOptimizer([param], base=mo.AdamW(), meta=mo.Lion(), compile=True, discount=1.0)
         for _ in range(3):
             param.grad = param.detach().clone()
             opt.step()
@@ -348,7 +401,7 @@ def test_others_may_call_what_they_have_compiled_while_a_first_step_is_made() ->
         calling = threads.submit(called)
         param = torch.ones(70_003, requires_grad=True)
         param.grad = torch.ones(70_003)
-        opt = MetaOptimizer([param], base=mo.RMSprop(), meta=mo.Lion(), compile=True)
+        opt = MetaOptimizer([param], base=mo.RMSprop(), meta=mo.Lion(), compile=True, discount=1.0)
         try:
             opt.step()
         finally:
@@ -360,7 +413,7 @@ def test_code_is_made_anew_for_another_number_of_threads(monkeypatch: Any) -> No
     graphs, before = made(monkeypatch), torch.get_num_threads()
     param = torch.ones(70_000, requires_grad=True)
     param.grad = torch.ones(70_000)
-    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.SGD(), compile=True)
+    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.SGD(), compile=True, discount=1.0)
     try:
         for threads, so_far in ((2, 2), (1, 4), (2, 4)):
             torch.set_num_threads(threads)
@@ -376,7 +429,12 @@ def test_gradients_may_change_their_dtype_from_step_to_step(sizes: tuple[int, ..
     for compile in (True, False):
         params = [torch.ones(size, requires_grad=True) for size in sizes]
         opt = MetaOptimizer(
-            params, base=mo.SGD(momentum=0.9), meta=mo.Lion(), step_size=0.1, compile=compile
+            params,
+            base=mo.SGD(momentum=0.9),
+            meta=mo.Lion(),
+            step_size=0.1,
+            compile=compile,
+            discount=1.0,
         )
         for step, dtype in enumerate((torch.float32, torch.bfloat16) * 2):
             for param in params:
@@ -395,7 +453,7 @@ def test_what_fails_to_compile_later_changes_nothing(
 ) -> None:
     param = torch.ones(70_000, requires_grad=True)
     param.grad = torch.ones(70_000)
-    opt = MetaOptimizer([param], base=mo.AdamW(), meta=mo.Lion(), compile=True)
+    opt = MetaOptimizer([param], base=mo.AdamW(), meta=mo.Lion(), compile=True, discount=1.0)
     opt.step()
 
     def failing(*_: Any) -> Any:
@@ -430,7 +488,13 @@ def test_after_a_regrouping_that_failed_the_next_step_is_whole(
             for index in range(3)
         ]
         return params, MetaOptimizer(
-            params, base=mo.AdamW(), meta=mo.AdamW(), step_size=0.1, meta_lr=0.1, compile=False
+            params,
+            base=mo.AdamW(),
+            meta=mo.AdamW(),
+            step_size=0.1,
+            meta_lr=0.1,
+            compile=False,
+            discount=1.0,
         )
 
     def stepped(params: list[Any], opt: Any, resting: tuple[int, ...] = ()) -> None:
@@ -472,7 +536,13 @@ def test_after_a_step_that_failed_to_compile_the_next_is_whole(
         dtypes = torch.float32, torch.float64
         params = [torch.ones(70_000, dtype=dtype, requires_grad=True) for dtype in dtypes]
         opt = MetaOptimizer(
-            params, base=mo.SGD(), meta=mo.Lion(), step_size=0.1, meta_lr=1e-3, compile=compile
+            params,
+            base=mo.SGD(),
+            meta=mo.Lion(),
+            step_size=0.1,
+            meta_lr=1e-3,
+            compile=compile,
+            discount=1.0,
         )
         return params, opt
 
@@ -514,7 +584,9 @@ def test_after_a_step_that_failed_to_compile_the_next_is_whole(
 
 def test_a_gradient_that_is_negated_by_a_bit_alone() -> None:
     param = torch.ones(70_000, requires_grad=True)
-    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.SGD(), step_size=0.1, compile=True)
+    opt = MetaOptimizer(
+        [param], base=mo.SGD(), meta=mo.SGD(), step_size=0.1, compile=True, discount=1.0
+    )
     param.grad = torch._neg_view(torch.ones(70_000))
     opt.step()
     assert torch.allclose(param, torch.full((), 1.1))
@@ -525,7 +597,7 @@ def test_a_gradient_that_is_negated_by_a_bit_alone() -> None:
 def test_a_gradient_may_share_its_parameters_memory(blocks: str, skip_nonfinite: bool) -> None:
     """As that of half the square does, in the same place, and in one buffer in another."""
     options: dict[str, Any] = {"blocks": blocks, "skip_nonfinite": skip_nonfinite}
-    options |= {"base": RULES["AdamW"], "meta": mo.Lion(), "step_size": 1e-2}
+    options |= {"base": RULES["AdamW"], "meta": mo.Lion(), "step_size": 1e-2, "discount": 1.0}
     found = []
     for flag in (True, False):
         buffer = torch.linspace(-1.0, 1.0, 4 * 70_000)
@@ -566,7 +638,7 @@ def test_tensors_without_memory_are_not_compiled_for() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         for flag in (True, None):
             param = torch.ones(3, requires_grad=True)
-            opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.Lion(), compile=flag)
+            opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.Lion(), compile=flag, discount=1.0)
             param.grad = torch.ones(3)
             if flag:
                 with pytest.raises(TypeError, match="'param' is a FakeTensor, of whose memory"):
@@ -588,7 +660,7 @@ def test_what_does_not_compile_is_known_before_anything_moves(monkeypatch: Any) 
 
     monkeypatch.setattr(compiler.Compiled, "_made", all_but_the_last)
     param = torch.ones(300, 300, requires_grad=True)
-    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.Lion(), compile=True)
+    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.Lion(), compile=True, discount=1.0)
     param.grad = torch.ones_like(param)
     with pytest.raises(RuntimeError, match="no such toolchain"):
         opt.step()
@@ -672,7 +744,9 @@ def test_a_first_launch_draws_no_random_numbers() -> None:
     """The same seed gives the same run, whether or not its kernels are new."""
     param = torch.ones(70_000, dtype=torch.bfloat16, requires_grad=True)
     param.grad = torch.ones_like(param)
-    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.Lion(), rounding="stochastic", compile=True)
+    opt = MetaOptimizer(
+        [param], base=mo.SGD(), meta=mo.Lion(), rounding="stochastic", compile=True, discount=1.0
+    )
     found = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -690,7 +764,7 @@ def test_what_does_not_compile_is_not_tried_again_for_other_sizes(monkeypatch: A
 
     monkeypatch.setattr(compiler.Compiled, "_made", noting)
     params = [torch.ones(side, side, requires_grad=True) for side in (300, 400, 500)]
-    opt = MetaOptimizer(params, base=mo.SGD(), meta=mo.Lion())
+    opt = MetaOptimizer(params, base=mo.SGD(), meta=mo.Lion(), discount=1.0)
     for param in params:
         param.grad = torch.ones_like(param)
     with pytest.warns(UserWarning, match="torch.compile failed"):
@@ -712,7 +786,7 @@ def test_what_is_compiled_stays_in_use_after_a_size_that_failed(monkeypatch: Any
 def test_a_warning_that_is_an_error_comes_again(monkeypatch: Any) -> None:
     monkeypatch.setattr(compiler.Compiled, "_made", failing)
     param = torch.ones(3, requires_grad=True)
-    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.Lion())
+    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.Lion(), discount=1.0)
     param.grad = torch.ones_like(param)
     for _ in range(2):
         with warnings.catch_warnings():
@@ -726,10 +800,10 @@ def test_without_a_compiler_steps_are_eager_with_one_warning(monkeypatch: Any) -
     monkeypatch.setattr(shutil, "which", lambda _: None)
     net = network()
     with pytest.warns(UserWarning, match=r"lacks a C\+\+ compiler") as said:
-        opt = MetaOptimizer(net.parameters(), base=mo.SGD(), meta=mo.Lion())
+        opt = MetaOptimizer(net.parameters(), base=mo.SGD(), meta=mo.Lion(), discount=1.0)
     assert said[0].filename == __file__
     trained(opt, net, 1)
-    MetaOptimizer(net.parameters(), base=mo.SGD(), meta=mo.Lion(), compile=False)
+    MetaOptimizer(net.parameters(), base=mo.SGD(), meta=mo.Lion(), compile=False, discount=1.0)
 
 
 # --- what a device would not have to wait for
@@ -830,7 +904,9 @@ def test_steps_are_captured_in_a_graph(name: str, compiled: bool) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_state_is_the_rules_own_and_one_number_a_weight(name: str, blocks: str) -> None:
     params = [torch.zeros(512, 256, requires_grad=True), torch.zeros(256, requires_grad=True)]
-    opt = MetaOptimizer(params, base=RULES[name], meta=mo.Lion(), blocks=blocks, compile=False)
+    opt = MetaOptimizer(
+        params, base=RULES[name], meta=mo.Lion(), blocks=blocks, compile=False, discount=1.0
+    )
     for param in params:
         param.grad = torch.ones_like(param)
     opt.step()
@@ -866,7 +942,9 @@ def test_temporaries_of_an_eager_step_are_of_the_size_of_a_chunk() -> None:
 
     params = [torch.zeros(1000, 1000, requires_grad=True)]
     params += [torch.zeros(300, requires_grad=True) for _ in range(200)]
-    opt = MetaOptimizer(params, base=RULES["AdamW"], meta=mo.Lion(), blocks="tensor", compile=False)
+    opt = MetaOptimizer(
+        params, base=RULES["AdamW"], meta=mo.Lion(), blocks="tensor", compile=False, discount=1.0
+    )
     for param in params:
         param.grad = torch.ones_like(param)
     opt.step()
@@ -890,7 +968,12 @@ def test_launches_do_not_grow_with_the_number_of_small_tensors() -> None:
     for number in (10, 100):
         params = [torch.zeros(30, requires_grad=True) for _ in range(number)]
         opt = MetaOptimizer(
-            params, base=RULES["AdamW"], meta=mo.Lion(), blocks="tensor", compile=False
+            params,
+            base=RULES["AdamW"],
+            meta=mo.Lion(),
+            blocks="tensor",
+            compile=False,
+            discount=1.0,
         )
         for param in params:
             param.grad = torch.ones_like(param)

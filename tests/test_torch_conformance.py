@@ -87,6 +87,7 @@ FEW: Mapping[str, Sequence[Any]] = {
     "faulty": ("nothing", "gradient"),
     "skip_nonfinite": (False, True),
     "mixed": (False, True),
+    "decay_apart": (False, True),
     **OF_THE_ADAPTER,
 }
 MANY: Mapping[str, Sequence[Any]] = {
@@ -144,7 +145,7 @@ def _without_decay(base: Any) -> Any:
 def compared(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(case, Compiled)
     monkeypatch.setitem(buckets.SMALL, "cpu", 2**16 if case.packed else 0)
-    under = Under(replace(find("torch"), optimizer=partial(Optimizer, case)), adapter=True)
+    under = Under(replace(find("torch"), optimizer=partial(Optimizer, case)), subject="adapter")
     with warnings.catch_warnings():
         if case.faulty != "nothing":
             warnings.simplefilter("ignore")

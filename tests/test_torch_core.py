@@ -45,6 +45,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "step_size": {name: 0.01 * (i + 1) for i, name in enumerate(SHAPES)},
     },
 }
+#: Several discounts, with whatever makes another kind of step.
+SEVERAL: dict[str, dict[str, Any]] = {
+    "several": {"discount": (0.9, 1.0)},
+    "several, tensor": {"discount": (0.5, 0.9, 1.0), "blocks": "tensor", "meta_first": True},
+    "several, node": {"discount": (0.9, 1.0), "blocks": "node", "skip_nonfinite": True},
+    "several, weight": {"discount": (0.9, 1.0), "blocks": "weight"},
+    "several, softplus": {"discount": (0.9, 1.0), "sigma": "softplus", "blocks": "tensor"},
+    "several, diagonal": {"discount": (0.9, 1.0), "curvature": "diagonal", "blocks": "tensor"},
+    "several, exact": {"discount": (0.9, 1.0), "curvature": "exact", "blocks": "tensor"},
+    "several, recover": {"discount": (0.9, 1.0), "recover": True, "blocks": "tensor"},
+}
 
 
 def start(dtype: Any = torch.float64) -> dict[str, Any]:
@@ -159,8 +170,14 @@ def _close(got: Any, want: Any, allowed: float, name: str) -> None:
 
 
 def options_of(base: str, meta: str, name: str) -> dict[str, Any]:
-    defaults = {"base": BASES[base], "meta": METAS[meta], "step_size": 0.05, "meta_lr": 0.05}
-    return defaults | OPTIONS[name]
+    defaults = {
+        "base": BASES[base],
+        "meta": METAS[meta],
+        "step_size": 0.05,
+        "meta_lr": 0.05,
+        "discount": 1.0,
+    }
+    return defaults | (OPTIONS | SEVERAL)[name]
 
 
 def schedule(t: int) -> float:
@@ -171,6 +188,7 @@ PAIRS = [(base, meta) for base in BASES for meta in METAS]
 CASES = [
     (*pair, name) for index, pair in enumerate(PAIRS) for name in list(OPTIONS)[index % 3 :: 3]
 ]
+CASES += [(*pair, list(SEVERAL)[index % len(SEVERAL)]) for index, pair in enumerate(PAIRS)]
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["packed", "direct"])

@@ -30,6 +30,7 @@ def made(net: Any, **options: Any) -> MetaOptimizer:
         "curvature": "exact",
         "approximation": "2x2",
         "compile": False,
+        "discount": 1.0,
     }
     return MetaOptimizer(net.named_parameters(), **(defaults | options))
 
@@ -199,7 +200,12 @@ class _Called:
 
 def test_a_linear_loss_has_no_curvature() -> None:
     param = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    options: dict[str, Any] = {"base": mo.SGD(), "meta": mo.SGD(), "compile": False}
+    options: dict[str, Any] = {
+        "base": mo.SGD(),
+        "meta": mo.SGD(),
+        "compile": False,
+        "discount": 1.0,
+    }
     opts = []
     kinds: list[dict[str, Any]] = [{"curvature": "exact"}, {}]
     for extra in kinds:
@@ -243,7 +249,9 @@ def test_gradients_without_a_graph_are_refused_with_advice() -> None:
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_a_backward_pass_whose_gradients_are_gone_vouches_for_none(set_to_none: bool) -> None:
     param = torch.ones(3, requires_grad=True)
-    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.SGD(), step_size=0.1, curvature="exact")
+    opt = MetaOptimizer(
+        [param], base=mo.SGD(), meta=mo.SGD(), step_size=0.1, curvature="exact", discount=1.0
+    )
     opt.backward(param.pow(4).sum())
     opt.zero_grad(set_to_none=set_to_none)
     param.pow(4).sum().backward()
@@ -253,7 +261,9 @@ def test_a_backward_pass_whose_gradients_are_gone_vouches_for_none(set_to_none: 
 
 def test_a_loss_without_second_derivatives_is_none_the_less_one() -> None:
     param = torch.ones(3, requires_grad=True)
-    opt = MetaOptimizer([param], base=mo.SGD(), meta=mo.SGD(), step_size=0.1, curvature="exact")
+    opt = MetaOptimizer(
+        [param], base=mo.SGD(), meta=mo.SGD(), step_size=0.1, curvature="exact", discount=1.0
+    )
     for _ in range(2):
         opt.zero_grad()
         opt.backward(param.sum())

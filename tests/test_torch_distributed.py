@@ -22,10 +22,28 @@ pytestmark = pytest.mark.skipif(
 SCENARIOS: dict[int, list[str]] = {
     2: [
         "ddp,blocks=tensor",
+        "ddp,inner=True",
+        "ddp,held_out=True,blocks=tensor",
+        "ddp,held_out=True,view=True",
+        "algoperf",
         "fsdp",
         "fsdp,compile=True",
         "fsdp,blocks=tensor",
         "fsdp,blocks=weight",
+        "fsdp,several=True",
+        "fsdp,several=True,skip_nonfinite=True,blocks=node",
+        "fsdp,several=True,blocks=weight",
+        "fsdp,held_out=True",
+        "fsdp,held_out=True,blocks=weight",
+        "fsdp,held_out=True,several=True,skip_nonfinite=True,blocks=node",
+        "fsdp,inner=True,held_out=True,blocks=tensor",
+        "empty_part,held_out=True",
+        "scaled,held_out=True",
+        "averages",
+        "averages,blocks=node",
+        "fsdp,inner=True,blocks=tensor",
+        "fsdp,inner=True,blocks=weight",
+        "fsdp,inner=True,skip_nonfinite=True,meta_first=True",
         "fsdp,skip_nonfinite=True,meta_first=True,blocks=node",
         "own_meshes,blocks=tensor",
         "empty_part",
@@ -34,8 +52,11 @@ SCENARIOS: dict[int, list[str]] = {
         "tensor_parallel,blocks=weight",
         "curvature",
         "curvature,approximation=2x2,blocks=tensor",
+        "curvature,several=True,blocks=tensor",
         "whole_leaves",
         "save,blocks=scalar",
+        "save,inner=True,blocks=tensor",
+        "save,several=True,blocks=tensor",
         "copies,blocks=node",
         "fsdp1",
         "fsdp1,blocks=tensor",
@@ -45,6 +66,7 @@ SCENARIOS: dict[int, list[str]] = {
         "fsdp1,strategy=NO_SHARD,blocks=node",
         "fsdp1,strategy=SHARD_GRAD_OP,skip_nonfinite=True,meta_first=True,blocks=tensor",
         "fsdp1,blocks=weight",
+        "fsdp1,learned=True,skip_nonfinite=True",
         "fsdp1_branches,blocks=tensor",
         "fsdp1_saved,blocks=tensor",
         "by_hand,blocks=tensor",
@@ -55,12 +77,16 @@ SCENARIOS: dict[int, list[str]] = {
     ],
     4: [
         "load,blocks=scalar",
+        "load,inner=True,blocks=tensor",
+        "load,several=True,blocks=tensor",
         "ddp",
         "fsdp,blocks=tensor",
         "fsdp,blocks=node",
         "fsdp,blocks=weight",
         "hsdp,blocks=tensor",
         "hsdp,skip_nonfinite=True",
+        "hsdp,held_out=True",
+        "hsdp,learned=True,blocks=tensor",
         "tensor_parallel,blocks=node",
         "two_meshes",
         "two_meshes,blocks=node",
@@ -100,10 +126,11 @@ def launched(world: int, folder: Path, scenarios: list[str]) -> dict[str, str]:
         for rank in range(world)
     ]
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     found: dict[str, str] = {}
     for rank, output in enumerate(outputs):
         path = folder / f"failures_{world}_{rank}.json"

@@ -23,6 +23,7 @@ OPTIONS: dict[str, Any] = {
     "step_size": 1e-2,
     "meta_lr": 1e-2,
     "compile": False,
+    "discount": 1.0,
 }
 
 
@@ -209,7 +210,7 @@ def test_no_pass_is_handed_a_gradient_that_is_negated_by_a_bit(base: Any, monkey
     monkeypatch.setattr(buckets.Bucket, "buffers", looked_at)
     param = normal(4).requires_grad_()
     want = param.detach() + 1e-2 * torch.ones(4)
-    opt = MetaOptimizer([param], **(OPTIONS | {"base": base, "meta": mo.Lion()}))
+    opt = MetaOptimizer([param], **(OPTIONS | {"base": base, "meta": mo.Lion(), "discount": 1.0}))
     param.grad = torch._neg_view(torch.ones(4, dtype=torch.float64))
     opt.step()
     torch.testing.assert_close(param.detach(), want, rtol=1e-6, atol=0.0)

@@ -89,12 +89,7 @@ def in_order(steps: int) -> Any:
         yield part, torch.sin(part[:, :1]) + part[:, 1:2]
 
 
-ADVISED: dict[str, Any] = {
-    "base": mo.AdamW(),
-    "meta": mo.FastStart(mo.AdamW()),
-    "step_size": 1e-3,
-    "meta_lr": 1e-2,
-}
+ADVISED: dict[str, Any] = {"base": mo.AdamW()}
 
 
 def test_the_plain_loop_learns_from_step_sizes_that_are_too_small(capsys: Any) -> None:
@@ -113,11 +108,11 @@ def test_step_sizes_are_logged_to_tensorboard(tmp_path: Any) -> None:
     events = importlib.import_module(
         "tensorboard.backend.event_processing.event_accumulator"
     ).EventAccumulator
+    log = events(str(tmp_path))
+    log.Reload()
     for name, size in opt.step_sizes().items():
-        log = events(str(tmp_path / f"step size_{name}"))
-        log.Reload()
-        scalars = log.Scalars("step size")
-        assert [entry.step for entry in scalars] == list(range(STEPS))
+        scalars = log.Scalars(f"step_size/{name}")
+        assert [entry.step for entry in scalars] == [9, 19]
         assert scalars[-1].value == pytest.approx(float(size), rel=1e-6)
 
 
@@ -128,6 +123,7 @@ def test_lightning_trains_as_a_plain_loop(monkeypatch: Any, tmp_path: Any) -> No
     twin = network()
     twin_opt = plain_run(twin, in_order(STEPS), cosine=True, **ADVISED)
     same(net.state_dict(), opt.step_sizes(), twin.state_dict(), twin_opt.step_sizes())
+    assert "<svg" in (tmp_path / "lightning_run.html").read_text(encoding="utf-8")
 
 
 def test_accelerate_trains_as_a_plain_loop() -> None:
@@ -144,7 +140,7 @@ def test_the_trainer_of_transformers_trains_as_a_plain_loop() -> None:
     twin = network()
     twin_opt = plain_run(twin, in_order(STEPS), cosine=True, **ADVISED)
     same(net.state_dict(), opt.step_sizes(), twin.state_dict(), twin_opt.step_sizes())
-    assert any("step size/all" in entry for entry in logs)
+    assert any("effective_lr/all" in entry for entry in logs)
 
 
 def launched(script: Path, ranks: int, *words: str | Path) -> Any:
@@ -175,7 +171,7 @@ def test_fsdp_trains_as_one_process(ranks: int, tmp_path: Any) -> None:
     found = launched(EXAMPLES / "fsdp.py", ranks, tmp_path / "out.pt")
     module = example("fsdp")
     twin = module.model()
-    options: dict[str, Any] = {"meta": mo.AdamW(), "meta_lr": 1e-3, "blocks": "tensor"}
+    options: dict[str, Any] = {"blocks": "tensor"}
     batches = (module.batch(step) for step in range(100))
     twin_opt = plain_run(twin, batches, cosine=False, **(ADVISED | options))
     same(found["net"], found["step sizes"], twin.state_dict(), twin_opt.step_sizes())
@@ -207,7 +203,7 @@ def test_accelerate_under_fsdp2_trains_as_one_process(tmp_path: Any) -> None:
     module = example("accelerate_fsdp")
     twin = module.model()
     batches = [module.batch(step) for step in range(50)]
-    options: dict[str, Any] = {"meta": mo.AdamW(), "meta_lr": 1e-3, "blocks": "tensor"}
+    options: dict[str, Any] = {"blocks": "tensor"}
     twin_opt = plain_run(twin, batches, cosine=False, **(ADVISED | options))
     same(found["net"], found["step sizes"], twin.state_dict(), twin_opt.step_sizes())
 
@@ -241,7 +237,7 @@ def test_curvature_learns(hvp: str, capsys: Any) -> None:
 def test_the_page_runs_as_it_is_printed(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "torch.md").read_text(encoding="utf-8")
     found = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(found) == 5
+    assert len(found) > 5
     check = "assert loss.item() < 0.5 and max(opt.step_sizes().values()) > 1e-4"
     done = subprocess.run(
         [sys.executable, "-c", "\n".join([found[0], check, *found[1:]])],

@@ -22,6 +22,7 @@ OPTIONS: dict[str, Any] = {
     "meta": mo.AdamW(),
     "step_size": 1e-2,
     "meta_lr": 1e-2,
+    "discount": 1.0,
 }
 BLOCKS = ["scalar", "tensor", "node", "weight"]
 every_partition = pytest.mark.parametrize("blocks", BLOCKS)
@@ -400,6 +401,7 @@ def test_patterns_go_with_their_parameters() -> None:
         step_size={"head": 1e-2, "body": 1e-3},
         bounds={"head": (1e-4, 1.0)},
         compile=False,
+        discount=1.0,
     )
     stepped(opt, None, range(3))
     kept = opt.step_sizes()["body"]
@@ -642,7 +644,9 @@ def test_a_moment_does_not_start_afresh_under_a_count_that_goes_on() -> None:
 def test_parameters_of_one_memory_each_make_their_step() -> None:
     first, other = parameter(5), parameter(5)
     other.data = first.data
-    opt = MetaOptimizer([first, other], base=mo.SGD(), meta=mo.SGD(), step_size=0.5, compile=False)
+    opt = MetaOptimizer(
+        [first, other], base=mo.SGD(), meta=mo.SGD(), step_size=0.5, compile=False, discount=1.0
+    )
     want = first.detach() - 0.5 * 3.0
     first.grad, other.grad = torch.full_like(first, 1.0), torch.full_like(other, 2.0)
     opt.step()

@@ -17,6 +17,7 @@ OPTIONS: dict[str, Any] = {
     "step_size": 1e-2,
     "meta_lr": 1e-2,
     "compile": False,
+    "discount": 1.0,
 }
 #: Shapes that do not tell one layer from another.
 LAYERS = ("head", "body", "stem")

@@ -156,6 +156,7 @@ def test_meta_lr_0_is_torchs_adamw() -> None:
         step_size=1e-2,
         meta_lr=0.0,
         compile=False,
+        discount=1.0,
     )
     schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(opt, 30) for opt in (theirs, ours)]
     for t in range(30):
@@ -174,7 +175,7 @@ def test_params_of_several_dtypes(base: str, blocks: str) -> None:
     start = torch.linspace(-1.0, 1.0, 12).reshape(4, 3)
     params = [start.to(dtype, copy=True).requires_grad_() for dtype in dtypes]
     alone = [start.to(dtype).double().requires_grad_() for dtype in dtypes]
-    opts = [made(params, base, blocks=blocks), made(alone, base, blocks=blocks)]
+    opts = [made(group, base, blocks=blocks, discount=1.0) for group in (params, alone)]
     for _ in range(3):
         for group, opt in zip((params, alone), opts, strict=True):
             for param in group:
@@ -296,6 +297,7 @@ def test_groups_have_options_of_their_own() -> None:
         meta_lr=1e-2,
         blocks={"body": "0.*", "head": "*"},
         bounds={"head": (5e-3, 2e-2)},
+        discount=1.0,
     )
     state = core.init(params)
     assert list(opt.step_sizes()) == ["body", "head"]
@@ -365,7 +367,7 @@ def test_a_group_may_be_added_in_mid_training(blocks: str, extra: dict[str, Any]
 def test_frozen_parameters_have_no_state_until_they_thaw() -> None:
     net = model()
     net[0].requires_grad_(False)
-    opt = made(net.parameters())
+    opt = made(net.parameters(), discount=1.0)
     trained(net, opt, 2)
     frozen, live = net[0].weight, net[2].weight
     assert frozen not in opt.state
@@ -455,14 +457,14 @@ def test_a_state_dict_is_that_of_the_moment_it_is_made() -> None:
 
 def test_a_checkpoint_without_newer_keys_loads() -> None:
     net = model()
-    opt = made(net.parameters(), blocks="tensor")
+    opt = made(net.parameters(), blocks="tensor", discount=1.0)
     trained(net, opt, 2)
     state = saved_and_loaded(opt.state_dict())
     for key in ("restarts", "meta_grad", "skipped", "block", "bounds", "maximize"):
         del state["param_groups"][0][key]
     for entry in state["state"].values():
         del entry["average"]
-    fresh = made(net.parameters(), blocks="tensor")
+    fresh = made(net.parameters(), blocks="tensor", discount=1.0)
     fresh.load_state_dict(state)
     assert bits(fresh.step_sizes()) == bits(opt.step_sizes())
     assert not any(torch.any(norm) for norm in fresh.diagnostics()["trace_norm"].values())
@@ -606,7 +608,9 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         "unknown block 'every'",
     ),
     "meta with decay": (
-        lambda: MetaOptimizer([torch.zeros(2)], base=mo.SGD(), meta=mo.SGD(weight_decay=0.1)),
+        lambda: MetaOptimizer(
+            [torch.zeros(2)], base=mo.SGD(), meta=mo.SGD(weight_decay=0.1), discount=1.0
+        ),
         ValueError,
         "`meta` must have weight_decay 0",
     ),

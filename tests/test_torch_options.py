@@ -24,6 +24,7 @@ OPTIONS: dict[str, Any] = {
     "step_size": 1e-2,
     "meta_lr": 1e-2,
     "compile": False,
+    "discount": 1.0,
 }
 
 
@@ -222,7 +223,8 @@ def test_a_multiplier_may_be_a_tensor(curvature: str) -> None:
     options = OPTIONS | {"meta": mo.SGD()}
     params = [torch.full((3,), 2.0, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     opts = [
-        MetaOptimizer([param], **options, discount=0.5, curvature=curvature) for param in params
+        MetaOptimizer([param], **(options | {"discount": 0.5}), curvature=curvature)
+        for param in params
     ]
     diagonal = {"0": torch.ones(3)} if curvature == "diagonal" else None
     for lr in (1.0, 0.5, 0.0, 0.0, 1.0):
@@ -290,6 +292,36 @@ def test_hyperparameters_may_change_in_mid_training() -> None:
             opt.param_groups[0]["eps"] = 10.0**-t
             trained(net, opt, 1)
     assert_equal_params(nets)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3])
+def test_decay_with_a_step_size_of_its_own_is_torchs_whatever_the_step_size(size: float) -> None:
+    """Under a schedule too: its product of lr and decay is what counts."""
+    nets = [model(), model()]
+    rule = mo.AdamW(weight_decay=0.3, decay_step_size=1e-2)
+    options = OPTIONS | {"base": rule, "meta_lr": 0.0, "step_size": size}
+    opts: list[Any] = [
+        torch.optim.AdamW(nets[0].parameters(), lr=size, weight_decay=0.3 * 1e-2 / size),
+        MetaOptimizer(nets[1].parameters(), **options),
+    ]
+    for net, opt in zip(nets, opts, strict=True):
+        trained(net, opt, 4, schedulers.LambdaLR(opt, [0.5, 1.0, 0.0, 0.25, 1.0].__getitem__))
+    assert_equal_params(nets)
+
+
+def test_decay_apart_takes_the_groups_word_for_each_of_its_numbers() -> None:
+    params = [torch.ones(2, requires_grad=True) for _ in range(3)]
+    groups = [
+        {"params": params[:1]},
+        {"params": params[1:2], "weight_decay": 0.0},
+        {"params": params[2:], "decay_step_size": 0.25, "lr": 0.5},
+    ]
+    rule = mo.SGD(weight_decay=0.5, decay_step_size=0.5)
+    opt = MetaOptimizer(groups, **(OPTIONS | {"base": rule, "meta": mo.SGD()}))
+    for param in params:
+        param.grad = torch.zeros(2)
+    opt.step()
+    assert [float(param.detach()[0]) for param in params] == [0.75, 1.0, 1.0 - 0.5 * 0.25 * 0.5]
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -549,3 +581,9 @@ def test_the_groups_of_transformers_trainer_say_the_weight_decay(
     rules = config.base.values() if isinstance(config.base, dict) else [config.base]
     assert {rule.weight_decay for rule in rules} == {weight_decay, 0.0}
     assert {group["weight_decay"] for group in opt.param_groups} == {weight_decay, 0.0}
+
+
+def test_a_group_cannot_have_a_step_size_for_decay_that_its_rule_does_not_know() -> None:
+    group = {"params": [torch.nn.Parameter(torch.ones(3))], "decay_step_size": 1.0}
+    with pytest.raises(ValueError, match=r"`decay_step_size` of a group is 1\.0"):
+        MetaOptimizer([group], base=mo.SGD(weight_decay=0.5), compile=False)

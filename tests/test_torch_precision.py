@@ -17,7 +17,12 @@ import metaopt as mo  # noqa: E402
 
 
 def made(params: Any, **options: Any) -> MetaOptimizer:
-    defaults: dict[str, Any] = {"base": mo.SGD(), "meta": mo.Lion(), "step_size": 1e-2}
+    defaults: dict[str, Any] = {
+        "base": mo.SGD(),
+        "meta": mo.Lion(),
+        "step_size": 1e-2,
+        "discount": 1.0,
+    }
     return MetaOptimizer(params, **({"compile": False} | defaults | options))
 
 
@@ -93,7 +98,12 @@ def test_state_is_float32_and_follows_the_wide_run(dtype: Any, blocks: str) -> N
     """Where the parameters' own rounding is kept by kahan, a narrow run is the float32 run."""
     start = torch.linspace(-1.0, 1.0, 12).reshape(4, 3).to(dtype)
     narrow, wide = (start.to(d).clone().requires_grad_() for d in (dtype, torch.float32))
-    options: dict[str, Any] = {"base": mo.AdamW(eps=1e-3), "meta": mo.SGD(), "meta_lr": 0.1}
+    options: dict[str, Any] = {
+        "base": mo.AdamW(eps=1e-3),
+        "meta": mo.SGD(),
+        "meta_lr": 0.1,
+        "discount": 1.0,
+    }
     opts = [
         made([narrow], blocks=blocks, rounding="kahan", **options),
         made([wide], blocks=blocks, **options),
@@ -227,7 +237,7 @@ def test_no_warning_is_raised_by_plain_use() -> None:
 def test_moments_outlive_a_meta_gradient_that_cannot_be_used() -> None:
     """The trace alone is told as what it restarts from."""
     param = torch.ones(3, requires_grad=True)
-    opt = MetaOptimizer([param], base=mo.AdamW(), meta=mo.SGD(), compile=False)
+    opt = MetaOptimizer([param], base=mo.AdamW(), meta=mo.SGD(), compile=False, discount=1.0)
     param.grad = torch.ones(3)
     opt.step()
     opt.param_groups[0]["meta_grad"].fill_(float("inf"))

@@ -20,7 +20,12 @@ def made(net: Any, blocks: str = "tensor", **options: Any) -> MetaOptimizer:
         {"params": list(up.named_parameters("0"))},
         {"params": list(down.named_parameters("1")), "weight_decay": 0.1},
     ]
-    rules: dict[str, Any] = {"base": mo.AdamW(), "meta": mo.AdamW(), "compile": False}
+    rules: dict[str, Any] = {
+        "base": mo.AdamW(),
+        "meta": mo.AdamW(),
+        "compile": False,
+        "discount": 1.0,
+    }
     rules |= {"step_size": 1e-3, "meta_lr": 0.1, "blocks": blocks}
     return MetaOptimizer(groups, **(rules | options))
 

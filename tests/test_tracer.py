@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -273,23 +274,25 @@ def test_the_step_of_a_rule_reads_like_the_formula() -> None:
         array("g"),
         Jet(number("value"), number("rate")),
         lr=number("lr"),
-        meta_grad=number("z"),
+        mask=number("goes_on", "bool"),
         discount=number("gamma"),
     )
-    assert C.lines(program.each) == [
-        "const float t8 = t7 ? a : w;",
-        "const float t9 = w - t8;",
-        "const float t10 = t9 * g;",
-        "const float t13 = 0.5f * w;",
-        "const float t14 = g + t13;",
-        "const float t15 = t1 * t14;",
-        "const float t16 = w - t15;",
-        "const float t21 = t20 * t9;",
-        "const float t22 = t8 + t21;",
-        "const float t23 = t0 ? t10 : 0.0f;",
+    lines = C.lines(program.each)
+    results = [result.name for result in (leaf.param.value, product, leaf.average)]
+    # the scalars' numbers count what was traced and not written too
+    order = dict.fromkeys(re.findall(r"\bt\d+\b", "\n".join(lines)))
+    names = {name: f"x{place}" for place, name in enumerate(order)}
+    renamed = [re.sub(r"\bt\d+\b", lambda found: names[found[0]], line) for line in lines]
+    assert renamed == [
+        "const float x0 = x1 ? a : w;",
+        "const float x2 = w - x0;",
+        "const float x3 = 0.5f * w;",
+        "const float x4 = g + x3;",
+        "const float x5 = x6 * x4;",
+        "const float x7 = w - x5;",
+        "const float x8 = x9 * x2;",
+        "const float x10 = x0 + x8;",
+        "const float x11 = x2 * g;",
+        "const float x12 = x13 ? x11 : 0.0f;",
     ]
-    assert [result.name for result in (leaf.param.value, product, leaf.average)] == [
-        "t16",
-        "t23",
-        "t22",
-    ]
+    assert [names[name] for name in results] == ["x7", "x12", "x10"]

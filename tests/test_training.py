@@ -22,9 +22,10 @@ from filelock import FileLock
 from metaopt_conformance.tolerances import rounding
 
 import metaopt as mo
-from benchmarks import one_batch_first
+from benchmarks import find_lr, one_batch_first, wrapped
+from benchmarks.training import loop
 from benchmarks.training.cells import Cell, best_of, cells, keep, kept, merged, worst_of
-from benchmarks.training.data import DataMissingError, cifar, jpegs
+from benchmarks.training.data import COARSE, DataMissingError, cifar, coarse, jpegs, wikitext
 from benchmarks.training.goals import advised, misses
 from benchmarks.training.imagenet import image_sets
 from benchmarks.training.loop import Job, TakenError, finished, run
@@ -33,11 +34,23 @@ from benchmarks.training.peers import PACKAGES
 from benchmarks.training.replicas import side_by_side, starts_of_blocks
 from benchmarks.training.results import Result, read
 from benchmarks.training.stories import stories
-from benchmarks.training.studies import GRIDS, SCHEDULED, STARTS, comparison, idbd, maps
+from benchmarks.training.studies import (
+    FAR_STARTS,
+    GRIDS,
+    SCHEDULED,
+    STARTS,
+    comparison,
+    idbd,
+    long,
+    maps,
+    starts_of,
+)
 from benchmarks.training.tasks import TASKS, Task
 from benchmarks.training.tasks.digits import DigitsNetwork, OneBatchFirst
 from benchmarks.training.tasks.linear import DriftingRegression
+from benchmarks.training.timing import milliseconds
 from benchmarks.training.trials import Clipped, Offsets
+from benchmarks.training.wrapped import KINDS
 from tests.made_up_data import (
     FOLDERS,
     cifar_batches,
@@ -45,6 +58,7 @@ from tests.made_up_data import (
     write_compact,
     write_imagenet,
     write_stories,
+    write_wikitext,
 )
 
 SEEDS = (3, 1)
@@ -78,6 +92,7 @@ METHODS: list[Method | Peer] = [
     Method(base="AdamW", meta="Adam", meta_lr=1e-2, discount=0.9, blocks="tensor"),
     Method(base="SGDm", meta="Lion", blocks="weight", bounds=(1e-6, 0.1)),
     Method(base="AdamW", meta="Adam", curvature="exact"),
+    Method(base="AdamW", meta="Adam", discount=0.9, averages=True),
     idbd(1e-2),
     *(Peer(name=name) for name in PACKAGES),
 ]
@@ -108,6 +123,80 @@ def test_killed_at_any_step_a_run_ends_as_if_it_had_not_been(
         resumed = run(job, folder, tasks={"short": Short}, checkpoint_every=0.0)
         assert without_times(resumed) == without_times(whole), step
         assert [path.name for path in folder.iterdir()] == [whole.name]
+
+
+def test_averages_are_judged_in_place_of_the_weights_and_change_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = Method(base="AdamW", meta="Adam")
+    job = Job(task="digits", method=method, starts=(1e-2,), seeds=SEEDS, steps=50)
+    plain = without_times(run(job, tmp_path / "plain"))
+    given: list[Any] = []
+
+    def zeros(made: Any, task: Task, *more: Any) -> Any:
+        steps = updater(made, task, *more)
+        given.append([torch.zeros_like(param) for param in task.parameters()])
+        steps.averaged = lambda: given[0]  # type: ignore[method-assign]
+        return steps
+
+    monkeypatch.setattr(loop, "updater", zeros)
+    averaged = without_times(run(job, tmp_path / "averaged"))
+    assert [one.get("train") for one in averaged] == [one.get("train") for one in plain]
+    assert all(np.allclose(one["test"]["loss"], np.log(10)) for one in averaged[1:-1])
+    assert not np.allclose(plain[-2]["test"]["loss"], np.log(10), rtol=0.1)
+    task = DigitsNetwork(SEEDS)
+    before = [param.detach().clone() for param in task.parameters()]
+
+    @torch.no_grad()
+    def interrupted() -> None:
+        with loop._held(task, given[0]):
+            assert not any(map(torch.count_nonzero, task.parameters()))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert all(map(torch.equal, task.parameters(), before))
+
+
+def test_averages_of_learned_step_sizes_are_moving_averages_of_the_weights() -> None:
+    task = DigitsNetwork(SEEDS)
+    method = Method(base="SGDm", meta="Adam", meta_lr=1e-2, discount=0.9, averages=True)
+    steps = updater(method, task, (0.5, 0.1), 20)
+    expected = [param.detach().clone() for param in task.parameters()]
+    for step in range(20):
+        for average, param in zip(expected, task.parameters(), strict=True):
+            average.lerp_(param.detach(), 0.1)
+        steps.step(step, lambda step=step: task(step))  # type: ignore[misc]
+    found = steps.averaged()
+    assert found is not None
+    for name, got, average in zip(dict(task.named_parameters()), found, expected, strict=True):
+        allowed = rounding("float32", 10, steps=20) * average.abs().max()
+        assert (got - average).abs().max() <= allowed, name
+
+
+def test_prodigy_takes_a_cosine_as_its_authors_advise() -> None:
+    needs_package(Peer(name="Prodigy, cosine"))
+    task, steps = Short((0,)), 12
+    made = updater(Peer(name="Prodigy, cosine"), task, (1.0,), steps)
+    factors = []
+    for step in range(steps):
+        factors.append(made._optimizer.param_groups[0]["lr"])  # type: ignore[attr-defined]
+        made.step(step, lambda step=step: task(step))  # type: ignore[misc]
+    expected = 0.5 * (1.0 + np.cos(np.pi * np.arange(steps) / steps))
+    np.testing.assert_allclose(factors, expected, rtol=1e-12)
+
+
+def test_several_discounts_start_everywhere_and_are_read_as_they_were_kept(tmp_path: Path) -> None:
+    method = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, discount=(0.99, 1.0))
+    assert "discount (0.99, 1.0)" in method.label
+    assert all(starts_of(task, method) == FAR_STARTS for task in TASKS)
+    assert starts_of("digits", SCHEDULED) == STARTS
+    assert starts_of("cifar10", SCHEDULED) == STARTS[::2]
+    assert starts_of("bytes", SCHEDULED) == FAR_STARTS
+    table = cells([replace(of_digits((0.5,), (1.0,)), method=method)], TASKS["digits"])
+    keep({"digits": table}, tmp_path / "kept")
+    assert list(kept(tmp_path / "kept", TASKS)) == table
+    assert milliseconds({"(AdamW, fast Adam)": 1.0}, method) is None, "two traces cost more"
 
 
 def test_a_line_that_was_cut_is_written_again(tmp_path: Path) -> None:
@@ -161,6 +250,25 @@ def trained(
     return {name: param.detach() for name, param in task.named_parameters()}
 
 
+def test_learning_rates_that_are_found_are_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TASKS["logistic"], "steps", find_lr.WINDOW)
+    monkeypatch.setattr(find_lr, "GRID", (1e-5, 1e-2))
+    monkeypatch.setattr(find_lr, "SEEDS", (0, 1))
+    monkeypatch.setattr(find_lr, "found", lambda _, seed: (1e-2 * (1 + seed), 600))
+    monkeypatch.setattr(find_lr, "suggested", lambda _, seed: 1e6 if seed else None)
+    whos = ("grid", "find_lr", "lightning")
+    result = {who: json.loads(json.dumps(find_lr.run("logistic", who))) for who in whos}
+    assert result["find_lr"]["lost"] == [False, False]
+    # the same run as that of the grid
+    assert result["find_lr"]["values"][0] == pytest.approx(result["grid"]["values"][2])
+    assert result["lightning"]["lost"] == [True]
+    head, ours, theirs = list(find_lr.report({"logistic": result}))[-3:]
+    assert head.count("|") == ours.count("|") == theirs.count("|") == len(find_lr.HEAD) + 1
+    assert "at 1e-2 | `find_lr` | 0.01, 0.02 | 2.0 |" in ours
+    assert ours.endswith("| 0 of 2 | 600 |")
+    assert theirs.endswith("| 2 of 2 | 100 |")
+
+
 def test_one_batch_comes_first_and_then_all_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +285,35 @@ def test_one_batch_comes_first_and_then_all_data(
     assert one_batch_first.main(["--logs", str(tmp_path / "runs"), "--seeds", "1"]) == 0
     lines = list(one_batch_first.report(list(read(tmp_path / "runs"))))
     assert len(lines) == 6 + 2 * len(STARTS) + len(GRIDS["AdamW"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrapped_runs_side_by_side_are_those_of_each_by_itself_and_go_on(
+    kind: str, tmp_path: Path
+) -> None:
+    """Those of Muon, which takes matrices alone, so that their parameters are the task's parts."""
+    method, few = Peer(name=f"Muon, {kind}"), {"steps": 4, "every": 2, "size": 8}
+    tasks: dict[str, type[Task]] = {"few": type("Few", (DigitsNetwork,), few)}
+    job = Job(task="few", method=method, starts=(1e-4, 1e-2), seeds=SEEDS)
+    together = run(job, tmp_path / "together", tasks=tasks)
+
+    def interrupt(done: int, _: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    def ends(path: Path) -> dict[Any, float]:
+        return {(r.start, r.seed): r.series["test.loss"][-1] for r in read(path.parent)}
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "again", tasks=tasks, progress=interrupt, checkpoint_every=0.0)
+    again = run(job, tmp_path / "again", tasks=tasks)
+    assert ends(again) == ends(together)
+    alone = run(replace(job, starts=(1e-2,), seeds=SEEDS[1:]), tmp_path / "alone", tasks=tasks)
+    ((which, loss),) = ends(alone).items()
+    assert loss == pytest.approx(ends(together)[which], rel=1e-3)  # products of bfloat16
+    lines = "\n".join(wrapped.report([replace(r, task="digits") for r in read(together.parent)]))
+    assert "| Muon | " in lines
+    assert lines.count("not run") == len(KINDS) - 1
 
 
 def test_equal_seeds_see_equal_data_and_others_do_not() -> None:
@@ -214,6 +351,12 @@ def test_the_drifting_target_changes_one_sign_every_twenty_steps() -> None:
     assert np.all(np.sum(weights[1:] != weights[:-1], axis=1) == 1)
 
 
+def test_a_run_may_be_longer_than_its_task() -> None:
+    kind = TASKS["drift"]
+    task = kind((0,))
+    assert np.isfinite(float(task(kind.steps + 5 * 1024)["loss"].detach()))
+
+
 def test_idbd_of_the_comparison_is_the_preset() -> None:
     task = DriftingRegression((0,))
     steps = updater(idbd(1e-2), task, (0.05,), 30)
@@ -236,7 +379,7 @@ def test_idbd_of_the_comparison_is_the_preset() -> None:
 
 def test_jobs_that_differ_have_logs_of_their_own() -> None:
     for task in TASKS:
-        jobs = [*comparison(task), *maps(task)]
+        jobs = [*comparison(task), *maps(task), *long(task, (0, 1))]
         assert len({job.name for job in jobs}) == len(set(jobs))
     assert all(set(STARTS) >= {1e-7, 1e-3} for _ in GRIDS)
 
@@ -260,6 +403,28 @@ def test_cifar_is_the_same_from_a_folder_and_from_an_archive(classes: int, tmp_p
         assert torch.equal(one[split][0], other[split][0])
         assert torch.equal(one[split][1], other[split][1])
         assert set(one[split][1].tolist()) == set(range(classes))
+
+
+def test_coarse_classes_have_five_fine_ones_each(tmp_path: Path) -> None:
+    assert np.array_equal(np.bincount(COARSE), [5] * 20)
+    people, trees = (2, 11, 35, 46, 98), (47, 52, 56, 59, 96)
+    assert [{COARSE[fine] for fine in kind} for kind in (people, trees)] == [{14}, {17}]
+    write_cifar(tmp_path, 100)
+    fine, found = cifar(tmp_path, 100)["test"], coarse(tmp_path)["test"]
+    assert torch.equal(found[0], fine[0])
+    assert found[1].tolist() == [COARSE[label] for label in fine[1].tolist()]
+
+
+def test_wikitext_is_bytes_and_the_same_from_a_folder_and_from_an_archive(tmp_path: Path) -> None:
+    write_wikitext(tmp_path / "unpacked")
+    (tmp_path / "packed").mkdir()
+    with tarfile.open(tmp_path / "packed" / "wikitext-2.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "unpacked" / "wikitext-2", "wikitext-2")
+    one, other = (wikitext(tmp_path / kind) for kind in ("unpacked", "packed"))
+    for split in ("train", "valid"):
+        assert np.array_equal(one[split], other[split])
+        written = (tmp_path / "unpacked" / "wikitext-2" / f"{split}.txt").read_bytes()
+        assert one[split].tobytes() == written
 
 
 def test_a_cifar_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -304,6 +469,9 @@ def test_stories_from_tokens(tmp_path: Path) -> None:
         (image_sets, "train/ and val/"),
         (stories, "data00.bin"),
         (lambda folder: TASKS["characters"]((0,), data=folder), "tinyshakespeare.txt"),  # type: ignore[call-arg]
+        (lambda folder: TASKS["residual"]((0,), data=folder), "cifar100-jpeg.npz"),  # type: ignore[call-arg]
+        (lambda folder: TASKS["finetuning"]((0,), data=folder), "cifar100-jpeg.npz"),  # type: ignore[call-arg]
+        (lambda folder: TASKS["bytes"]((0,), data=folder), "wikitext-2.tar.xz"),  # type: ignore[call-arg]
     ],
 )
 def test_what_is_missing_is_named(read: Callable[[Any], Any], named: str, tmp_path: Path) -> None:
@@ -336,7 +504,7 @@ def test_a_run_has_arrived_diverged_or_lost_what_it_had() -> None:
     broken = of_digits((0.1, 0.96, 0.97), (2.3, float("nan"), 0.1))
     assert [run.steps_to_target(kind) for run in (good, lost, worse)] == [25, 25, None]
     assert [run.lost(kind) for run in (good, lost, worse)] == [False, True, False]
-    assert [run.diverged() for run in (good, lost, worse, broken)] == [False, False, True, True]
+    assert [run.diverged(kind) for run in (good, lost, worse, broken)] == [False, False, True, True]
     assert good.judged(kind) == 0.97
     (cell,) = cells([good, replace(worse, seed=1)], kind)
     assert (cell.seeds, cell.diverged, cell.mean) == (2, 1, float("-inf"))
@@ -463,7 +631,16 @@ def test_online_tasks_are_judged_by_their_second_half() -> None:
         {"train.loss": (float("nan"), 8.0, 6.0, 3.0, 1.0)},
     )
     assert run_.judged(DriftingRegression) == 2.0
-    assert not run_.diverged()
+    assert not run_.diverged(DriftingRegression)
+
+
+def test_weights_that_stand_still_while_the_target_shifts_have_not_diverged() -> None:
+    ends = {
+        loss: Result("shifts", METHODS[0], 1e-3, 0, 2, (0, 1, 2), {"train.loss": (4.0, 4.0, loss)})
+        for loss in (20.0, 400.0)
+    }
+    assert [run.diverged(TASKS["shifts"]) for run in ends.values()] == [False, True]
+    assert ends[20.0].diverged(DriftingRegression)
 
 
 def test_logs_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -94,7 +94,13 @@ def transcribed(direction: Callable[..., Any]) -> Any:
 def test_a_rule_of_the_page_equals_its_transcription(adapter: str, name: str) -> None:
     rule, direction = RULES[name]
     run = by_core if adapter == "core" else ADAPTERS[adapter]
-    options = {"base": rule, "meta": mo.AdamW(), "meta_lr": 0.0, "step_size": STEP_SIZE}
+    options = {
+        "base": rule,
+        "meta": mo.AdamW(),
+        "meta_lr": 0.0,
+        "step_size": STEP_SIZE,
+        "discount": 1.0,
+    }
     got, _ = run(start("float64"), **options)
     for leaf, want in transcribed(direction).items():
         allowed = rounding("float64", operations=400, steps=STEPS)
@@ -136,7 +142,12 @@ def test_traces_follow_the_weights_through_a_rule_that_uses_them(kind: str) -> N
 
     def run(beta: float) -> Any:
         opt = mo.MetaOptimize(
-            base=rule, meta=mo.SGD(), step_size=np.exp(beta), meta_lr=0.0, curvature=kind
+            base=rule,
+            meta=mo.SGD(),
+            step_size=np.exp(beta),
+            meta_lr=0.0,
+            curvature=kind,
+            discount=1.0,
         )
         params = start("float64")
         state = opt.init(params)

@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from metaopt_torch import MetaOptimizer
+from metaopt_torch import MetaOptimizer, wrap
 from torch.distributed import optim as sharded_optim
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -101,11 +101,31 @@ DEFAULTS: dict[str, Any] = {
     "step_size": 0.02,
     "meta_lr": 0.05,
     "compile": False,
+    "discount": 1.0,
 }
 
 
-def optimizer(params: Any, **options: Any) -> MetaOptimizer:
-    return MetaOptimizer(params, **(DEFAULTS | options))
+def optimizer(
+    params: Any,
+    *,
+    inner: bool = False,
+    several: bool = False,
+    learned: bool = False,
+    **options: Any,
+) -> Any:
+    """Return one of ours; with `inner` one of torch's that is wrapped, `several` discounts.
+
+    With `learned`, numbers of AdamW are, too.
+    """
+    options = DEFAULTS | ({"discount": (0.9, 1.0)} if several else {}) | options
+    if learned:
+        decay, beta = mo.Learned(0.1, meta_lr=1e-2), mo.Learned(0.9, meta_lr=1e-2)
+        options["base"] = mo.AdamW(betas=(beta, 0.999), eps=1e-3, weight_decay=decay)
+    if not inner:
+        return MetaOptimizer(params, **options)
+    base = options.pop("base")
+    of_torch = torch.optim.AdamW(params, lr=1.0, eps=base.eps, weight_decay=base.weight_decay)
+    return wrap(of_torch, **options)
 
 
 def batch(t: int, features: int, samples: int = 12) -> Any:
@@ -148,6 +168,10 @@ def check_blocks(opt: Any, twin_opt: Any, allowed: float) -> None:
         others = [torch.empty_like(whole) for _ in range(dist.get_world_size())]
         dist.all_gather(others, whole)
         assert all(torch.equal(other, whole) for other in others), "step sizes differ by process"
+    for name, values in twin_opt.hyperparameters().items():
+        for key, value in values.items():
+            error = float((full(opt.hyperparameters()[name][key]) / value - 1.0).abs().max())
+            assert error <= allowed, f"{name} of {key} differs by {error}"
     ours, theirs = opt.diagnostics(), twin_opt.diagnostics()
     for key, norm in theirs["trace_norm"].items():
         error = float((full(ours["trace_norm"][key]) - norm).abs().max())
@@ -168,6 +192,9 @@ def train(net: Any, opt: Any, t: int, share: Callable[[Any], Any], features: int
     loss_of(net, share(batch(t, features))).backward()
     if opt.config.skip_nonfinite and t == 3:
         poison(net)
+    if opt.config.held_out and t % 3 != 1:
+        with opt.meta_gradients():
+            loss_of(net, share(batch(100 + t, features))).backward()
 
 
 def poison(net: Any) -> None:
@@ -199,10 +226,12 @@ def compared(
         assert int(opt.diagnostics()["skipped"]) == 1
 
 
-def ddp(**options: Any) -> None:
-    """DDP: gradients are averaged already, no sum is needed."""
+def ddp(view: bool = False, **options: Any) -> None:
+    """DDP: gradients are averaged already, no sum is needed; with `view` they are in one buffer."""
     twin = Model().double()
-    net = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(twin))
+    net = torch.nn.parallel.DistributedDataParallel(
+        copy.deepcopy(twin), gradient_as_bucket_view=view
+    )
     opt, twin_opt = optimizer(net.parameters(), **options), optimizer(twin.parameters(), **options)
     for t in range(STEPS):
         train(net, opt, t, mine, 5)
@@ -210,6 +239,42 @@ def ddp(**options: Any) -> None:
         assert not counted(opt.step)
         twin_opt.step()
     check_equal(opt, net, twin_opt, twin)
+
+
+def algoperf() -> None:
+    """AlgoPerf's submission under DDP, the masked examples all in the last process's share."""
+    from tests.algoperf_harness import Run, TorchDigits, submission
+
+    submission_torch, parallel = submission("torch"), torch.nn.parallel.DistributedDataParallel
+    submission_torch.MetaOptimizer = functools.partial(MetaOptimizer, compile=False)
+
+    class Doubled(TorchDigits):
+        distributed = False
+
+        def init_model_fn(self, rng: Any) -> tuple[Any, Any]:
+            model = super().init_model_fn(rng)[0].double()
+            return (parallel(model) if self.distributed else model), None
+
+        def placed(self, batch: Any) -> Any:
+            whole = super().placed(batch)
+            whole |= {name: whole[name].double() for name in ("inputs", "weights")}
+            return {name: mine(part) for name, part in whole.items()} if self.distributed else whole
+
+    workload = Doubled()
+    workload.distributed = True
+    run, twin = Run(submission_torch, workload), Run(submission_torch, Doubled())
+    for _ in range(2):
+        for one in (run, twin):
+            one.train(one.workload.batches(seed=1), STEPS)
+        check_equal(
+            run.optimizer_state["optimizer"],
+            run.params,
+            twin.optimizer_state["optimizer"],
+            twin.params,
+        )
+        for one in (run, twin):
+            one.evaluate()
+        check_params(run.params, twin.params, 1e-12)
 
 
 def sharded(mesh: Any = None) -> tuple[Any, Any]:
@@ -227,6 +292,27 @@ def fsdp(**options: Any) -> None:
     net, twin = sharded(init_device_mesh("cpu", (dist.get_world_size(),)))
     net.set_reshard_after_backward(True)
     compared(net, twin, mine, 1, 5, options)
+
+
+def scaled(**options: Any) -> None:
+    """FSDP2 and a GradScaler: what overflows on one device has step sizes rest on all."""
+    net, twin = sharded(init_device_mesh("cpu", (dist.get_world_size(),)))
+    opt, twin_opt = (optimizer(n.named_parameters(), **options) for n in (net, twin))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for t in range(STEPS):
+        for own, one, share in ((net, opt, mine), (twin, twin_opt, lambda x: x)):
+            one.zero_grad()
+            loss_of(own, share(batch(t, 5))).backward()
+            if own is net:
+                with one.meta_gradients(scaler=scaler):
+                    scaler.scale(loss_of(own, share(batch(100 + t, 5)))).backward()
+                    if t == 3:
+                        poison(net)
+            elif t != 3:
+                with one.meta_gradients():
+                    loss_of(own, batch(100 + t, 5)).backward()
+            one.step()
+    check_equal(opt, net, twin_opt, twin)
 
 
 def own_meshes(**options: Any) -> None:
@@ -418,6 +504,8 @@ def zero_refused() -> None:
     for blocks in ("tensor", "node", "weight"):
         with pytest.raises(ValueError, match=r'ZeroRedundancyOptimizer .* must be "scalar"'):
             zero_optimizer(net.parameters(), functools.partial(optimizer, blocks=blocks))
+    with pytest.raises(ValueError, match="`held_out` does not go with ZeroRedundancyOptimizer"):
+        zero_optimizer(net.parameters(), functools.partial(optimizer, held_out=True))
     groups = [
         {"params": [net.scale], "block": "scale"},
         {"params": [*net.up.parameters(), *net.down.parameters()], "block": "rest"},
@@ -438,6 +526,8 @@ def refused() -> None:
             ask()
     with pytest.raises(ValueError, match='`curvature` other than "none" needs all parameters'):
         optimizer(clean(net), curvature="exact", hvp="central")
+    with pytest.raises(ValueError, match="`held_out` does not go with FullyShardedDataParallel"):
+        optimizer(clean(net), held_out=True)
     own = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     with pytest.raises(ValueError, match="`process_group` must be one that this process"):
         optimizer(clean(net), process_group=own[dist.get_rank() - 1])
@@ -563,6 +653,33 @@ def whole_leaves() -> None:
     assert full(opt.state[net.up.weight]["row"]).shape == (7,)
 
 
+def averages(**options: Any) -> None:
+    """Evaluations at averaged weights leave no mark under FSDP2; FSDP1 is refused."""
+    net, opt, twin, twin_opt = _optimized(options | {"several": True})
+    x = batch(100, 5)
+    for t in range(STEPS):
+        train(net, opt, t, mine, 5)
+        train(twin, twin_opt, t, lambda x: x, 5)
+        opt.step()
+        twin_opt.step()
+        with torch.no_grad():
+            before = net(x)  # FSDP2 holds on to whole weights of the outermost module
+            with opt.averaged_params(), twin_opt.averaged_params():
+                torch.testing.assert_close(net(x), twin(x), rtol=1e-12, atol=1e-12)
+            assert torch.equal(net(x), before)
+        found, wanted = (o.averaged_params(copy=True) for o in (opt, twin_opt))
+        for name, mean in wanted.items():
+            assert isinstance(found[name], DTensor)
+            torch.testing.assert_close(full(found[name]), mean, rtol=1e-12, atol=1e-12)
+    check_equal(opt, net, twin_opt, twin)
+    flat = wrapped(twin, use_orig_params=True)
+    opt = optimizer(clean(flat), several=True)
+    with pytest.raises(ValueError, match="FullyShardedDataParallel holds a part"):
+        opt.averaged_params()
+    parts = opt.averaged_params(copy=True)
+    assert all(torch.equal(parts[name], param) for name, param in clean(flat))
+
+
 def save(folder: Path, **options: Any) -> None:
     """Train half a run and write it with torch.distributed.checkpoint."""
     net, opt, twin, twin_opt = _optimized(options)
@@ -655,7 +772,9 @@ SCENARIOS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
         ddp,
+        algoperf,
         fsdp,
+        scaled,
         own_meshes,
         empty_part,
         hsdp,
@@ -670,6 +789,7 @@ SCENARIOS: dict[str, Callable[..., None]] = {
         two_meshes,
         curvature,
         whole_leaves,
+        averages,
         save,
         load,
         copies,
@@ -692,7 +812,7 @@ def main(rank: str, world: str, folder: str, *scenarios: str) -> None:
             key, _, value = word.partition("=")
             options[key] = True if value == "True" else value
         if name in ("save", "load", "copies"):
-            options["folder"] = Path(folder) / name.replace("load", "save") / options["blocks"]
+            options["folder"] = Path(folder) / name.replace("load", "save") / ",".join(words)
         try:
             SCENARIOS[name](**options)
         except Exception:

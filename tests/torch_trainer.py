@@ -46,9 +46,6 @@ def main(example: str, file: str) -> None:
     model = parts.Regression()
     options = {
         "base": mo.AdamW(),
-        "meta": mo.FastStart(mo.AdamW()),
-        "step_size": 1e-3,
-        "meta_lr": 1e-2,
         "compile": False,
     }
     sharding: dict[str, Any] = {
@@ -69,7 +66,7 @@ def main(example: str, file: str) -> None:
             disable_tqdm=True,
             **sharding,
         )
-        trainer = parts.Tuned(
+        trainer = parts.InOrder(
             model,
             arguments,
             train_dataset=parts.Data(STEPS),
@@ -81,6 +78,8 @@ def main(example: str, file: str) -> None:
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if trainer.is_world_process_zero():
         torch.save({"net": weights, "step sizes": sizes}, file)
+    # threads of a process group that still run when the interpreter ends may abort it
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

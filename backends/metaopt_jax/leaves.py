@@ -80,6 +80,19 @@ class Structure:
             for key in keys
         }
 
+    def some(self, leaves: Mapping[str, Any]) -> Any:
+        """Return the pytree of values by name of some leaves, `MaskedNode()` for the others."""
+        return self.tree.unflatten([leaves.get(name, optax.MaskedNode()) for name in self.names])
+
+    def those_of(self, tree: Any) -> Leaves[Any]:
+        """Return the values by name of some leaves: the inverse of `some`."""
+        found = self.leaves(tree, "state")
+        return per_leaf(
+            (name, value)
+            for name, value in found.items()
+            if not isinstance(value, optax.MaskedNode)
+        )
+
     def by_leaf(self, trees: Mapping[str, Any]) -> Leaves[Leaves[Any]]:
         """Return values by name and key from pytrees by key: the inverse of `by_key`."""
         columns = {key: self.leaves(tree, "state") for key, tree in trees.items()}

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxpr_as_fun
 
+from metaopt_jax.scalars import on_vectors
 from metaopt_jax.state import MetaOptimizeState
 
 __all__ = ["helps", "in_order"]
@@ -34,9 +35,12 @@ def helps(params: Iterable[Any]) -> bool:
     )
 
 
-def in_order(update: Update, grads: Any, state: MetaOptimizeState, params: Any) -> Any:
+def in_order(
+    update: Update, grads: Any, state: MetaOptimizeState, params: Any, *, vectors: bool
+) -> Any:
     """Return `update(grads, state, params)`, in an order in which XLA copies nothing.
 
+    With `vectors`, leaves' own numbers are computed on vectors: see `metaopt_jax.scalars`.
     An update with effects, such as a rule that prints, keeps the order that it has.
     """
     tree: Any  # JAX has no static type for it
@@ -47,16 +51,20 @@ def in_order(update: Update, grads: Any, state: MetaOptimizeState, params: Any) 
     outcome: Any = jax.tree.structure(shape)
     if closed.jaxpr.effects:
         return outcome.unflatten(jaxpr_as_fun(closed)(*inputs))
-    jaxpr = _each_once(closed.jaxpr)
-    _, before, _ = tree.unflatten(jaxpr.invars)
+    _, before, _ = tree.unflatten(closed.jaxpr.invars)
+    jaxpr, entries = _each_once(closed.jaxpr), dict[Var, tuple[Var, ...]]()
+    if vectors:
+        jaxpr, entries = on_vectors(jaxpr, before.count)
     outputs = outcome.unflatten(jaxpr.outvars)
     steps, after = outputs
     traces, moments = _variables(after.trace_or_average), _replaceable(jaxpr, before, after, steps)
     late = {*traces, *_variables(after.slots)} - moments
 
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *inputs], strict=True))
-    values = _finished(jaxpr, values, [v for v in _variables(after) if v not in late])
-    values = _finished(jaxpr, values, traces)
+    counts = [v for v, vectors in entries.items() if vectors == (before.leaf_counts,)]
+    early = [v for v in _variables(after) if v not in late]
+    values = _finished(jaxpr, values, [*early, *counts])
+    values = _finished(jaxpr, values, traces, _variables(outputs))
     never = values[before.count] == -1  # no update has this number, but that only we know
     sizes = _variables((before.beta, after.beta, after.learned_step_sizes))
     tied = values | _after(values, traces, never, sizes)
@@ -129,10 +137,17 @@ def _computed(jaxpr: Jaxpr, values: Values, wanted: list[Var]) -> list[Any]:
     return jaxpr_as_fun(ClosedJaxpr(part, ()))(*values.values())
 
 
-def _finished(jaxpr: Jaxpr, values: Values, wanted: list[Var]) -> Values:
-    """Return values and wanted ones, and see to it that none of them is computed again."""
+def _finished(
+    jaxpr: Jaxpr, values: Values, wanted: list[Var], rest: list[Var] | None = None
+) -> Values:
+    """Return values and wanted ones, and see to it that none of them is computed again.
+
+    With `rest`, those alone that it is still to be computed of: each one takes time to compile.
+    """
     values = values | dict(zip(wanted, _computed(jaxpr, values, wanted), strict=True))
-    return dict(zip(values, jax.lax.optimization_barrier(list(values.values())), strict=True))
+    read = set(values) if rest is None else _path(jaxpr, values, rest)[1].union(wanted)
+    held = {v: value for v, value in values.items() if v in read}
+    return values | dict(zip(held, jax.lax.optimization_barrier(list(held.values())), strict=True))
 
 
 def _after(values: Values, traces: list[Var], never: Any, variables: list[Var]) -> Values:

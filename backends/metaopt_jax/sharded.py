@@ -42,8 +42,9 @@ def sums_over(
                 "tells the ones from the others."
             )
             raise ValueError(msg)
-    views = plan.blocks.views
     for name, over in varying.items():
+        parts = (plan, *plan.learned.values())
+        views = [part.blocks.views[name] for part in parts if name in part.blocks.views]
         if over.intersection(axes) and scope_of(plan.rules[name]) == "leaf":
             msg = (
                 f"{name!r} is sharded within jax.shard_map, but {plan.rules[name]!r} has the scope "
@@ -51,10 +52,11 @@ def sums_over(
                 'rule is elementwise, say `scope = "weight"`.'
             )
             raise ValueError(msg)
-        if over.intersection(axes) and math.prod(views[name]) > 1:
+        several = [view for view in views if math.prod(view) > 1]
+        if over.intersection(axes) and several:
             msg = (
                 f"`blocks` divides {name!r}, of which devices have parts, into blocks of the shape "
-                f"{views[name]}. With `axis_name` a block must hold whole leaves; use "
+                f"{several[0]}. With `axis_name` a block must hold whole leaves; use "
                 "jax.jit with shardings."
             )
             raise ValueError(msg)

@@ -11,15 +11,32 @@ import numpy as np
 import optax
 
 import metaopt as mo
-from metaopt.arrays import Leaves, cast, per_leaf
-from metaopt.inputs import multipliers, namespace_of
+from metaopt.arrays import Leaves, cast, map_leaves, per_leaf
+from metaopt.configuration import BASE, META, META_LR, STEP_SIZE, RuleLike
+from metaopt.inputs import multipliers, namespace_of, taken_for_step_size
+from metaopt.metaoptimize import check_config
+from metaopt.warning import warn
 from metaopt_jax.curvature import derivatives
 from metaopt_jax.leaves import Structure, unboxed
 from metaopt_jax.ordered import helps, in_order
 from metaopt_jax.sharded import by_compiler, in_types, sums_over
-from metaopt_jax.state import MetaOptimizeState, from_core, to_core, without_leaves
+from metaopt_jax.state import (
+    MetaOptimizeState,
+    each_horizon,
+    from_core,
+    learned_from_core,
+    like_params,
+    to_core,
+    without_leaves,
+)
 
-__all__ = ["MetaOptimizeTransformation", "metaoptimize", "transformation"]
+__all__ = [
+    "MetaOptimizeTransformation",
+    "check_discount",
+    "from_config",
+    "holds_state",
+    "metaoptimize",
+]
 
 
 class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
@@ -32,15 +49,68 @@ class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
     ----------
     opt : metaopt.MetaOptimize
         The configuration.
+    lr : float, array of shape (), schedule, or mapping of leaf name to these
+        What multiplies the learned step sizes.
     """
 
     opt: mo.MetaOptimize
+    lr: Any
 
     def step_sizes(self, state: Any) -> dict[str, Any]:
         """Return the learned step sizes by block, as `metaopt.MetaOptimize.step_sizes` does."""
         own = _own(state)
-        structure = Structure.of(own.trace_or_average)
+        structure = Structure.of(like_params(own, self.opt))
         return self.opt.step_sizes(to_core(own, self.opt, structure)) if structure.names else {}
+
+    def effective_lr(self, state: Any) -> dict[str, Any]:
+        """Return what the next update steps with: the learned step sizes times `lr`.
+
+        Parameters
+        ----------
+        state : pytree
+            This transformation's, or that of a wrapper around it.
+
+        Returns
+        -------
+        dict of str to array
+            By block, as `step_sizes`. Where `lr` is a mapping, by leaf, in shapes that broadcast to
+            the leaf's.
+
+        Examples
+        --------
+        >>> import jax.numpy as jnp, optax
+        >>> tx = metaoptimize(step_size=0.5, lr=optax.linear_schedule(0.5, 1.0, 10))
+        >>> state = tx.init({"w": jnp.ones(2)})
+        >>> {name: float(lr) for name, lr in tx.effective_lr(state).items()}
+        {'all': 0.25}
+        """
+        own = _own(state)
+        lr = _at(self.lr, own.count)
+        if not isinstance(lr, Mapping):
+            lr = multipliers(lr, per_leaf([("lr", lr)]))["lr"]
+            return {
+                name: size * jnp.asarray(lr, size.dtype)
+                for name, size in self.step_sizes(own).items()
+            }
+        structure = Structure.of(like_params(own, self.opt))
+        if not structure.names:
+            return {}
+        core = to_core(own, self.opt, structure)
+        values = map_leaves(self.opt.sigma_map.value, core.beta)
+        sizes = self.opt.plan_of(core).blocks.expand(values)
+        lrs = multipliers(lr, sizes)
+        return {name: size * jnp.asarray(lrs[name], size.dtype) for name, size in sizes.items()}
+
+    def hyperparameters(self, state: Any) -> dict[str, dict[str, Any]]:
+        """Return the numbers of rules that are learned, by name and block.
+
+        As `metaopt.MetaOptimize.hyperparameters` does.
+        """
+        own = _own(state)
+        structure = Structure.of(like_params(own, self.opt))
+        return (
+            self.opt.hyperparameters(to_core(own, self.opt, structure)) if structure.names else {}
+        )
 
     def diagnostics(self, state: Any, params: Any) -> dict[str, Any]:
         """Return how the adaptation is doing, as `metaopt.MetaOptimize.diagnostics` does.
@@ -50,6 +120,56 @@ class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
         params = unboxed(params)
         named = self.named(params)
         return self.opt.diagnostics(self.core_state(state, params), named) if named else {}
+
+    def averaged_params(self, state: Any, params: Any) -> Any:
+        """Return weights averaged over the latest steps, better to evaluate than the last ones.
+
+        As `metaopt.MetaOptimize.averaged_params`. Training goes on from `params`. Within `jax.jit`
+        it takes no more memory than what it returns.
+
+        Parameters
+        ----------
+        state : pytree
+            This transformation's, or that of a wrapper around it.
+        params : pytree
+            The parameters after the updates have been applied, all of them: those that
+            `optax.masked` or `optax.partition` have kept from this transformation are returned as
+            they are, and so are those that have made no step.
+
+        Returns
+        -------
+        params : pytree like `params`, in its dtypes
+
+        Raises
+        ------
+        ValueError
+            If there is no `discount` below 1, or with curvature or another `sigma` than "exp"; if
+            `params` are not those of the state.
+
+        Examples
+        --------
+        >>> import jax.numpy as jnp, optax, metaopt as mo
+        >>> tx = metaoptimize(base=mo.SGD(), meta=mo.SGD(), step_size=0.5, discount=(0.5, 1.0))
+        >>> params = {"w": jnp.array([1.0])}
+        >>> state = tx.init(params)
+        >>> for grad in (1.0, -1.0):
+        ...     updates, state = tx.update({"w": jnp.array([grad])}, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> params["w"].tolist(), tx.averaged_params(state, params)["w"].tolist()
+        ([1.0], [0.75])
+        """
+        params = unboxed(params)
+        structure = Structure.of(params)
+        leaves = structure.leaves(params, "params")
+        kept = structure.leaves(like_params(_own(state), self.opt), "state")
+        others = {name for name, part in kept.items() if isinstance(part, optax.MaskedNode)}
+        if len(others) == len(leaves):
+            return params
+        ours = structure.pytree(
+            {name: optax.MaskedNode() if name in others else leaf for name, leaf in leaves.items()}
+        )
+        found = self.opt.averaged_params(self.core_state(state, ours), self.named(ours))
+        return structure.pytree({**leaves, **found})
 
     def project(self, function: Callable[[Any], Any], params: Any, state: Any) -> tuple[Any, Any]:
         """Return projected parameters, and the state whose traces went through the projection.
@@ -101,7 +221,8 @@ class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
         new_params, new = self.opt.project(
             _arrays(structure, params, "params"), self.core_state(state, params), jvp
         )
-        kept = own._replace(trace_or_average=structure.pytree({**new.trace, **new.average}))
+        traces = each_horizon(self.opt, structure.pytree, {**new.trace, **new.average})
+        kept = own._replace(trace_or_average=traces, learned=learned_from_core(new, structure))
         return structure.pytree(new_params), jax.tree.map(
             lambda node: kept if _ours(node) else node, state, is_leaf=_ours
         )
@@ -119,8 +240,8 @@ class MetaOptimizeTransformation(optax.GradientTransformationExtraArgs):
     def from_core_state(self, state: mo.State, params: Any) -> MetaOptimizeState:
         """Return a state of the core, of these parameters, as this transformation's."""
         structure = Structure.of(params)
-        shapes = self.opt.plan(_arrays(structure, params, "params")).shapes
-        return from_core(state, self.opt.slopes(state.beta)[0], structure, shapes)
+        plan = self.opt.plan(_arrays(structure, params, "params"))
+        return from_core(state, self.opt, structure, plan)
 
     def named(self, params: Any) -> dict[str, Any]:
         """Return the leaves of `params` by name, as `metaopt.load` takes them."""
@@ -131,9 +252,18 @@ def _ours(node: Any) -> bool:
     return isinstance(node, MetaOptimizeState)
 
 
+def _states(state: Any) -> list[MetaOptimizeState]:
+    return [node for node in jax.tree.leaves(state, is_leaf=_ours) if _ours(node)]
+
+
+def holds_state(state: Any) -> bool:
+    """Say whether the state of a transformation has one of MetaOptimize within it."""
+    return bool(_states(state))
+
+
 def _own(state: Any) -> MetaOptimizeState:
     """Return the one state of MetaOptimize within `state`."""
-    found = [node for node in jax.tree.leaves(state, is_leaf=_ours) if _ours(node)]
+    found = _states(state)
     if len(found) != 1:
         msg = (
             f"`state` must hold one state of MetaOptimize; found {len(found)}. Of several, "
@@ -144,20 +274,21 @@ def _own(state: Any) -> MetaOptimizeState:
 
 
 def metaoptimize(
-    base: mo.rules.Rule | Mapping[str, mo.rules.Rule],
-    meta: mo.rules.Rule,
-    step_size: Any = 1e-4,
-    meta_lr: Any = 1e-3,
-    discount: Any = 1.0,
     *,
-    lr: Any = 1.0,
+    base: RuleLike = BASE,
+    meta: RuleLike = META,
+    step_size: Any = STEP_SIZE,
+    meta_lr: Any = META_LR,
+    discount: Any = None,
     blocks: str | Mapping[str, Any] | mo.blocks.Partition = "scalar",
     sigma: Any = "exp",
     bounds: Any = None,
     approximation: str = "l",
     curvature: Any = "none",
+    held_out: bool = False,
     meta_first: bool = False,
     skip_nonfinite: bool = False,
+    lr: Any = 1.0,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> MetaOptimizeTransformation:
     """Return MetaOptimize as an optax gradient transformation.
@@ -172,9 +303,12 @@ def metaoptimize(
 
     Parameters
     ----------
-    base, meta, step_size, meta_lr, discount, blocks, sigma, bounds, approximation, curvature, \
-    meta_first, skip_nonfinite
+    base, meta, step_size, discount, blocks, sigma, bounds, approximation, curvature, \
+    held_out, meta_first, skip_nonfinite
         As `metaopt.MetaOptimize` takes them.
+    meta_lr : float, array of shape () or schedule, default 1e-2
+        As `metaopt.MetaOptimize` takes it; of a schedule, a function of the number of updates
+        made, `opt` holds the first value.
     lr : float, array of shape (), schedule, or mapping of leaf name to these, default 1.0
         Multiplies the learned step sizes: schedules, warm-up. A schedule is a function of the
         number of updates made, and may return a mapping, too.
@@ -196,6 +330,11 @@ def metaoptimize(
             to the third derivative along both. Both are called under `jax.vmap`.
         hessian_diagonal : pytree like `params`
             For curvature "diagonal".
+        unit_steps : pytree like `params`
+            For base `metaopt.Opaque`; `wrap` hands over those of another transformation.
+        meta_grads : pytree like `params`
+            For `held_out`: gradients of a held-out loss, with which the step sizes learn; of a leaf
+            that is None there are none. Without it, and where all of it is 0, they rest.
 
         A gradient of None leaves the parameter and all its state as they are.
 
@@ -220,41 +359,42 @@ def metaoptimize(
     >>> bool(abs(params["w"]).max() < 1e-2)
     True
     """
-    narrow = hasattr(discount, "dtype") and jnp.issubdtype(discount.dtype, jnp.floating)
-    if narrow and jnp.finfo(discount.dtype).bits < 32:
-        msg = (
-            f"`discount` must be float32 or wider; got {discount.dtype}, in which 0.999 is 1. "
-            "inject_hyperparams takes the parameters' dtype unless told otherwise: pass it "
-            "hyperparam_dtype=jnp.float32."
-        )
-        raise TypeError(msg)
+    check_discount(discount)
     opt = mo.MetaOptimize(
         base=base,
         meta=meta,
         step_size=step_size,
-        meta_lr=meta_lr,
+        meta_lr=_at(meta_lr, 0),
         discount=discount,
         blocks=blocks,
         sigma=sigma,
         bounds=bounds,
         approximation=approximation,
         curvature=curvature,
+        held_out=held_out,
         meta_first=meta_first,
         skip_nonfinite=skip_nonfinite,
     )
-    return transformation(opt, lr=lr, axis_name=axis_name)
+    schedule = meta_lr if callable(meta_lr) else None
+    return from_config(opt, lr=lr, meta_lr=schedule, axis_name=axis_name)
 
 
-def transformation(
-    opt: mo.MetaOptimize, *, lr: Any = 1.0, axis_name: str | tuple[str, ...] | None = None
+def from_config(
+    config: mo.MetaOptimize,
+    *,
+    lr: Any = 1.0,
+    meta_lr: Callable[[Any], Any] | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> MetaOptimizeTransformation:
-    """Return a configuration, such as one of `metaopt.presets`, as `metaoptimize` does.
+    """Return a transformation with a configuration of the core, such as one of `metaopt.presets`.
 
     Parameters
     ----------
-    opt : metaopt.MetaOptimize
+    config : metaopt.MetaOptimize
     lr, axis_name
         As `metaoptimize` takes them.
+    meta_lr : schedule, optional
+        In place of the number that `config` has.
 
     Raises
     ------
@@ -262,6 +402,11 @@ def transformation(
         If a number in `lr` is negative or not finite, or `axis_name` is given and every weight has
         a step size of its own; or if `opt` has `recover`.
     """
+    opt = config
+    check_config(config)
+    if meta_lr is not None and not callable(meta_lr):
+        msg = f"`meta_lr` must be a schedule here, as `config` has the number; got {meta_lr!r}."
+        raise TypeError(msg)
     if opt.recover:
         msg = (
             "`recover` does not go with optax, where updates are added: what is added to weights "
@@ -278,8 +423,7 @@ def transformation(
         if not structure.names:
             return without_leaves(opt, structure)
         leaves = _arrays(structure, params, "params")
-        state = opt.init(leaves)
-        return from_core(state, opt.slopes(state.beta)[0], structure, opt.plan(leaves).shapes)
+        return from_core(opt.init(leaves), opt, structure, opt.plan(leaves))
 
     def update(
         updates: Any,
@@ -290,6 +434,8 @@ def transformation(
         hvp: Callable[[Any], Any] | None = None,
         third: Callable[[Any, Any], Any] | None = None,
         hessian_diagonal: Any = None,
+        unit_steps: Any = None,
+        meta_grads: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, MetaOptimizeState]:
         del extra_args  # those of other transformations
@@ -309,16 +455,20 @@ def transformation(
         options = {
             "lr": _at(lr, state.count),
             "hessian_diagonal": hessian_diagonal if plan.curvature == "diagonal" else None,
+            "unit_steps": unit_steps,
+            "meta_grads": meta_grads,
             "traced": {
                 name: getattr(opt, name)
                 for name in ("meta_lr", "discount")
                 if not isinstance(getattr(opt, name), float)
-            },
+            }
+            | ({} if meta_lr is None else {"meta_lr": meta_lr(state.count)}),
         }
 
         def step(grads: Any, state: MetaOptimizeState, params: Any, options: Any) -> Any:
             leaves = _arrays(structure, params, "params")
             diagonal, traced = options["hessian_diagonal"], options["traced"]
+            units, judges = options["unit_steps"], options["meta_grads"]
             deltas, new = (replace(opt, **traced) if traced else opt).update(
                 leaves,
                 _arrays(structure, grads, "updates"),
@@ -327,6 +477,8 @@ def transformation(
                 hessian_diagonal=None
                 if diagonal is None
                 else _arrays(structure, diagonal, "hessian_diagonal"),
+                unit_steps=None if units is None else _arrays(structure, units, "unit_steps"),
+                meta_grads=None if judges is None else _arrays(structure, judges, "meta_grads"),
                 reduce=reduce,
                 copies=copies,
                 **given,
@@ -337,18 +489,32 @@ def transformation(
                 else cast(-deltas[name], leaf.dtype)
                 for name, leaf in leaves.items()
             }
-            sizes = opt.slopes(new.beta)[0]
-            return structure.pytree(steps), from_core(new, sizes, structure, plan.shapes)
+            return structure.pytree(steps), from_core(new, opt, structure, plan)
 
         if plan.curvature == "none" and helps(leaves.values()):
-            return in_order(partial(step, options=options), updates, state, params)
+            run = partial(step, options=options)
+            # of several discounts and hundreds of leaves XLA takes longer still on vectors
+            return in_order(run, updates, state, params, vectors=not opt.horizons)
         if in_types(leaves.values()):
             return by_compiler(step, updates, state, params, options)
         return step(updates, state, params, options)
 
     found = MetaOptimizeTransformation(init, update)
-    found.opt = opt
+    found.opt, found.lr = opt, lr
     return found
+
+
+def check_discount(discount: Any) -> None:
+    """Raise where a discount is an array so narrow that 0.999 is 1."""
+    for each in discount if isinstance(discount, tuple | list) else (discount,):
+        floating = hasattr(each, "dtype") and jnp.issubdtype(each.dtype, jnp.floating)
+        if floating and jnp.finfo(each.dtype).bits < 32:
+            msg = (
+                f"`discount` must be float32 or wider; got {each.dtype}, in which 0.999 is 1. "
+                "inject_hyperparams takes the parameters' dtype unless told otherwise: pass it "
+                "hyperparam_dtype=jnp.float32."
+            )
+            raise TypeError(msg)
 
 
 def _check_multiplier(lr: Any) -> None:
@@ -358,6 +524,9 @@ def _check_multiplier(lr: Any) -> None:
         multipliers(numbers, numbers)
     elif not callable(lr):
         multipliers(lr, per_leaf(()))
+    advice = taken_for_step_size(lr.values() if isinstance(lr, Mapping) else (lr,))
+    if advice is not None:
+        warn(advice)
 
 
 def _at(lr: Any, count: Any) -> Any:

@@ -5,63 +5,65 @@ from typing import Any
 import numpy as np
 
 from metaopt.tracer import PYTHON
-from metaopt_kernels.programs import GIVEN, Traced
+from metaopt_kernels.programs import GIVEN, OF_BLOCKS, Traced
 
 __all__ = ["Cpu", "source"]
 
 TEMPLATE = """\
-def block(fixed, given, counts, discount_, row, start, stop, first):
+def block(fixed, given, counts, discounts, sums, chunk, row, start, stop, first):
+    sums[chunk, :] = 0.0
     told = given[row]
     if told.grad == 0:
-        return 0.0
+        return
     n = stop - start
     {inputs}
     {once}
-    total = np.{compute}(0.0)
+    {totals}
     for i in range(n):
         {loads}
         {each}
         {stores}
-    return np.float64(total)
+    {sums}
 """
 
 
 def source(traced: Traced, compute: str, *, per_weight: bool) -> str:
     """Return the source of a function that steps the weights from `start` to `stop` of a leaf.
 
-    It returns the sum of their products, which it writes in place of that where step sizes differ
-    from weight to weight. Rows of `fixed` hold the addresses of the arrays of `Traced.arrays` that
-    `given`, of dtype `ROW`, does not.
+    It writes the sums of their products, or the products where step sizes differ from weight to
+    weight. Rows of `fixed` hold the addresses of the arrays of `Traced.arrays` that `given`, of
+    dtype `ROW`, does not, and of such products.
     """
-    fixed = [name for name in traced.arrays if name not in GIVEN]
-    numbers = {
-        "lr": f"np.{compute}(told.lr)",
-        "count": "counts[row]",
-        "discount": f"np.{compute}(discount_)",
-    }
+    horizons = range(len(traced.products))
+    products = [f"product{horizon}" for horizon in horizons] if per_weight else []
+    fixed = [*(name for name in traced.arrays if name not in GIVEN), *products]
+    numbers = {"lr": f"np.{compute}(told.lr)", "count": "counts[row]"}
+    numbers |= {f"discount{horizon}": f"np.{compute}(discounts[{horizon}])" for horizon in horizons}
     inputs = []
-    for name, dtype in (traced.arrays | traced.shared).items():
+    for name, dtype in (traced.arrays | traced.shared | dict.fromkeys(products, compute)).items():
         if name in numbers:
             inputs.append(f"{name} = {numbers[name]}")
             continue
         at = f"told.{name}" if name in GIVEN else f"fixed[{fixed.index(name)}, row]"
-        offset = "first" if name in ("value", "rate", "meta_grad") else "start"
-        array = f"carray(pointer({at} + {offset} * {_size(dtype)}), n, np.{dtype})"
+        offset = "first" if name in OF_BLOCKS else "start"
+        kind = PYTHON.dtypes[dtype]
+        array = f"carray(pointer({at} + {offset} * {_size(dtype)}), n, np.{kind})"
         one = name in traced.shared
         inputs.append(f"{name} = {array}[0]" if one else f"{name}_ = {array}")
-    if per_weight:
-        address = f"told.product + start * {_size(compute)}"
-        inputs.append(f"product_ = carray(pointer({address}), n, np.{compute})")
-    product = PYTHON.written(traced.product)
     stores = [f"{name}_[i] = {PYTHON.written(value)}" for name, value in traced.written.items()]
-    stores.append(f"product_[i] = {product}" if per_weight else f"total += {product}")
+    stores += [
+        f"product{horizon}_[i] = {product}" if per_weight else f"total{horizon} += {product}"
+        for horizon, product in enumerate(map(PYTHON.written, traced.products))
+    ]
+    summed = [] if per_weight else horizons
     return TEMPLATE.format(
-        compute=compute,
         inputs="\n    ".join(inputs),
         once="\n    ".join(PYTHON.lines(traced.program.once)),
         loads="\n        ".join(f"{name} = {name}_[i]" for name in traced.arrays),
         each="\n        ".join(PYTHON.lines(traced.program.each)),
         stores="\n        ".join(stores),
+        totals="\n    ".join(f"total{horizon} = np.{compute}(0.0)" for horizon in summed),
+        sums="\n    ".join(f"sums[chunk, {horizon}] = total{horizon}" for horizon in summed),
     )
 
 
@@ -101,18 +103,19 @@ class Cpu:
         """Return the blocks of chunks as `gathered` takes them."""
         return blocks
 
-    def run(self, kernel: Any, group: Any, given: Any, discount: float) -> None:
+    def run(self, kernel: Any, group: Any, given: Any, discounts: Any) -> None:
         """Step the leaves of a group."""
         self._tools.run(
             kernel,
             group.weights,
-            *(group.fixed, given, group.counts, discount, group.chunks, group.sums),
+            *(group.fixed, given, group.counts, discounts, group.sums, group.chunks),
         )
         group.counts += given["grad"] != 0
 
-    def gathered(self, groups: Any, size: int, dtype: Any) -> Any:
-        """Return the sums of all chunks by block."""
-        total = np.zeros(size)
+    def gathered(self, groups: Any, horizons: int, size: int, dtype: Any) -> Any:
+        """Return the sums of all chunks by horizon and block."""
+        total = np.zeros((horizons, size))
         for group in groups:
-            total += np.bincount(group.blocks, weights=group.sums, minlength=size)
+            for horizon, sums in enumerate(group.sums.T):
+                total[horizon] += np.bincount(group.blocks, weights=sums, minlength=size)
         return total.astype(dtype)

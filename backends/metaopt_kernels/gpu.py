@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from metaopt.tracer import C
-from metaopt_kernels.programs import GIVEN, ROW, Traced
+from metaopt_kernels.programs import GIVEN, OF_BLOCKS, ROW, Traced
 
 __all__ = ["Gpu", "source"]
 
-#: Leaves of one launch: a kernel's arguments may have 4096 bytes, and a leaf's take 56.
+#: Leaves of one launch: a kernel's arguments may have 4096 bytes, and a leaf's take 48.
 ROWS = 64
 #: The struct that a launch is passed by value, as CuPy takes one: in an array of one entry.
 AT = np.dtype([("at", ROW, ROWS)])
@@ -28,6 +28,7 @@ struct Rows {{ Row at[{rows}]; }};
 __device__ double summed(double mine)
 {{
     __shared__ double parts[{threads}];
+    __syncthreads();  // until all have read the sum of before
     parts[threadIdx.x] = mine;
     __syncthreads();
     for (int width = {threads} / 2; width > 0; width /= 2) {{
@@ -42,13 +43,13 @@ STEP = """
 // steps the weights of a chunk, and sums their products
 extern "C" __global__ void step(
     const Rows rows, const int row_0, const int leaves, const long long* fixed, const int* counts,
-    const double discount_, const long long* chunks, double* sums)
+    const long long* chunks, double* sums, {discounts})
 {{
     const long long* chunk = chunks + 4 * (long long)blockIdx.x;
     const int leaf = (int)chunk[0];
     const long long start = chunk[1], n = chunk[2] - chunk[1];
     const Row row = rows.at[leaf - row_0];
-    {compute} total = 0;
+    {totals}
     if (row.grad) {{
         {inputs}
         {once}
@@ -58,8 +59,7 @@ extern "C" __global__ void step(
             {stores}
         }}
     }}
-    const double sum = summed(total);
-    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+    {sums}
 }}
 
 // counts the step of every leaf that had a gradient
@@ -72,13 +72,15 @@ extern "C" __global__ void advance(
 """
 
 GATHER = """
-// adds up the sums of each meta-gradient's chunks
+// adds up the sums of each meta-gradient's chunks, for every discount
 extern "C" __global__ void gather(
-    const double* sums, const long long* order, const long long* ends, {beta}* z)
+    const double* sums, const int horizons, const int size, const long long* order,
+    const long long* ends, {beta}* z)
 {{
+    const int horizon = blockIdx.x / size, block = blockIdx.x % size;
     double mine = 0;
-    for (long long i = ends[blockIdx.x] + threadIdx.x; i < ends[blockIdx.x + 1]; i += {threads})
-        mine += sums[order[i]];
+    for (long long i = ends[block] + threadIdx.x; i < ends[block + 1]; i += {threads})
+        mine += sums[order[i] * horizons + horizon];
     const double sum = summed(mine);
     if (threadIdx.x == 0) z[blockIdx.x] = ({beta})sum;
 }}
@@ -87,22 +89,24 @@ extern "C" __global__ void gather(
 
 def source(traced: Traced, compute: str, *, per_weight: bool) -> str:
     """Return the source of the kernels `step`, for a chunk of a leaf a block, and `advance`."""
-    fixed = [name for name in traced.arrays if name not in GIVEN]
+    horizons = range(len(traced.products))
+    products = [f"product{horizon}" for horizon in horizons] if per_weight else []
+    fixed = [*(name for name in traced.arrays if name not in GIVEN), *products]
     wide = C.dtypes[compute]
     numbers = {
         "lr": f"row.lr_at ? *(const {wide}*)row.lr_at : ({wide})row.lr",
         "count": "counts[leaf]",
-        "discount": f"({wide})discount_",
     }
+    numbers |= {f"discount{horizon}": f"({wide})discount{horizon}_" for horizon in horizons}
     inputs = []
-    for name, dtype in (traced.arrays | traced.shared).items():
+    for name, dtype in (traced.arrays | traced.shared | dict.fromkeys(products, compute)).items():
         kind = C.dtypes[dtype]
         if name in numbers:
             inputs.append(f"const {kind} {name} = {numbers[name]};")
             continue
         told = name in GIVEN
         at = f"row.{name}" if told else f"fixed[{fixed.index(name)} * leaves + leaf]"
-        offset = "chunk[3]" if name in ("value", "rate", "meta_grad") else "start"
+        offset = "chunk[3]" if name in OF_BLOCKS else "start"
         constant = "const " if told else ""
         pointer = f"({constant}{kind}*){at} + {offset}"
         if name in traced.shared:
@@ -110,12 +114,17 @@ def source(traced: Traced, compute: str, *, per_weight: bool) -> str:
         else:
             inputs.append(f"{constant}{kind}* {name}_ = {pointer};")
     stores = [f"{name}_[i] = {C.written(value)};" for name, value in traced.written.items()]
-    product = C.written(traced.product)
-    if per_weight:
-        inputs.append(f"{wide}* product_ = ({wide}*)row.product + start;")
-        stores.append(f"product_[i] = {product};")
-    else:
-        stores.append(f"total += {product};")
+    stores += [
+        f"product{horizon}_[i] = {product};" if per_weight else f"total{horizon} += {product};"
+        for horizon, product in enumerate(map(C.written, traced.products))
+    ]
+    totals = ", ".join(f"total{horizon} = 0" for horizon in horizons)
+    sums = [
+        f"const double sum{horizon} = summed(total{horizon});\n    "
+        f"if (threadIdx.x == 0) sums[(long long)blockIdx.x * {len(horizons)} + {horizon}] = "
+        f"sum{horizon};"
+        for horizon in horizons
+    ]
     include = "#include <cuda_fp16.h>\n" if "float16" in traced.arrays.values() else ""
     loads = (
         f"const {C.dtypes[dtype]} {name} = {name}_[i];" for name, dtype in traced.arrays.items()
@@ -124,8 +133,10 @@ def source(traced: Traced, compute: str, *, per_weight: bool) -> str:
         include
         + _header()
         + STEP.format(
-            compute=C.dtypes[compute],
             threads=THREADS,
+            discounts=", ".join(f"const double discount{horizon}_" for horizon in horizons),
+            totals=f"{wide} {totals};",
+            sums="\n    ".join(sums),
             inputs="\n        ".join(inputs),
             once="\n        ".join(C.lines(traced.program.once)),
             loads="\n            ".join(loads),
@@ -175,7 +186,7 @@ class Gpu:
         order = np.argsort(blocks, kind="stable")
         return self.table(order), self.table(np.searchsorted(blocks[order], np.arange(size + 1)))
 
-    def run(self, kernel: Any, group: Any, given: Any, discount: float) -> None:
+    def run(self, kernel: Any, group: Any, given: Any, discounts: Any) -> None:
         """Step the leaves of a group."""
         step, advance = kernel
         leaves, done = len(group.names), 0
@@ -194,23 +205,24 @@ class Gpu:
                         *span,
                         group.fixed,
                         group.counts,
-                        np.float64(discount),
                         group.chunks[done:end],
                         group.sums[done:end],
+                        *discounts,
                     ),
                 )
             advance((1,), (ROWS,), (rows, *span, group.counts))
             done = end
 
-    def gathered(self, groups: Any, size: int, dtype: Any) -> Any:
-        """Return the sums of all chunks by block."""
+    def gathered(self, groups: Any, horizons: int, size: int, dtype: Any) -> Any:
+        """Return the sums of all chunks by horizon and block."""
         xp = self.xp
-        total = xp.zeros(size, dtype=dtype)
+        total = xp.zeros((horizons, size), dtype=dtype)
+        sizes = np.int32(horizons), np.int32(size)
         beta = C.dtypes["float64" if dtype == xp.float64 else "float32"]
         text = _header() + GATHER.format(beta=beta, threads=THREADS)
         (gather,) = self._functions(text, "gather")
         for group in groups if size else ():
-            part = total if group is groups[0] else xp.zeros(size, dtype=dtype)
-            gather((size,), (THREADS,), (group.sums, *group.blocks, part))
+            part = total if group is groups[0] else xp.zeros_like(total)
+            gather((horizons * size,), (THREADS,), (group.sums, *sizes, *group.blocks, part))
             total = total if part is total else total + part
         return total

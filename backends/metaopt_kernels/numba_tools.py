@@ -30,9 +30,9 @@ def pointer(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
 
 
 TABLE = types.int64[:, ::1]
-BLOCK = types.float64(
-    *(TABLE, numba.from_dtype(ROW)[::1], types.int32[::1], types.float64),
-    *(types.int64, types.int64, types.int64, types.int64),
+BLOCK = types.void(
+    *(TABLE, numba.from_dtype(ROW)[::1], types.int32[::1], types.float64[::1]),
+    *(types.float64[:, ::1], types.int64, types.int64, types.int64, types.int64, types.int64),
 )
 
 
@@ -95,17 +95,19 @@ def run(block: Any, weights: int, *arguments: Any) -> None:
 @functools.cache
 def _loop(*, parallel: bool) -> Any:
     """Return the loop over chunks, compiled."""
-    signature = types.void(types.FunctionType(BLOCK), *BLOCK.args[:4], TABLE, types.float64[::1])
+    signature = types.void(types.FunctionType(BLOCK), *BLOCK.args[:5], TABLE)
 
     def loop(
-        block: Any, fixed: Any, given: Any, counts: Any, discount: float, chunks: Any, sums: Any
+        block: Any, fixed: Any, given: Any, counts: Any, discounts: Any, sums: Any, chunks: Any
     ) -> None:
         for index in numba.prange(len(chunks)):
-            sums[index] = block(
+            block(
                 fixed,
                 given,
                 counts,
-                discount,
+                discounts,
+                sums,
+                np.int64(index),  # of a parallel loop it is unsigned
                 chunks[index, 0],
                 chunks[index, 1],
                 chunks[index, 2],

@@ -14,12 +14,14 @@ from array_api_compat import is_torch_array
 
 import metaopt as mo
 from metaopt.arrays import is_number, map_leaves, solid
-from metaopt.inputs import check_grads, multipliers
+from metaopt.configuration import BASE, META, META_LR, STEP_SIZE, RuleLike
+from metaopt.inputs import check_formulas, check_grads, check_meta_grads, multipliers
+from metaopt.metaoptimize import check_config
 from metaopt_kernels.memory import Layout, check_writable, layout
 from metaopt_kernels.pool import Pool
 from metaopt_kernels.sharing import device_of, shared
 
-__all__ = ["MetaOptimizer"]
+__all__ = ["MetaOptimizer", "from_config"]
 
 
 class MetaOptimizer:
@@ -37,17 +39,16 @@ class MetaOptimizer:
         Real and floating, all on one device; those of a sequence are called "0", "1", and so on.
         Steps write to these very arrays. Tensors of PyTorch are taken as well, by DLPack, as long
         as they stay where they lie.
-    base, meta : Rule
-        As in `metaopt.MetaOptimize`.
+    base, meta, step_size, meta_lr, discount, blocks, sigma, bounds
+        As for `metaopt.MetaOptimize`.
+    approximation, curvature, held_out, meta_first, skip_nonfinite, recover
+        As for `metaopt.MetaOptimize`; all but the first take more than one pass, and so the core,
+        unless they are left at their defaults.
     fused : bool, optional
         True raises ValueError where a leaf cannot have a kernel, False has the core make every
         step. By default there are kernels where there can be; a warning says where a rule or a
         missing package stands against it. Rules of the `scope` "leaf" have none, and are no
         reason to warn.
-    **options
-        `step_size`, `meta_lr`, `discount`, `blocks` and all others of `metaopt.MetaOptimize`, of
-        which `meta_first`, `skip_nonfinite`, `recover` and curvature other than "none" take more
-        than one pass, and so the core.
 
     Attributes
     ----------
@@ -68,7 +69,7 @@ class MetaOptimizer:
     >>> import numpy as np
     >>> import metaopt as mo
     >>> params = {"w": np.array([3.0, -2.0])}
-    >>> opt = MetaOptimizer(params, mo.SGD(), mo.SGD(), step_size=0.1, meta_lr=0.01, fused=False)
+    >>> opt = MetaOptimizer(params, base=mo.SGD(), meta=mo.SGD(), step_size=0.1, fused=False)
     >>> for _ in range(100):
     ...     opt.step({"w": params["w"]})  # the gradient of half the squared norm
     >>> bool(abs(params["w"]).max() < 1e-3)
@@ -78,13 +79,40 @@ class MetaOptimizer:
     def __init__(
         self,
         params: Mapping[str, Any] | Sequence[Any],
-        base: mo.rules.Rule | Mapping[str, mo.rules.Rule],
-        meta: mo.rules.Rule,
         *,
+        base: RuleLike = BASE,
+        meta: RuleLike = META,
+        step_size: float | Mapping[str, Any] = STEP_SIZE,
+        meta_lr: float = META_LR,
+        discount: float | tuple[float, ...] | None = None,
+        blocks: Any = "scalar",
+        sigma: Any = "exp",
+        bounds: Any = None,
+        approximation: str = "l",
+        curvature: Any = "none",
+        held_out: bool = False,
+        meta_first: bool = False,
+        skip_nonfinite: bool = False,
+        recover: bool = False,
         fused: bool | None = None,
-        **options: Any,
     ) -> None:
-        self._prepare(params, mo.MetaOptimize(base=base, meta=meta, **options), fused)
+        config = mo.MetaOptimize(
+            base=base,
+            meta=meta,
+            step_size=step_size,
+            meta_lr=meta_lr,
+            discount=discount,
+            blocks=blocks,
+            sigma=sigma,
+            bounds=bounds,
+            approximation=approximation,
+            curvature=curvature,
+            held_out=held_out,
+            meta_first=meta_first,
+            skip_nonfinite=skip_nonfinite,
+            recover=recover,
+        )
+        self._prepare(params, config, fused)
 
     def _prepare(
         self,
@@ -94,6 +122,11 @@ class MetaOptimizer:
         state: mo.State | None = None,
         stacklevel: int = 3,
     ) -> None:
+        check_formulas(
+            config.base,
+            "hand the steps of an optimizer of your own to `metaopt.MetaOptimize.step` as "
+            "`unit_steps`.",
+        )
         params_by_name = _named("params", params)
         self._xp, self._params = _adopted(params_by_name)
         self._layouts = {name: layout(param) for name, param in self._params.items()}
@@ -164,6 +197,7 @@ class MetaOptimizer:
         hvp: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
         third: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] | None = None,
         hessian_diagonal: Mapping[str, Any] | None = None,
+        meta_grads: Mapping[str, Any] | Sequence[Any] | None = None,
     ) -> None:
         """Make a step: parameters and state change in place, on the current stream.
 
@@ -173,7 +207,7 @@ class MetaOptimizer:
             Of the shapes of `params`, any floating dtype of NumPy. Arrays of other libraries on
             the same device are read in place, by DLPack; bfloat16 cannot be. A leaf with None
             rests.
-        lr, hvp, third, hessian_diagonal
+        lr, hvp, third, hessian_diagonal, meta_grads
             As in `metaopt.MetaOptimize.step`.
 
         Raises
@@ -195,6 +229,7 @@ class MetaOptimizer:
         with self._device():
             found, lrs = self._read("grads", grads), self._multipliers(lr)
             if self._pool is None:
+                judges = None if meta_grads is None else self._read("meta_grads", meta_grads)
                 if hessian_diagonal is not None:
                     hessian_diagonal = self._read("hessian_diagonal", hessian_diagonal)
                 params, self._state = self.config.step(
@@ -205,11 +240,13 @@ class MetaOptimizer:
                     hvp=hvp,
                     third=third,
                     hessian_diagonal=hessian_diagonal,
+                    meta_grads=judges,
                 )
                 for name, param in self._params.items():
                     param[...] = params[name]
             else:
                 check_grads(found, self._params, self._plan.shapes)
+                check_meta_grads(meta_grads, self._params, self._plan.shapes, held_out=False)
                 self._pool.step(found, lrs)
         self._mark_written(name for name, grad in found.items() if grad is not None)
 
@@ -314,6 +351,28 @@ class MetaOptimizer:
         with self._device():
             return self.config.step_sizes(self.state)
 
+    def hyperparameters(self) -> dict[str, dict[str, Any]]:
+        """Return the numbers of rules that are learned, by name and block.
+
+        As `metaopt.MetaOptimize.hyperparameters`.
+        """
+        with self._device():
+            return self.config.hyperparameters(self.state)
+
+    def averaged_params(self) -> dict[str, Any]:
+        """Return weights averaged over the latest steps, by name, better to evaluate than the last.
+
+        As `metaopt.MetaOptimize.averaged_params`: new arrays, of the parameters' library and
+        dtypes. Training goes on from the parameters.
+
+        Raises
+        ------
+        ValueError
+            If there is no `discount` below 1, or with curvature or another `sigma` than "exp".
+        """
+        with self._device():
+            return self.config.averaged_params(self.state, self._params)
+
     def diagnostics(self) -> dict[str, Any]:
         """Return how the adaptation is doing, as `metaopt.MetaOptimize.diagnostics`."""
         with self._device():
@@ -357,12 +416,32 @@ class MetaOptimizer:
         return _restored(cls, params, config, fused, state, stacklevel=4)
 
 
+def from_config(
+    config: mo.MetaOptimize, params: Any, *, fused: bool | None = None
+) -> MetaOptimizer:
+    """Return an optimizer with a configuration of the core, such as one of `metaopt.presets`.
+
+    Parameters
+    ----------
+    config : metaopt.MetaOptimize
+    params, fused
+        As `MetaOptimizer` takes them.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `MetaOptimizer` does.
+    """
+    check_config(config)
+    return _restored(MetaOptimizer, params, config, fused, None, stacklevel=4)
+
+
 def _restored(
     cls: type[Any],
     params: Any,
     config: mo.MetaOptimize,
     fused: bool | None,
-    state: mo.State,
+    state: mo.State | None,
     stacklevel: int = 3,
 ) -> Any:
     self: Any = object.__new__(cls)
@@ -422,9 +501,11 @@ def _needs_more(config: mo.MetaOptimize, plan: Any) -> str:
     """Return what of the options takes more than one pass, if anything."""
     if plan.curvature != "none":
         return f"`curvature` {plan.curvature!r} takes more than one pass"
-    for option in ("meta_first", "skip_nonfinite", "recover"):
+    for option in ("held_out", "meta_first", "skip_nonfinite", "recover"):
         if getattr(config, option):
             return f"`{option}` takes more than one pass"
+    if plan.learned:
+        return f"{next(iter(plan.learned))} of a rule is learned, which takes more than one pass"
     return ""
 
 

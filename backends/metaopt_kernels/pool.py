@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 import metaopt as mo
-from metaopt.arrays import Leaves, cast, map_leaves, namespace, per_leaf, solid
+from metaopt.arrays import Leaves, cast, map_leaves, namespace, per_leaf, solid, to_numpy
 from metaopt.jets import Jet
 from metaopt.leaf import Leaf, one_pass
+from metaopt.meta import carried
 from metaopt.plan import Plan
 from metaopt.rules.rule import scope_of
+from metaopt.step import each_horizon
 from metaopt.tracer import UntraceableError
 from metaopt_kernels.chunks import cut, lies_per_weight
 from metaopt_kernels.memory import Occupied, address, contiguous
@@ -37,7 +39,8 @@ class Group:
         Of all its leaves.
     spec : Spec
     fixed : integers (arrays, leaves)
-        Addresses of the leaves' parameters, slots, and traces or averages.
+        Addresses of the leaves' parameters, slots, and traces or averages, and of where their
+        products go where step sizes differ from weight to weight; of these, one for each discount.
     counts : int32 (leaves,)
         `State.count` is views of it.
     chunks : integers (chunks, 4)
@@ -46,11 +49,10 @@ class Group:
         How many chunks there are up to each row, on the host.
     blocks : object
         Which meta-gradient each chunk is part of, as the engine wants to have it.
-    sums : float64 (chunks,)
+    sums : float64 (chunks, discounts)
         Sums of products; kernels write them.
-    own, sizes, starts, products : integers (leaves,)
-        On the host: the address of the parameter, its size, its first block, and the address its
-        products go to where step sizes differ from weight to weight.
+    own, sizes, starts : integers (leaves,)
+        On the host: the address of the parameter, its size, and its first block.
     kernels : dict of str to kernel
         By the gradient's dtype.
     """
@@ -67,7 +69,6 @@ class Group:
     own: Any
     sizes: Any
     starts: Any
-    products: Any
     kernels: dict[str, Any] = field(default_factory=dict)
 
 
@@ -102,6 +103,7 @@ class Pool:
         self.unfused: dict[str, str] = {}
         self._buffers: dict[str, Any] = {}  # of parameters that are not contiguous
         self._products: dict[str, Any] = {}
+        self._discounts = np.array([float(to_numpy(each)) for each in config.discounts])
         members: dict[Any, tuple[Spec, list[str]]] = {}
         for name, rule in plan.rules.items():
             spec = self._spec(name, rule)
@@ -155,6 +157,7 @@ class Pool:
             per_weight=plan.blocks.partition.per_leaf
             or lies_per_weight(plan.shapes[name], plan.blocks.views[name]),
             kept="average" if name in plan.averaged else "trace",
+            horizons=len(self._discounts),
         )
 
     def _group(
@@ -166,7 +169,7 @@ class Pool:
     ) -> Group:
         plan, engine, xp = self._plan, self._engine, self._xp
         vector = xp.stack([state.count[name] for name in names])
-        fixed, chunks, ends, blocks, starts, products = [], [], [], [], [], []
+        fixed, chunks, ends, blocks, starts = [], [], [], [], []
         for row, name in enumerate(names):
             counts[name] = xp.reshape(vector[row : row + 1], ())
             param = self._params[name]
@@ -174,7 +177,13 @@ class Pool:
                 param = self._buffers[name] = xp.empty_like(param, order="C")
             slots = state.slots[name].values()
             kept = getattr(state, spec.kept)[name]
-            fixed.append([address(array) for array in (param, *slots, kept)])
+            if spec.per_weight:
+                self._products[name] = xp.zeros_like(kept)
+            by_horizon = [kept, *([self._products[name]] if spec.per_weight else [])]
+            fixed.append(
+                [address(array) for array in (param, *slots)]
+                + [at for array in by_horizon for at in _parts(array, spec.horizons)]
+            )
             family = plan.blocks.families[plan.blocks.family_of[name]]
             view = plan.blocks.views[name]
             pieces = cut(plan.shapes[name], view, engine.chunk, per_weight=spec.per_weight)
@@ -182,10 +191,6 @@ class Pool:
             ends.append(len(pieces))
             blocks.append(pieces[:, 2] + family.start)
             starts.append(family.start)
-            products.append(0)
-            if spec.per_weight:
-                self._products[name] = xp.zeros_like(kept)
-                products[row] = address(self._products[name])
         table, addresses = np.concatenate(chunks), np.asarray(fixed, dtype=np.int64).T
         return Group(
             names=names,
@@ -196,11 +201,10 @@ class Pool:
             chunks=engine.table(table),
             ends=np.cumsum(ends),
             blocks=engine.blocks(np.concatenate(blocks), plan.blocks.size),
-            sums=xp.zeros(len(table), dtype=xp.float64),
+            sums=xp.zeros((len(table), spec.horizons), dtype=xp.float64),
             own=addresses[0].copy(),
             sizes=np.array([self._params[name].size for name in names]),
             starts=np.array(starts),
-            products=np.array(products),
         )
 
     def step(self, grads: Mapping[str, Any], lrs: Leaves[Any]) -> None:
@@ -216,7 +220,8 @@ class Pool:
         plan, state = self._plan, self.state
         lrs = _rounded(lrs, plan.dtypes)
         value, rate = (map_leaves(solid, part) for part in self._config.slopes(state.beta))
-        of_blocks = {"value": value, "rate": rate, "meta_grad": self._last_meta_grad()}
+        mask = map_leaves(lambda *z: solid(carried(*z)), state.meta_grad, state.meta_count)
+        of_blocks = {"value": value, "rate": rate, "mask": mask}
         work = [self._work(group, grads, lrs, of_blocks) for group in self._groups]
         loose = {
             name: self._by_core(name, grads[name], lrs[name], of_blocks)
@@ -227,39 +232,37 @@ class Pool:
             buffered = [name for name in group.names if name in self._buffers]
             for name in buffered:
                 self._buffers[name][...] = self._params[name]
-            self._engine.run(kernel, group, given, self._config.discount)
+            self._engine.run(kernel, group, given, self._discounts)
             for name in buffered:
                 self._params[name][...] = self._buffers[name]
-        partials = {name: self._written(name, *found) for name, found in loose.items()} | {
-            name: plan.blocks.partial(product, name, plan.beta_dtype)
-            for name, product in self._products.items()
-            if grads[name] is not None
+        products = {name: self._written(name, *found) for name, found in loose.items()} | {
+            name: product for name, product in self._products.items() if grads[name] is not None
         }
         self.state = self._config.meta_step(
             plan,
             state,
-            self._summed(partials),
+            self._summed(products),
             [n for n, grad in grads.items() if grad is not None],
         )
 
-    def _last_meta_grad(self) -> Any:
-        """Return the last meta-gradient, and inf, which restarts a trace, for blocks that start."""
-        xp = self._xp
-
-        def marked(meta_grad: Any, meta_count: Any) -> Any:
-            return solid(xp.where(meta_count > 0, meta_grad, xp.inf))
-
-        return map_leaves(marked, self.state.meta_grad, self.state.meta_count)
-
-    def _summed(self, partials: Mapping[str, Any]) -> Any:
-        """Return the meta-gradient, of the sums of chunks and of parts that leaves have."""
+    def _summed(self, products: Mapping[str, Any]) -> Any:
+        """Return the meta-gradient, of the sums of chunks and of products that leaves have."""
         plan, z = self._plan, None
+
+        def by_block(products: Mapping[str, Any]) -> Any:
+            dtype = plan.beta_dtype
+            return plan.blocks.gather(
+                {name: plan.blocks.partial(array, name, dtype) for name, array in products.items()}
+            )
+
         if not plan.blocks.partition.per_leaf:
-            z = self._engine.gathered(self._groups, plan.blocks.size, plan.beta_dtype)
-        if partials:
-            rest = plan.blocks.gather(partials)
+            sizes = len(self._discounts), plan.blocks.size
+            sums = self._engine.gathered(self._groups, *sizes, plan.beta_dtype)
+            z = self._xp.reshape(sums, self.state.meta_grad.shape)
+        if products:
+            rest = each_horizon(plan, by_block, products)
             z = rest if z is None else z + rest
-        return map_leaves(self._xp.zeros_like, self.state.beta) if z is None else z
+        return map_leaves(self._xp.zeros_like, self.state.meta_grad) if z is None else z
 
     def _work(
         self, group: Group, grads: Mapping[str, Any], lrs: Leaves[Any], of_blocks: dict[str, Any]
@@ -282,7 +285,6 @@ class Pool:
                 given[part] = [address(values[name]) for name in group.names]
             else:
                 given[part] = address(values) + group.starts * values.dtype.itemsize
-        given["product"] = group.products
         own_lrs = [lrs[name] for name in group.names]
         given["lr"] = [lr if isinstance(lr, float) else 0.0 for lr in own_lrs]
         given["lr_at"] = [0 if isinstance(lr, float) else address(lr) for lr in own_lrs]
@@ -318,9 +320,10 @@ class Pool:
         """Return what the core's function on arrays returns for a leaf: products and next row."""
         plan, state, xp = self._plan, self.state, self._xp
         dtype, param = plan.dtypes[name], self._params[name]
-        value, rate, meta_grad = (
+        value, rate, mask = (
             plan.blocks.expand_leaf(values, name, param.ndim) for values in of_blocks.values()
         )
+        column = (*plan.horizons, *(1 for _ in param.shape)) if plan.horizons else ()
         leaf = Leaf.of(
             param,
             state.slots[name],
@@ -334,13 +337,13 @@ class Pool:
             grad,
             Jet(value, rate),
             lr=xp.asarray(lr, dtype=dtype),
-            meta_grad=meta_grad,
-            discount=xp.asarray(self._config.discount, dtype=dtype),
+            mask=mask,
+            discount=xp.reshape(xp.asarray(self._discounts, dtype=dtype), column),
         )
         return product, leaf
 
     def _written(self, name: str, product: Any, leaf: Leaf) -> Any:
-        """Write the next row of a leaf; return its part of the meta-gradient."""
+        """Write the next row of a leaf; return its products."""
         state, param = self.state, self._params[name]
         param[...] = cast(leaf.param.value, param.dtype)
         for kept, new in ((state.trace, leaf.param.first), (state.average, leaf.average)):
@@ -349,7 +352,12 @@ class Pool:
         for slot, array in state.slots[name].items():
             array[...] = leaf.slots[slot].value
         state.count[name][...] += 1
-        return self._plan.blocks.partial(product, name, self._plan.beta_dtype)
+        return product
+
+
+def _parts(array: Any, number: int) -> list[int]:
+    """Return where equal parts of a contiguous array lie, one after another."""
+    return [address(array) + part * (array.nbytes // number) for part in range(number)]
 
 
 def _rounded(lrs: Leaves[Any], dtypes: Leaves[Any]) -> Leaves[Any]:

@@ -33,15 +33,17 @@ from metaopt_torch.groups import (
     check_options,
     check_rounding,
     take_keys,
+    warn_of_small_lr,
     warn_of_unused_decay,
 )
-from metaopt_torch.hessian_free import HessianFree
+from metaopt_torch.held_out import HeldOut, check_held_out
+from metaopt_torch.hessian_free import HessianFree, Opened
 from metaopt_torch.hyperparameters import agreed, hyperparameters
-from metaopt_torch.leaf import TRACES
+from metaopt_torch.in_backward import InBackward
 from metaopt_torch.loading import aligned, check_fits
 from metaopt_torch.watch import Watch
 
-__all__ = ["BaseOptimizer"]
+__all__ = ["BaseOptimizer", "check_training"]
 
 
 class BaseOptimizer(torch.optim.Optimizer):
@@ -50,6 +52,8 @@ class BaseOptimizer(torch.optim.Optimizer):
     Groups and state may be edited between steps: everything public looks at them first, by
     `_refresh`, and what steps rely on is built anew where they differ.
     """
+
+    _whose_lr = "`lr`"  # in warnings
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class BaseOptimizer(torch.optim.Optimizer):
         defaults = agreed(self._rules) | dict.fromkeys(OPTIONS) | options
         check_options(defaults)
         super().__init__(params, defaults)
+        warn_of_small_lr(self.param_groups, self._whose_lr)
         warn_of_unused_decay(config.base, options["weight_decay"], self.param_groups)
         if options["weight_decay"] is None:
             self.defaults["weight_decay"] = agreed(self._rules).get("weight_decay")
@@ -94,8 +99,15 @@ class BaseOptimizer(torch.optim.Optimizer):
         self._built: Built | None = None
         self._engine: HessianFree | None = None
         self._watch = Watch(())
+        self._evaluating = False  # whether averages stand in the place of the parameters
+        self._held_out = HeldOut()
+        self._opened: Opened | None = None  # a step that has begun in a backward pass
+        self._in_backward: InBackward | None = None
         self._double_backward = DoubleBackward()
 
+    # in training, wherever it is called: tensors of inference have no versions, by which edits show
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _build(self, before: Built | None = None) -> None:
         """Make what steps need from groups and state; `before` was made before these changed."""
         if before is None and not any(group["params"] for group in self.param_groups):
@@ -111,15 +123,14 @@ class BaseOptimizer(torch.optim.Optimizer):
                         group["param_names"] = own
                 check_groups(self.param_groups)
             check_rounding(self._rounding, self.param_groups)
-            with torch.no_grad():
-                built = build(
-                    self._given,
-                    self.param_groups,
-                    self.state,
-                    kahan=self._rounding == "kahan",
-                    before=before,
-                    containers=Containers(self._process_group),
-                )
+            built = build(
+                self._given,
+                self.param_groups,
+                self.state,
+                kahan=self._rounding == "kahan",
+                before=before,
+                containers=Containers(self._process_group),
+            )
         except Exception:
             for group, kept in zip(self.param_groups, names, strict=True):
                 if kept is not None:
@@ -127,6 +138,8 @@ class BaseOptimizer(torch.optim.Optimizer):
             raise
         if built.in_core:
             check_sharding(built)
+        if built.config.held_out:
+            check_held_out(built, zero=zero_group() is not None)
         devices = {param.device for group in self.param_groups for param in group["params"]}
         compiles = chosen(self._compile, devices)
         self._engine = HessianFree(built, self._rounding, compiles, self._engine)
@@ -135,8 +148,13 @@ class BaseOptimizer(torch.optim.Optimizer):
         self._watch = Watch((*options, *built.block_state.keys()))
         self._watch.see(self.param_groups, self.state)
 
-    def _refresh(self, *, decay: bool = True) -> None:
+    def _refresh(self, *, decay: bool = True, evaluating: bool = False) -> None:
         """Look at groups and state, and with `decay` at the groups' hyperparameters."""
+        if not evaluating:
+            check_training(self._evaluating)
+            check_closed(self._opened)
+        elif self._opened is not None:
+            return
         if self._built is None:
             self._build()
             return
@@ -167,7 +185,7 @@ class BaseOptimizer(torch.optim.Optimizer):
     @property
     def config(self) -> mo.MetaOptimize:
         """The core's configuration, with what the groups say."""
-        self._refresh()
+        self._refresh(evaluating=True)
         return self._ready.config
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -183,6 +201,8 @@ class BaseOptimizer(torch.optim.Optimizer):
         ValueError, TypeError
             If an option is misspelt or wrong; nothing is changed then.
         """
+        check_training(self._evaluating)
+        check_closed(self._opened)
         own = {"hvp": self._hvp, "rounding": self._rounding, "compile": self._compile}
         own["process_group"] = self._process_group
         hyper = {name for rule in self._rules for name in hyperparameters(rule)}
@@ -305,7 +325,7 @@ class BaseOptimizer(torch.optim.Optimizer):
                 self.state[leaf.param] = {
                     key: torch.as_tensor(value).detach().to(leaf.param.device, copy=True)
                     for key, value in found[0]["state"].get(number, {}).items()
-                    if key in leaf.state or key in TRACES or not leaf.state
+                    if key in leaf.state or key in leaf.exchanged or not leaf.state
                 }
             self._build()
         except Exception:
@@ -317,6 +337,8 @@ class BaseOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle consists of."""
+        check_training(self._evaluating)
+        check_closed(self._opened)
         own = ("_given", "_hvp", "_rounding", "_compile")
         kept = {name: self.__dict__[name] for name in own}
         leaves = () if self._built is None else self._built.leaves.values()
@@ -344,6 +366,27 @@ class BaseOptimizer(torch.optim.Optimizer):
             options = ", ".join(f"{name}={group[name]!r}" for name in OPTIONS)
             lines.append(f"    group {index}: {len(group['params'])} parameters, {options}")
         return "\n".join([*lines, ")"])
+
+
+def check_training(evaluating: bool) -> None:
+    """Raise where averages stand in the place of the parameters."""
+    if evaluating:
+        msg = (
+            "Inside `with opt.averaged_params():` the parameters are averages, and nothing can be "
+            "done that is for those of training, such as a step, a copy or a checkpoint: leave it "
+            "first. `step_sizes` may be called, and the model's own `state_dict`."
+        )
+        raise RuntimeError(msg)
+
+
+def check_closed(opened: Opened | None) -> None:
+    """Raise where a step has begun in a backward pass, and some parameters have made theirs."""
+    if opened is not None:
+        msg = (
+            "A step has begun in the backward pass (`step_in_backward`), and some parameters have "
+            "made theirs: call `step` first, which makes the rest of it."
+        )
+        raise RuntimeError(msg)
 
 
 def _without_duplicates(group: dict[str, Any]) -> None:

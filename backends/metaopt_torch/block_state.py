@@ -11,13 +11,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from metaopt.meta import COMPENSATION, PEAK, RECOVERIES, SCALE
+from metaopt.meta import COMPENSATION, DECIDED, PEAK, RECOVERIES, SCALE
 from metaopt.plan import Plan, Spec
 from metaopt.rules import Rule
 from metaopt_torch.changes import Continued, copy_entries
 from metaopt_torch.leaf import Group
 from metaopt_torch.memory import address, joined, shared, stored
-from metaopt_torch.state_keys import trace_key
+from metaopt_torch.state_keys import learned_specs, trace_key
 
 __all__ = ["BlockState", "block_state_keys"]
 
@@ -28,7 +28,8 @@ class BlockState:
     "beta", "meta_count", "meta_grad", "meta_<slot>" and "beta_trace<_slot>" have an entry per block
     along their last axis, and so has "restarts"; "step" and "skipped" are single numbers. At weight
     level what belongs to blocks lies with the parameters instead, and "restarts" has an entry per
-    family.
+    family. What numbers of rules that are learned have of this, under keys with their names before
+    it, is the first group's, as are single numbers.
 
     Parameters
     ----------
@@ -45,6 +46,7 @@ class BlockState:
     ) -> None:
         blocks = plan.blocks
         self.per_leaf = blocks.partition.per_leaf
+        self._several = bool(plan.horizons)
         specs: dict[str, Spec] = {}
         self._slots: tuple[str, ...] = ()
         if not self.per_leaf:
@@ -53,6 +55,10 @@ class BlockState:
             specs |= {f"meta_{slot}": plan.state["meta_slots"][slot] for slot in self._slots}
             specs |= {trace_key(key): plan.state["beta_trace"][key] for key in plan.beta_feeding}
         specs |= {key: plan.state[key] for key in ("restarts", "step", "skipped")}
+        #: Whose a key is that belongs to a learned number.
+        self._learned = {key: name for key, (name, _) in learned_specs(plan).items()}
+        specs |= {key: spec for key, (_, spec) in learned_specs(plan).items()}
+        self._whole = {"step", "skipped", *self._learned}
         self._held = {
             key: torch.zeros(spec.shape, dtype=spec.dtype, device=device)
             for key, spec in specs.items()
@@ -86,7 +92,7 @@ class BlockState:
         for index, group in enumerate(groups):
             for key, part in self._slices(index):
                 found, expected = group.get(key), tuple(part.shape)
-                if found is None and key in ("beta", "meta_count"):
+                if found is None and key.rpartition(".")[2] in ("beta", "meta_count"):
                     return f"no {key!r} in group {index}"
                 if found is not None and not isinstance(found, Tensor):
                     return f"{key!r} of group {index} is no tensor; got {found!r}"
@@ -95,15 +101,27 @@ class BlockState:
                     return f"{key!r} of group {index} has shape {got}; expected {expected}"
         return None
 
-    def carry(self, before: "BlockState", continued: Continued) -> None:
-        """Take from the state before what blocks and families continue there."""
+    def carry(
+        self, before: "BlockState", continued: Continued, numbers: Mapping[str, Continued]
+    ) -> None:
+        """Take from the state before what blocks and families continue there.
+
+        `numbers` say what those of learned numbers continue.
+        """
         for key in self._held.keys() & before._held.keys():
             old, new = before[key], self[key]
             if key in ("step", "skipped"):
                 new.copy_(old)
+            elif key in self._learned:
+                own = numbers[self._learned[key]]
+                entries = own.blocks if len(own.blocks) == new.shape[-1] else own.families
+                copy_entries(old, new, entries, range(new.dim()))
             else:
                 index = continued.families if self.per_leaf else continued.blocks
-                copy_entries(old, new, index, range(new.dim()))
+                # of the traces of beta all axes are those of blocks, of which several discounts
+                # have none
+                axes = [new.dim() - 1] if self._several else range(new.dim())
+                copy_entries(old, new, index, axes)
 
     def read(self, groups: Sequence[Group], before: "BlockState | None" = None) -> None:
         """Take the values that groups hold, where they hold any, unless `before` gave them these.
@@ -156,9 +174,9 @@ class BlockState:
         """Return a group's slice of every vector; single numbers are the first group's."""
         start, end = self._bounds[index : index + 2]
         return [
-            (key, vector if key in ("step", "skipped") else vector[..., start:end])
+            (key, vector if key in self._whole else vector[..., start:end])
             for key, vector in self._held.items()
-            if index == 0 or key not in ("step", "skipped")
+            if index == 0 or key not in self._whole
         ]
 
 
@@ -166,5 +184,5 @@ def block_state_keys(meta: Rule) -> set[str]:
     """Return all keys under which groups may hold state of blocks with this meta update."""
     always = {"beta", "meta_grad", "meta_count", "restarts", "step", "skipped"}
     traces = {trace_key(key) for key in ("beta", *meta.slots)}
-    slots = (*meta.slots, COMPENSATION, PEAK, SCALE, RECOVERIES)
+    slots = (*meta.slots, COMPENSATION, DECIDED, PEAK, SCALE, RECOVERIES)
     return always | traces | {f"meta_{slot}" for slot in slots}

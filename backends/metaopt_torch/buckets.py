@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metaopt.rules.rule import is_opaque
 from metaopt_torch.leaf import Leaf
 from metaopt_torch.memory import address, shared
 from metaopt_torch.shards import local
@@ -54,6 +55,7 @@ class Bucket:
         self.leaves = leaves
         first = leaves[0]
         self.device, self.shard, self.whole = first.device, first.shard, first.whole
+        self.numbers = first.numbers
         self._lengths = [leaf.size for leaf in leaves]
         blocks = np.concatenate([leaf.blocks.reshape(-1) for leaf in leaves])
         one_each = len(blocks) == len(leaves)
@@ -113,6 +115,8 @@ class Bucket:
 
     def written(self, param: Tensor) -> None:
         """Copy the buffer of the parameters back to them, where it is not their own memory."""
+        if is_opaque(self.leaves[0].rule):  # whose parameters others move
+            return
         if self._packed:
             torch._foreach_copy_([local(leaf.param) for leaf in self.leaves], self._scratch[0][1])
         elif self._copied:
@@ -228,7 +232,7 @@ def _grouped(leaves: Iterable[Leaf]) -> Iterable[list[Leaf]]:
             key = (
                 *(id(leaf.rule), id(leaf.group), leaf.history, leaf.shard.over, leaf.shard.primary),
                 *(leaf.dtype, leaf.param.dtype, leaf.grad_dtype, leaf.device),
-                *(0 if leaf.blocks.size == 1 else leaf.length, tied[place]),
+                *(0 if leaf.blocks.size == 1 else leaf.length, tied[place], leaf.numbers),
             )
             filled[key] += _rows(leaf.size) * ROW
             key = (*key, filled[key] // PACK.get(device, PACK_ELSEWHERE))

@@ -1,30 +1,34 @@
 """From parameter groups and what state there is to all that a step needs."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 import metaopt as mo
+from metaopt import start
 from metaopt.arrays import per_leaf
 from metaopt.blocks import Blocks
 from metaopt.plan import Plan, Spec
 from metaopt.rules import Rule
-from metaopt.rules.rule import scope_of
+from metaopt.rules.learned import field_of, learned_in, within
+from metaopt.rules.rule import is_opaque, scope_of
 from metaopt_torch.block_state import BlockState
-from metaopt_torch.changes import Continued, Index, continued
+from metaopt_torch.changes import Continued, Index, blocks_of, continued
 from metaopt_torch.containers import Containers
 from metaopt_torch.counts import Counts
 from metaopt_torch.groups import MADE_WITH, configured, named, same
-from metaopt_torch.hyperparameters import Number, agreed, hyperparameters, overrides
-from metaopt_torch.leaf import Group, Leaf
+from metaopt_torch.hyperparameters import Number, agreed, hyperparameters, overrides, said_in_vain
+from metaopt_torch.leaf import Followed, Group, Leaf
 from metaopt_torch.leaf_state import check_state, complete, is_stale, restart_rows
 from metaopt_torch.memory import shared
 from metaopt_torch.shards import local, shard_of, sliced
-from metaopt_torch.state_keys import state_key, walk
+from metaopt_torch.state_keys import Path, Place, learned_key, places, trace_key
 
 __all__ = ["Built", "build"]
 
@@ -38,6 +42,7 @@ class Built:
     config: mo.MetaOptimize  # the optimizer's own, with what the groups say
     plan: Plan
     leaves: dict[str, Leaf]
+    places: dict[Path, Place]
     block_state: BlockState
     counts: Counts
     #: Hyperparameters of rules for which groups have other values in `config`.
@@ -47,15 +52,29 @@ class Built:
     #: The groups, and their `block`.
     owners: list[tuple[Group, str | None]]
 
-    @property
+    @cached_property
     def in_core(self) -> bool:
-        """Whether steps are the core's own: with curvature, a step size a weight, or recovery."""
-        return self.plan.curvature != "none" or self.block_state.per_leaf or self.config.recover
+        """Whether steps are the core's own.
 
-    @property
+        With curvature, a step size a weight, recovery, or where a parameter has several values of a
+        number that is learned.
+
+        So they are where others make the steps of parameters that have several step sizes.
+        """
+        return (
+            self.plan.curvature != "none"
+            or self.block_state.per_leaf
+            or any(_several(number) for number in self.plan.learned.values())
+            or self.config.recover
+            or any(is_opaque(leaf.rule) and leaf.blocks.ndim for leaf in self.leaves.values())
+        )
+
+    @cached_property
     def z_first(self) -> bool:
         """Whether steps need the meta-gradient before they write a trace or a parameter."""
-        return self.in_core or self.config.meta_first or self.config.skip_nonfinite
+        config = self.config
+        first = config.meta_first or config.skip_nonfinite or config.held_out
+        return self.in_core or first or bool(self.plan.learned)
 
     def step_sizes(self) -> dict[str, Tensor]:
         """Return the learned step sizes by block; copies, as some maps return beta itself."""
@@ -66,15 +85,35 @@ class Built:
         sizes, _ = self.config.slopes(self.block_state["beta"].clone())
         return dict(self.plan.blocks.by_name(sizes))
 
+    def blocks_of_groups(self) -> list[list[str]]:
+        """Return the blocks of each group, in order of appearance."""
+        found: dict[int, dict[str, None]] = {id(group): {} for group, _ in self.owners}
+        for name, key in self.plan.blocks.family_of.items():
+            found[id(self.leaves[name].group)][key] = None
+        return [list(keys) for keys in found.values()]
+
+    def hyperparameters(self) -> dict[str, dict[str, Tensor]]:
+        """Return the numbers that are learned, by name and block; copies."""
+        found = {}
+        for name, config in self.config.learned.items():
+            blocks, key = self.plan.learned[name].blocks, learned_key(name, "beta")
+            beta: Any = None
+            if blocks.partition.per_leaf:
+                leaves = (leaf for leaf in self.leaves.values() if key in leaf.state)
+                beta = per_leaf((leaf.name, leaf.state[key].clone()) for leaf in leaves)
+            else:
+                beta = self.block_state[key].clone()
+            found[name] = dict(blocks.by_name(config.values_of(beta)))
+        return found
+
     def blocks_by_group(self) -> list[list[str]]:
         """Return the blocks of each group, those that others before it have apart."""
         seen: set[str] = set()
-        found: dict[int, list[str]] = {id(group): [] for group, _ in self.owners}
-        for name, key in self.plan.blocks.family_of.items():
-            if key not in seen:
-                seen.add(key)
-                found[id(self.leaves[name].group)].append(key)
-        return list(found.values())
+        found = []
+        for keys in self.blocks_of_groups():
+            found.append([key for key in keys if key not in seen])
+            seen |= set(keys)
+        return found
 
     def check_shared(self) -> None:
         """Raise where processes share the state of parameters, but not that of blocks."""
@@ -87,10 +126,22 @@ class Built:
             raise ValueError(msg)
 
     def outdated(self) -> bool:
-        """Return whether groups have other hyperparameters than in `config`."""
+        """Return whether groups have other hyperparameters than in `config`, or none they may."""
         return any(
-            overrides(hyperparameters(rule), group) != kept for rule, group, kept in self.overrides
+            overrides(hyperparameters(rule), group) != kept or said_in_vain(rule, group) is not None
+            for rule, group, kept in self.overrides
         )
+
+    def learns_otherwise(self) -> bool:
+        """Return whether groups say, or no longer say, in the place of what is learned."""
+        for rule, group, kept in self.overrides:
+            names = set(map(field_of, learned_in(rule)))
+            said = group.get("weight_decay") is not None
+            if said_in_vain(rule, group) is not None:
+                return True
+            if "weight_decay" in names and said != ("weight_decay" in kept):
+                return True
+        return False
 
 
 def build(
@@ -119,43 +170,49 @@ def build(
     params = {name: param for name, param, _ in members}
     plan = config.plan(params)
     leaves = {
-        name: _leaf(name, param, group, plan, rules[name], states.get(param, {}), containers)
+        name: _leaf(
+            config, name, param, group, plan, rules[name], states.get(param, {}), containers
+        )
         for name, param, group in members
     }
     number = {id(group): index for index, group in enumerate(groups)}
     owners = {name: number[id(group)] for name, _, group in members}
     kept = Continued({}, list(range(plan.blocks.size)), [])
+    numbers = {
+        key: Continued({}, list(range(one.blocks.size)), []) for key, one in plan.learned.items()
+    }
     if before is not None:
         kept = continued(list(leaves), groups, plan.blocks, before.leaves, before.plan.blocks)
+        numbers = _continued_numbers(plan, list(leaves), groups, before)
         _check_blocks(before, groups)
         _check_starts(before, plan.blocks, kept.families, starts, owners)
     # what does not begin at 0, by block or, at weight level, by leaf
-    begin: dict[str, Any] = {"beta": config.initial_beta(params)}
-    if plan.beta_feeding:
-        begin["beta_trace"] = plan.layout.start(begin["beta"])
+    begin = _first(config, plan, params)
     block_state = BlockState(plan, owners, len(groups), members[0][1].device)
-    if not block_state.per_leaf:
-        for key, values in begin.items():
-            block_state[key].copy_(values)
-        begin = {}
+    for key in [key for key, values in begin.items() if not isinstance(values, Mapping)]:
+        block_state[key].copy_(begin.pop(key))
     if before is not None:
-        block_state.carry(before.block_state, kept)
+        block_state.carry(before.block_state, kept, numbers)
     block_state.read(groups, None if before is None else before.block_state)
     block_state.adopt_shared(groups)
     specs: dict[str, dict[str, Spec]] = defaultdict(dict)
-    for path, spec in walk(plan.state):
-        leaf_name, key = state_key(path, per_leaf=block_state.per_leaf)
-        if leaf_name is not None:
-            specs[leaf_name][key] = spec
+    held = places(plan, per_leaf=block_state.per_leaf)
+    for place in held.values():
+        if place.leaf is not None:
+            specs[place.leaf] |= dict.fromkeys(place.keys, place.spec)
     for name, leaf in leaves.items():
         check_state(leaf, specs[name])
     # from here on nothing raises, and groups and states are written to
     for name, leaf in leaves.items():
-        first = {key: values[name] for key, values in begin.items()}
-        _complete(leaf, specs[name], first, states, kept, before, kahan=kahan)
+        first = {key: values[name] for key, values in begin.items() if name in values}
+        _complete(leaf, specs[name], first, states, kept, numbers, before, kahan=kahan)
     if before is not None:
         _forget(before, leaves.values(), states)
         _clamp(config, plan.blocks, block_state, leaves)
+    if before is not None:  # of numbers that are learned no more, as groups say them
+        for key in set(before.block_state.keys()) - set(block_state.keys()):
+            for group in groups:
+                group.pop(key, None)
     block_state.hand_out(groups)
     _write_options(given, groups, leaves.values())
     pairs = {(id(leaf.rule), id(leaf.group)): (leaf.rule, leaf.group) for leaf in leaves.values()}
@@ -163,6 +220,7 @@ def build(
         config=config,
         plan=plan,
         leaves=leaves,
+        places=held,
         block_state=block_state,
         counts=Counts([leaf for leaf in leaves.values() if leaf.state]),
         overrides=[
@@ -173,7 +231,60 @@ def build(
     )
 
 
+def _several(number: Plan) -> bool:
+    """Say whether a parameter has several values of a learned number."""
+    blocks = number.blocks
+    return blocks.partition.per_leaf or any(math.prod(view) > 1 for view in blocks.views.values())
+
+
+def _numbers(config: mo.MetaOptimize, plan: Plan, name: str) -> tuple[tuple[Followed, int], ...]:
+    """Return the numbers of a leaf's rule that are learned, and its first block of each."""
+    found = []
+    for key, number in plan.learned.items():
+        if name in number.placed and not number.blocks.partition.per_leaf:
+            own = config.learned[key]
+            followed = Followed(
+                name=key,
+                place=number.place,
+                slots=number.feeding[name],
+                in_direction=number.in_direction,
+                fixed=own.start if own.fixed else None,
+            )
+            blocks = number.blocks
+            found.append((followed, blocks.families[blocks.family_of[name]].start))
+    return tuple(found)
+
+
+def _first(config: mo.MetaOptimize, plan: Plan, params: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what does not begin at 0, by key: values per block, or, at weight level, per leaf."""
+    sides: list[tuple[str, Any, Plan]] = [("", config, plan)]
+    sides += [(name, config.learned[name], number) for name, number in plan.learned.items()]
+    found: dict[str, Any] = {}
+    for name, own, part in sides:
+        prefix = learned_key(name, "") if name else ""
+        beta = start.beta(own, part, params)
+        found[f"{prefix}beta"] = beta
+        if part.beta_feeding:
+            found[prefix + trace_key("beta")] = part.layout.start(beta)
+    return found
+
+
+def _continued_numbers(
+    plan: Plan, names: Sequence[str], groups: Sequence[Group], before: Built
+) -> dict[str, Continued]:
+    """Return what the blocks of learned numbers continue, by the numbers' names."""
+    found = {}
+    for name, number in plan.learned.items():
+        if name in before.plan.learned:
+            old = before.plan.learned[name].blocks
+            found[name] = continued(names, groups, number.blocks, before.leaves, old)
+        else:
+            found[name] = Continued({}, [None] * number.blocks.size, [])
+    return found
+
+
 def _leaf(
+    config: mo.MetaOptimize,
     name: str,
     param: Tensor,
     group: Group,
@@ -212,6 +323,8 @@ def _leaf(
         shard=shard,
         blocks=blocks,
         state={} if is_stale(state, shard) else state,
+        horizons=plan.horizons,
+        numbers=_numbers(config, plan, name),
     )
 
 
@@ -257,6 +370,7 @@ def _complete(
     begin: Mapping[str, Tensor],
     states: States,
     kept: Continued,
+    numbers: Mapping[str, Continued],
     before: Built | None,
     *,
     kahan: bool,
@@ -267,7 +381,8 @@ def _complete(
         states[leaf.param] = leaf.state
         first = {key: sliced(values, leaf.shard) for key, values in begin.items()}
         narrow = kahan and leaf.param.dtype != leaf.dtype
-        complete(leaf, specs, first, kahan=narrow, columns=kept.blocks)
+        columns = partial(blocks_of, kept=kept, numbers=numbers)
+        complete(leaf, specs, first, kahan=narrow, columns=columns)
         if before is not None and (
             former is None
             or former.param is not leaf.param
@@ -307,20 +422,26 @@ def _clamp(
         beta.clamp_(*(end[name] if isinstance(end, Mapping) else end for end in limits))
 
 
+def _kind(rule: Any) -> str:
+    """Return the name of a rule's class, and of the one that it is around."""
+    name = type(rule).__name__
+    return name if within(rule) is None else f"{name} of {_kind(within(rule))}"
+
+
 def _write_options(given: mo.MetaOptimize, groups: Sequence[Group], leaves: Iterable[Leaf]) -> None:
     """Write into groups what their rules agree on, and which rules their state belongs to."""
     rules: dict[int, list[Rule]] = {id(group): [] for group in groups}
     for leaf in leaves:
         rules[id(leaf.group)].append(leaf.rule)
-    meta = type(given.meta).__name__
-    if isinstance(given.meta, mo.FastStart):
-        meta = f"{meta} of {type(given.meta.rule).__name__}"
+    meta = _kind(given.meta)
     sigma = given.sigma if isinstance(given.sigma, str) else repr(given.sigma)
+    several = "".join(f", {count} discounts" for count in given.horizons)
+    learned = "".join(f", {name} by {own.sigma!r}" for name, own in given.learned.items())
     for group in groups:
         for name, value in agreed(rules[id(group)]).items():
             if group.get(name) is None:
                 group[name] = value
-        bases = " and ".join(sorted({type(rule).__name__ for rule in rules[id(group)]}))
-        group[MADE_WITH] = f"{bases}, {meta}, {sigma}"
+        bases = " and ".join(sorted({_kind(rule) for rule in rules[id(group)]}))
+        group[MADE_WITH] = f"{bases}, {meta}, {sigma}{several}{learned}"
         if isinstance(group["bounds"], list):
             group["bounds"] = tuple(group["bounds"])  # cannot be edited unnoticed

@@ -14,7 +14,7 @@ from torch import Tensor
 from metaopt.blocks import Blocks
 from metaopt_torch.leaf import Group, Leaf
 
-__all__ = ["Continued", "Index", "continued", "copy_entries", "renamed"]
+__all__ = ["Continued", "Index", "blocks_of", "continued", "copy_entries", "renamed"]
 
 #: For each entry of a new vector that of the old one which it continues, None for a new one.
 Index: TypeAlias = list[int | None]
@@ -103,7 +103,7 @@ def continued(
         was: str | None = key
         if blocks.family_of.get(key) == key:
             was = former[key].name if key in former else None
-            was = was if was is not None and blocks_before.family_of[was] == was else None
+            was = was if was is not None and blocks_before.family_of.get(was) == was else None
         old = None if was is None else blocks_before.families.get(was)
         if old is not None and old.size != family.size and not blocks.partition.per_leaf:
             old = None
@@ -112,6 +112,14 @@ def continued(
             start = None if old is None else old.start
             result.blocks.extend(None if start is None else start + i for i in range(family.size))
     return result
+
+
+def blocks_of(key: str, kept: Continued, numbers: Mapping[str, Continued]) -> Index:
+    """Return what the blocks continue that the columns of an array of a leaf's state are of.
+
+    `numbers` say it of learned numbers, by name; `kept` of step sizes.
+    """
+    return numbers.get(key.rpartition(".")[0], kept).blocks
 
 
 def copy_entries(old: Tensor, new: Tensor, index: Index, axes: Sequence[int]) -> None:

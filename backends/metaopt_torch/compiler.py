@@ -17,13 +17,14 @@ from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from metaopt.rules import Rule
+from metaopt.warning import warn
 from metaopt_torch.passes import Arrays, Pass
 
 __all__ = ["Compiled", "Eager", "Once", "chosen", "in_chunks", "placement"]
 
-#: Numbers that an eager pass takes at a time: on a CPU what its cache holds, elsewhere what makes
-#: a launch worth its while.
-CHUNK, LARGE_CHUNK = 2**17, 2**24
+#: Numbers that an eager pass takes at a time: on a CPU what its cache holds and malloc keeps,
+#: elsewhere what makes a launch worth its while.
+CHUNK, LARGE_CHUNK = 2**16, 2**24
 
 _lock = threading.RLock()
 
@@ -47,10 +48,9 @@ def chosen(compile: bool | None, devices: Iterable[torch.device]) -> bool | None
         return compile
     lacking = [text for device in devices if (text := _missing(device)) is not None]
     if lacking:
-        warnings.warn(
+        warn(
             f"torch.compile lacks {lacking[0]}: steps are run eagerly, several times "
-            "slower. Pass `compile=False` for that without this warning.",
-            stacklevel=5,  # whoever calls the optimizer's constructor
+            "slower. Pass `compile=False` for that without this warning."
         )
     return False if lacking else None
 
@@ -282,26 +282,39 @@ def _directly(kernel: Callable[..., Any], written: Sequence[int]) -> Callable[..
         results = kernel(list(values))
         for index in written:
             increment_version(values[index])
-        return results[0] if len(results) == 1 else tuple(results)
+        return tuple(results)
 
     return run
 
 
 def _hoist(graph: torch.fx.GraphModule) -> None:
-    """Have all that depends on numbers alone computed before the loop.
+    """Have all that depends on numbers alone computed before the loop, and once.
 
     Inductor would compute a bias correction anew for every few weights. A number is kept out of the
-    loop by what keeps the product in memory of its own: see `metaopt_torch.passes.fused`.
+    loop by what keeps the trace in memory of its own: see `metaopt_torch.passes.fused`. What
+    several discounts have in common is one expression in the loop only if its numbers are the same.
     """
-    for node in list(graph.graph.nodes):
+    known: dict[Any, torch.fx.Node] = {}
+    for node in _numbers(graph):
+        if torch.Tag.nondeterministic_seeded not in node.target.tags:
+            same = known.setdefault((node.target, node.args, *node.kwargs.items()), node)
+            if same is not node:
+                node.replace_all_uses_with(same)
+                graph.graph.erase_node(node)
+    for node in _numbers(graph):
         loops = [user for user in node.users if _axes(user)]
-        if node.op == "call_function" and _axes(node) == 0 and loops:
+        if loops:
             with graph.graph.inserting_after(node):
                 kept = graph.graph.call_function(torch.ops.aten.as_strided.default, (node, [], []))
             kept.meta = dict(node.meta)
             for user in loops:
                 user.replace_input_with(node, kept)
     graph.recompile()
+
+
+def _numbers(graph: torch.fx.GraphModule) -> list[Any]:
+    """Return the nodes that compute numbers."""
+    return [node for node in graph.graph.nodes if node.op == "call_function" and _axes(node) == 0]
 
 
 def _axes(node: torch.fx.Node) -> int | None:

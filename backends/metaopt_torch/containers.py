@@ -6,22 +6,24 @@ it, is looked for here, so that none is taken for the whole.
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from metaopt.blocks import Partition
+from metaopt_torch.shards import is_dtensor
 
 __all__ = [
+    "FSDP1",
     "Containers",
     "check_agreement",
     "check_group",
     "check_shared",
+    "gather_anew",
     "group_called",
     "zero_group",
 ]
@@ -42,7 +44,7 @@ class Containers:
 
         ValueError is raised where these cannot be found, TypeError where its memory cannot be read.
         """
-        if isinstance(param, DTensor):
+        if is_dtensor(param):
             return None
         if is_traceable_wrapper_subclass(param):
             msg = (
@@ -108,6 +110,18 @@ def _living(module: str, name: str) -> Iterator[Any]:
     kind = getattr(sys.modules.get(module), name, None)
     if kind is not None:
         yield from (found for found in gc.get_objects() if issubclass(type(found), kind))
+
+
+def gather_anew(params: Iterable[Tensor]) -> None:
+    """Have FSDP2 gather its parameters among these anew, as they were written to.
+
+    After an evaluation it still holds whole ones of its outermost module.
+    """
+    ours = {id(param) for param in params}
+    for module in _living("torch.distributed.fsdp", "FSDPModule") if ours else ():
+        group = module._get_fsdp_state()._fsdp_param_group
+        if group is not None and any(id(p.sharded_param) in ours for p in group.fsdp_params):
+            module.reshard()
 
 
 def check_group(group: Any) -> None:

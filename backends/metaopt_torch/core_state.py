@@ -9,43 +9,44 @@ from torch import Tensor
 
 import metaopt as mo
 from metaopt.leaf import usable
+from metaopt.meta import all_horizons
 from metaopt.plan import Spec
 from metaopt_torch.build import Built
-from metaopt_torch.leaf import TRACES
+from metaopt_torch.leaf import Leaf
 from metaopt_torch.shards import gathered, local, sliced
-from metaopt_torch.state_keys import Path, state_key, walk
+from metaopt_torch.state_keys import Path, Place
 
-__all__ = ["assemble", "check_whole", "whole", "write"]
+__all__ = ["assemble", "check_whole", "going_on", "whole", "write"]
 
 
 def assemble(built: Built) -> mo.State:
     """Return this device's state, of the very tensors; zeros for leaves that have none yet."""
-    return _state(built, lambda path, spec: _held(built, path, spec))
+    return _state(built, lambda place: place.joined(_held(built, place)))
 
 
 def write(built: Built, state: mo.State) -> None:
     """Copy a state, as `assemble` returns it or of whole parameters, into the tensors held here."""
-    for path, spec in walk(built.plan.state):
-        value, held = _get(state, path), _held(built, path, spec)
-        if value is held:  # a step leaves it alone
-            continue
-        name, _ = state_key(path, per_leaf=built.block_state.per_leaf)
-        if name is not None and value.shape != held.shape:
-            value = sliced(value, built.leaves[name].shard)
-        held.copy_(value)
+    for path, place in built.places.items():
+        parts = place.parts(_get(state, path))
+        for value, held in zip(parts, _held(built, place), strict=True):
+            if value is held:  # a step leaves it alone
+                continue
+            if place.leaf is not None and value.shape != held.shape:
+                value = sliced(value, built.leaves[place.leaf].shard)
+            held.copy_(value)
 
 
-def _held(built: Built, path: Path, spec: Spec) -> Tensor:
-    name, key = state_key(path, per_leaf=built.block_state.per_leaf)
-    if name is None:
-        return built.block_state[key]
-    leaf = built.leaves[name]
+def _held(built: Built, place: Place) -> list[Tensor]:
+    if place.leaf is None:
+        return [built.block_state[key] for key in place.keys]
+    leaf, shape = built.leaves[place.leaf], place.spec.shape
+    key = place.keys[0]
     if key in leaf.state:
-        return local(leaf.state[key])
-    shape = spec.shape
+        return [local(leaf.state[key]) for key in place.keys]
     if key != "step" and not leaf.own_shape(key):
-        shape = (*spec.shape[: -leaf.param.dim() or None], *leaf.shard.shape)
-    return torch.zeros(shape, dtype=spec.dtype, device=leaf.param.device)
+        shape = (*shape[: -leaf.param.dim() or None], *leaf.shard.shape)
+    zeros = torch.zeros(shape, dtype=place.spec.dtype, device=leaf.param.device)
+    return [zeros] * len(place.keys)
 
 
 def check_whole(built: Built) -> None:
@@ -59,35 +60,47 @@ def check_whole(built: Built) -> None:
             raise ValueError(msg)
 
 
+def going_on(built: Built) -> Tensor | None:
+    """Return the blocks whose traces do not restart, None for all.
+
+    After a step of one pass, traces are yet to restart where z cannot be used.
+    """
+    if built.z_first:
+        return None
+    state = built.block_state
+    return torch.as_tensor(all_horizons(usable(state["meta_grad"]), state["beta"]))
+
+
 def whole(built: Built) -> mo.State:
     """Return the state of whole parameters, copied; of those that a group holds, this shard's."""
-    # after a step of one pass, traces are yet to restart where z cannot be used
-    keep = None if built.z_first else usable(built.block_state["meta_grad"])
+    keep = going_on(built)
 
-    def tensor(path: Path, spec: Spec) -> Tensor:
-        name, key = state_key(path, per_leaf=built.block_state.per_leaf)
-        if name is None:
-            return built.block_state[key].clone()
-        leaf = built.leaves[name]
+    def of_leaf(leaf: Leaf, key: str, spec: Spec) -> Tensor:
         if key not in leaf.state:
             return torch.zeros(spec.shape, dtype=spec.dtype, device=leaf.param.device)
         value = gathered(leaf.state[key])
-        if key in TRACES and keep is not None:
-            columns = built.plan.layout.columns(keep, name, len(spec.shape)).to(value.device)
-            begin = gathered(leaf.param.detach()) if key == "average" else 0.0
+        if key in leaf.exchanged and keep is not None:
+            columns = built.plan.layout.columns(keep, leaf.name, len(spec.shape)).to(value.device)
+            begin = gathered(leaf.param.detach()) if key in leaf.averages else 0.0
             value = torch.where(columns, value, begin)
         return value
+
+    def tensor(place: Place) -> Tensor:
+        if place.leaf is None:
+            return built.block_state[place.keys[0]].clone()
+        leaf = built.leaves[place.leaf]
+        return place.joined([of_leaf(leaf, key, place.spec) for key in place.keys])
 
     return _state(built, tensor)
 
 
-def _state(built: Built, tensor: Callable[[Path, Spec], Tensor]) -> mo.State:
+def _state(built: Built, tensor: Callable[[Place], Tensor]) -> mo.State:
     """Return a state of the tensors for each place in it."""
 
     def tree(spec: Any, path: Path) -> Any:
         if isinstance(spec, Mapping):
             return OrderedDict((key, tree(part, (*path, key))) for key, part in spec.items())
-        return tensor(path, spec)
+        return tensor(built.places[path])
 
     return mo.State(**{field: tree(spec, (field,)) for field, spec in built.plan.state.items()})
 

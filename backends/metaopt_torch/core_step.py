@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaopt.blocks import Blocks
 from metaopt.step import Reduce
 from metaopt_torch.build import Built
 from metaopt_torch.core_state import assemble, write
@@ -20,7 +21,7 @@ from metaopt_torch.leaf import Leaf
 from metaopt_torch.rounding import lost, rounded
 from metaopt_torch.shards import Devices, device_count, local, summed
 
-__all__ = ["check_sharding", "copies", "core_step", "project", "reduction"]
+__all__ = ["check_sharding", "copies", "core_step", "project", "reduction", "wide"]
 
 
 def core_step(
@@ -28,10 +29,12 @@ def core_step(
     grads: Mapping[str, Tensor],
     rounding: str,
     derivatives: Mapping[str, Any],
+    meta_grads: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Move the leaves that have a gradient, in place.
 
-    `derivatives` are `hvp`, `third` and `hessian_diagonal` as `MetaOptimize.step` takes them.
+    `derivatives` are `hvp`, `third` and `hessian_diagonal` as `MetaOptimize.step` takes them, and
+    so are `meta_grads`.
     """
     leaves = built.leaves
 
@@ -53,12 +56,13 @@ def core_step(
         name: derivative(value) if callable(value) else value for name, value in derivatives.items()
     }
     new_params, new_state = built.config.step(
-        {name: _wide(leaf) for name, leaf in leaves.items()},
+        {name: wide(leaf) for name, leaf in leaves.items()},
         signed(grads),
         assemble(built),
         lr={name: multiplier_of(leaf.group) for name, leaf in leaves.items()},
         reduce=reduction(leaves),
         copies=copies(leaves),
+        meta_grads=None if meta_grads is None else signed(meta_grads),
         **options,
     )
     for name in grads:
@@ -91,7 +95,7 @@ def project(
         own = {name: weight.clone() for name, weight in weights.items()}
         return torch.func.jvp(function, (own,), (dict(tangents),))
 
-    params = {name: _wide(leaf) for name, leaf in leaves.items()}
+    params = {name: wide(leaf) for name, leaf in leaves.items()}
     new_params, new_state = built.config.project(params, assemble(built), jvp)
     for name, new in new_params.items():
         if new is not params[name]:
@@ -105,15 +109,15 @@ def _put(leaf: Leaf, new: Tensor, rounding: str) -> None:
     narrow = rounded(new, memory.dtype, rounding) if new.dtype != memory.dtype else new
     memory.copy_(narrow)
     if "compensation" in leaf.state:
-        local(leaf.state["compensation"]).copy_(lost(new, narrow))
+        local(leaf.state["compensation"]).copy_(lost(new, memory.dtype))
 
 
-def _wide(leaf: Leaf) -> Tensor:
+def wide(leaf: Leaf) -> Tensor:
     """Return a parameter in the compute dtype, with what rounding has kept from it."""
-    wide = local(leaf.param).detach().to(leaf.dtype)
+    weights = local(leaf.param).detach().to(leaf.dtype)
     if "compensation" in leaf.state:
-        wide = wide + local(leaf.state["compensation"])
-    return wide
+        weights = weights + local(leaf.state["compensation"])
+    return weights
 
 
 def _devices(leaves: Mapping[str, Leaf], *, groups: bool) -> dict[Devices, set[int]]:
@@ -168,10 +172,13 @@ def check_sharding(built: Built) -> None:
             if leaf.shard.over is not None:
                 msg = f"`recover` needs whole parameters; of {name!r} this process holds a part."
                 raise ValueError(msg)
-    if built.plan.curvature == "none":  # a step size for every weight needs no other device
-        return
     shards = [leaf.shard for leaf in built.leaves.values()]
     if all(shard.over is None for shard in shards):
+        return
+    if built.plan.learned:
+        for number in (built.plan, *built.plan.learned.values()):
+            _check_blocks(number.blocks, "learned numbers")
+    if built.plan.curvature == "none":  # a step size for every weight needs no other device
         return
     if any(shard.group is not None for shard in shards) or len({s.mesh for s in shards}) > 1:
         msg = (
@@ -185,10 +192,15 @@ def check_sharding(built: Built) -> None:
             "dimensions of a mesh; these are not."
         )
         raise ValueError(msg)
-    for name, view in built.plan.blocks.views.items():
-        if view != () and not built.plan.blocks.partition.per_leaf:
+    _check_blocks(built.plan.blocks, '`curvature` other than "none"')
+
+
+def _check_blocks(blocks: Blocks, what: str) -> None:
+    """Raise ValueError where a leaf, of which devices have parts, has several blocks of a kind."""
+    for name, view in blocks.views.items():
+        if view != () and not blocks.partition.per_leaf:
             msg = (
-                f'`blocks` gives {name!r} several step sizes; with `curvature` other than "none" '
+                f"`blocks` gives {name!r} several step sizes; with {what} "
                 "a sharded parameter can have one alone."
             )
             raise ValueError(msg)

@@ -1,7 +1,6 @@
 """From parameter groups to the core's configuration: names, rules, blocks, step sizes, bounds."""
 
 import glob
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -15,9 +14,10 @@ from torch import Tensor
 import metaopt as mo
 from metaopt.arrays import per_leaf
 from metaopt.blocks import Blocks, Named, Partition, first_match
-from metaopt.inputs import multiplier
+from metaopt.inputs import multiplier, taken_for_step_size
 from metaopt.plan import rules_by_leaf
 from metaopt.rules import Rule
+from metaopt.warning import warn
 from metaopt_torch.hyperparameters import adjusted
 from metaopt_torch.leaf import Group
 from metaopt_torch.memory import check_memory
@@ -27,6 +27,7 @@ __all__ = [
     "OPTIONS",
     "Configured",
     "Member",
+    "check_fixed",
     "check_groups",
     "check_numbers",
     "check_options",
@@ -36,13 +37,16 @@ __all__ = [
     "named",
     "same",
     "take_keys",
+    "warn_of_small_lr",
     "warn_of_unused_decay",
 ]
 
 #: What a parameter group may say of its own, beside the hyperparameters of its rules.
 OPTIONS = ("lr", "weight_decay", "maximize", "block", "step_size", "bounds")
-#: Key of a group for the rules and the map that its state belongs to.
+#: Key of a group for the rules and the maps that its state belongs to.
 MADE_WITH = "made_with"
+#: Numbers of the whole optimizer that a group cannot change in mid-training.
+FIXED = ("meta_lr", "discount")
 
 
 @dataclass(frozen=True)
@@ -189,20 +193,47 @@ def warn_of_unused_decay(base: Any, weight_decay: float | None, groups: Sequence
     """
     members = named(groups)
     rules = rules_by_leaf(base, per_leaf((name, param) for name, param, _ in members))
-    meant: dict[float, bool] = {}
+    meant: dict[str, bool] = {}  # as it is shown, for what is learned need not be hashable
     for name, _, group in members:
-        expected = rules[name].weight_decay if weight_decay is None else weight_decay
-        meant[expected] = meant.get(expected, False) or group["weight_decay"] in (None, expected)
+        own = rules[name].weight_decay
+        expected = own if weight_decay is None else weight_decay
+        if expected != 0.0:
+            used = group["weight_decay"] in (None, expected)
+            meant[str(expected)] = meant.get(str(expected), False) or used
     for decay, used in meant.items():
-        if decay != 0.0 and not used:
+        if not used:
             of = "`base`" if weight_decay is None else "the optimizer"
             said = ", ".join(dict.fromkeys(repr(group["weight_decay"]) for group in groups))
-            warnings.warn(
+            warn(
                 f"The weight decay {decay} of {of} is that of no parameter: all groups say their "
                 f"own, {said}, and what a group says is what counts. Say it in the groups; with "
-                "the Trainer of transformers, in `TrainingArguments(weight_decay=...)`.",
-                stacklevel=4,  # whoever calls the optimizer's constructor
+                "the Trainer of transformers, in `TrainingArguments(weight_decay=...)`."
             )
+
+
+def warn_of_small_lr(groups: Sequence[Group], whose: str) -> None:
+    """Warn where the multipliers of all groups look like step sizes."""
+    each = (group["lr"] for group in groups)
+    advice = taken_for_step_size(
+        (float(lr) if type(lr) is Tensor and lr.device.type == "cpu" else lr for lr in each), whose
+    )
+    if advice is not None:
+        warn(advice)
+
+
+def check_fixed(group: Group, config: mo.MetaOptimize) -> None:
+    """Raise where a group says otherwise what is the whole optimizer's.
+
+    ZeroRedundancyOptimizer writes all arguments of the constructor into the groups.
+    """
+    for name in FIXED:
+        if name in group and not same(group[name], getattr(config, name)):
+            msg = (
+                f"`{name}` is the whole optimizer's and is not read from a group; got "
+                f"{group[name]!r}. To go on with another, make a new optimizer with it and load "
+                "this one's `state_dict`."
+            )
+            raise ValueError(msg)
 
 
 def check_numbers(group: Group) -> None:
@@ -291,6 +322,9 @@ def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> Configured:
             "`add_param_group`."
         )
         raise ValueError(msg)
+    given: Any = config.base
+    # what is learned is called as there, whatever groups make of the rules
+    config = replace(config, base=config.base_with_names)
     if started:
         config = _narrowed(config, members)
     params = {name: param for name, param, _ in members}
@@ -300,6 +334,8 @@ def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> Configured:
     base: Any = config.base
     if any(own_rules[name] is not rules[name] for name in own_rules):
         base = {glob.escape(name): rule for name, rule in own_rules.items()}
+    elif not isinstance(base, Mapping) or list(base) == list(given):
+        base = given
     blocks: Any = config.blocks
     by_group = tuple(
         (name, group["block"]) for name, _, group in members if group["block"] is not None

@@ -1,22 +1,20 @@
 """The Hessian-free step: passes over buckets of leaves, one sum for each mesh or group."""
 
 import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import metaopt as mo
-from metaopt.blocks import Blocks
-from metaopt.jets import Jet
 from metaopt.leaf import usable
-from metaopt.meta import BlockRow, begun, carried, meta_step
-from metaopt.rules import Rule
+from metaopt.meta import begun, carried
+from metaopt_torch.block_update import BlockUpdate
 from metaopt_torch.buckets import Bucket, Buckets
 from metaopt_torch.build import Built
 from metaopt_torch.compiler import Compiled, Eager, Once, in_chunks, placement
-from metaopt_torch.meta_gradient import MetaGradient, Partial
+from metaopt_torch.leaf import Leaf
+from metaopt_torch.meta_gradient import Partial
 from metaopt_torch.pass_inputs import PassInputs
 from metaopt_torch.passes import Arrays, Kind, Pass, fused, moved, products
 
@@ -54,22 +52,30 @@ class HessianFree:
         self._passes: dict[Any, Compiled | Eager] = {} if before is None else before._passes
         self._warning: Once = Once() if before is None else before._warning
         self._inputs = PassInputs(built.config, built.leaves.values())
-        self._meta_gradient = MetaGradient(built)
+        self._blocks = BlockUpdate.of_step_sizes(built)
+        self._numbers = {name: BlockUpdate.of_number(built, name) for name in built.plan.learned}
         self._all_buckets = Buckets()
         #: Those of the leaves that have gradients, and all that they and their kernels depend on.
         self._buckets: list[Bucket] = []
         self._signature: Hashable = None
-        #: Which blocks have a leaf with a gradient.
-        self._present = torch.ones((), dtype=torch.bool)
-        meta = _meta(self._config, built.plan.blocks, tuple(self._block_state.slots))
-        self._meta_update = self._runner(meta, meta)
-        if before is not None and _same_meta(before._built, built):
-            self._meta_update = before._meta_update
+        for name, blocks in (("", self._blocks), *self._numbers.items()):
+            known = None if before is None else before._all_blocks.get(name)
+            if known is not None and blocks.same(known):
+                blocks.update = known.update
+            else:
+                blocks.update = self._runner(blocks.meta, blocks.meta)
 
-    def step(self, grads: Mapping[str, Tensor]) -> bool:
+    @property
+    def _all_blocks(self) -> dict[str, "BlockUpdate"]:
+        return {"": self._blocks, **self._numbers}
+
+    def step(
+        self, grads: Mapping[str, Tensor], meta_grads: Mapping[str, Tensor] | None = None
+    ) -> bool:
         """Make a step of the leaves that have a gradient.
 
         Returns whether leaves have been packed anew, so that their state lies elsewhere.
+        `meta_grads` are what z is made with, None for the gradients themselves.
         """
         leaves = [self._built.leaves[name] for name in grads]
         options = torch.get_num_threads(), self._inputs.read_groups()
@@ -79,26 +85,42 @@ class HessianFree:
             self._signature = None  # until all of it is ready
             for leaf, grad in zip(leaves, grads.values(), strict=True):
                 leaf.grad_dtype = grad.dtype
-            self._meta_gradient.repacked()
             self._buckets = self._all_buckets.of(leaves)
-            self._present = self._meta_gradient.present(grads)
+            for blocks in self._all_blocks.values():
+                blocks.meta_gradient.repacked()
+                blocks.present = blocks.meta_gradient.present(grads)
             self._prepare(grads, options)
             self._signature = signature
         accepted = None
         if self._built.z_first:
-            accepted = self._in_two_passes(grads)
+            accepted = self._in_two_passes(grads, meta_grads)
         else:
             self._in_one_pass(grads)
-        self._built.counts.advance(list(grads), accepted)
+        self._count(leaves, accepted)
+        return packed
+
+    def opened(self, leaves: Sequence[Leaf]) -> "Opened":
+        """Begin a step of some of these leaves, whose gradients come one after the other.
+
+        Not where z comes first; `Opened.close` makes the rest of the step.
+        """
+        self._signature = None  # it packs leaves in its own way
+        return Opened(self, leaves)
+
+    def _count(self, leaves: Sequence[Leaf], accepted: Tensor | None) -> None:
+        """Count a step of these leaves, if it is accepted."""
+        self._built.counts.advance([leaf.name for leaf in leaves], accepted)
         mark = next(_steps)
         for leaf in leaves:
             # of steps that may be refused the host does not know how many were made
             leaf.history = leaf.history + 1 if accepted is None else hash((leaf.history, mark))
         step, skipped = self._block_state["step"], self._block_state["skipped"]
-        one = torch.ones_like(step) if accepted is None else accepted.to(torch.int32)
+        if accepted is None:
+            step.add_(1)
+            return
+        one = accepted.to(torch.int32)
         step.add_(one)
         skipped.add_(1 - one)
-        return packed
 
     def _prepare(self, grads: Mapping[str, Tensor], options: Hashable) -> None:
         """Compile what a step of these leaves needs, before any of it writes.
@@ -106,64 +128,109 @@ class HessianFree:
         Buckets that are ready for such gradients, under the same options, are passed over.
         """
         beta = self._block_state["beta"]
-        inputs = self._inputs.of_step(self._config.slopes(beta), usable(beta))
+        numbers = {
+            name: number.inputs(number.sizes(), usable(number["beta"]))
+            for name, number in self._numbers.items()
+        }
+        inputs = self._inputs.of_step(self._blocks.sizes(), usable(beta), numbers)
         refused = None
         if self._config.skip_nonfinite:
             refused = torch.ones((), dtype=torch.bool, device=beta.device)
         # a pass that fails to compile raises here, while parameters and state are as they were
         for bucket in self._buckets:
-            ready = options, [leaf.layouts for leaf in bucket.leaves]
-            if bucket.ready == ready:
-                continue
-            bucket.ready, bucket.kernels = None, {}
-            param, grad = self._buffers(bucket, grads)
-            if self._built.z_first:
-                self._kernel(products, bucket, _of_product(bucket, param, grad))
-            arrays = _of_move(bucket, param, grad, inputs, refused)
-            self._kernel(moved if self._built.z_first else fused, bucket, arrays)
-            bucket.ready = ready
-        self._meta_update.prepared(
-            self._config.meta, self._of_blocks(torch.zeros_like(beta), refused)
-        )
+            self._prepare_bucket(bucket, grads, options, inputs, refused)
+        for blocks in self._all_blocks.values():
+            blocks.prepared(torch.zeros_like(blocks["meta_grad"]), refused)
+
+    def _prepare_bucket(
+        self,
+        bucket: Bucket,
+        grads: Mapping[str, Tensor],
+        options: Hashable,
+        inputs: Inputs,
+        refused: Tensor | None,
+    ) -> None:
+        ready = options, [leaf.layouts for leaf in bucket.leaves]
+        if bucket.ready == ready:
+            return
+        bucket.ready, bucket.kernels = None, {}
+        param, grad = self._buffers(bucket, grads)
+        if self._built.z_first:
+            self._kernel(products, bucket, _of_product(bucket, param, grad))
+        arrays = _of_move(bucket, param, grad, inputs, refused)
+        self._kernel(moved if self._built.z_first else fused, bucket, arrays)
+        bucket.ready = ready
 
     def _in_one_pass(self, grads: Mapping[str, Tensor]) -> None:
-        state, partials = self._block_state, []
+        inputs = self._inputs_of_one_pass()
+        self._learn(grads, [self._pass(bucket, grads, inputs) for bucket in self._buckets])
+
+    def _inputs_of_one_pass(self) -> Inputs:
+        state = self._block_state
         # z is not known before the traces are written: they restart by that of the last step
         keep = carried(state["meta_grad"], state["meta_count"])
-        inputs = self._inputs.of_step(self._config.slopes(state["beta"]), keep)
-        for bucket in self._buckets:
-            param, grad = self._buffers(bucket, grads)
-            arrays = _of_move(bucket, param, grad, inputs, None)
-            product = self._kernel(fused, bucket, arrays)(*arrays.values())
-            partials.append(Partial(bucket, product, self._inputs.active(bucket)))
-            bucket.written(param)
-        z = self._meta_gradient.total(grads, partials, count_lost=False)
-        self._move_beta(begun(z, state["meta_count"]), None)
+        return self._inputs.of_step(self._blocks.sizes(), keep)
 
-    def _in_two_passes(self, grads: Mapping[str, Tensor]) -> Tensor | None:
+    def _pass(self, bucket: Bucket, grads: Mapping[str, Tensor], inputs: Inputs) -> Partial:
+        """Step a bucket, and return what it has for z."""
+        param, grad = self._buffers(bucket, grads)
+        arrays = _of_move(bucket, param, grad, inputs, None)
+        sums = self._kernel(fused, bucket, arrays)(*arrays.values())
+        bucket.written(param)
+        return Partial(bucket, sums, self._inputs.active(bucket))
+
+    def _learn(self, grads: Container[str], partials: Sequence[Partial]) -> None:
+        """Move the step sizes by what buckets have for z."""
+        (z,), _ = self._blocks.meta_gradient.total(grads, partials)
+        self._blocks.move(begun(z, self._block_state["meta_count"]), None)
+
+    def _in_two_passes(
+        self, grads: Mapping[str, Tensor], meta_grads: Mapping[str, Tensor] | None
+    ) -> Tensor | None:
         """Make a step whose passes need z; return whether it was accepted, None if all are."""
-        state, partials, skips = self._block_state, [], self._config.skip_nonfinite
-        # of a copy, for with sigma="identity" step sizes are beta itself
-        sizes = self._config.slopes(state["beta"].clone())
-        for bucket in self._buckets:
-            arrays = _of_product(bucket, *self._buffers(bucket, grads))
-            product, lost = self._kernel(products, bucket, arrays)(*arrays.values())
-            active = self._inputs.active(bucket)
-            partials.append(Partial(bucket, product, active, lost if skips else None))
-        total = self._meta_gradient.total(grads, partials, count_lost=skips)
-        accepted = total[-1] == 0.0 if skips else None
-        z = begun(total[:-1] if skips else total, state["meta_count"])
-        keep = carried(z, state["meta_count"])
-        self._move_beta(z, accepted)
-        if self._config.meta_first:
-            sizes = self._config.slopes(state["beta"])
-        inputs = self._inputs.of_step(sizes, keep)
+        skips = self._config.skip_nonfinite
+        partials, of_numbers = self._partials(grads if meta_grads is None else meta_grads, grads)
+        if meta_grads is not None and skips:  # these are to be finite as well, but count no more
+            partials += [p._replace(active=False) for p in self._partials(grads, grads)[0]]
+        others = [(self._numbers[name].meta_gradient, of_numbers[name]) for name in self._numbers]
+        (z, *zs), lost = self._blocks.meta_gradient.total(grads, partials, others, count_lost=skips)
+        accepted = None if lost is None else lost == 0.0
+        sizes, keep = self._blocks.moved(z, accepted)
+        numbers = {
+            name: number.inputs(*number.moved(own, accepted))
+            for (name, number), own in zip(self._numbers.items(), zs, strict=True)
+        }
+        inputs = self._inputs.of_step(sizes, keep, numbers)
         for bucket in self._buckets:
             param, grad = self._buffers(bucket, grads)
             arrays = _of_move(bucket, param, grad, inputs, accepted)
             self._kernel(moved, bucket, arrays)(*arrays.values())
             bucket.written(param)
         return accepted
+
+    def _partials(
+        self, sources: Mapping[str, Tensor], grads: Mapping[str, Tensor]
+    ) -> tuple[list[Partial], dict[str, list[Partial]]]:
+        """Return the sums of the buckets that have any source, and those of learned numbers.
+
+        What z is made with is laid out as the gradients are.
+        """
+        partials: list[Partial] = []
+        of_numbers: dict[str, list[Partial]] = {name: [] for name in self._numbers}
+        for bucket in self._buckets:
+            names = [leaf.name for leaf in bucket.leaves]
+            if not any(name in sources for name in names):
+                continue
+            own = {name: _like(grads[name], sources.get(name)) for name in names}
+            arrays = _of_product(bucket, *self._buffers(bucket, own))
+            *sums, lost = self._kernel(products, bucket, arrays)(*arrays.values())
+            skips = self._config.skip_nonfinite
+            active = self._inputs.active(bucket)
+            split = len(sums) - len(bucket.numbers)
+            partials.append(Partial(bucket, sums[:split], active, lost if skips else None))
+            for (number, _), total in zip(bucket.numbers, sums[split:], strict=True):
+                of_numbers[number.name].append(Partial(bucket, [total], active))
+        return partials, of_numbers
 
     def _buffers(self, bucket: Bucket, grads: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return bucket.buffers([grads[leaf.name] for leaf in bucket.leaves])
@@ -182,7 +249,9 @@ class HessianFree:
             leaf = bucket.leaves[0]
             rounding = self._rounding if leaf.param.dtype != leaf.dtype else "nearest"
             maximize = bool(leaf.group["maximize"])
-            kind = Kind(maximize, rounding, bucket.summed_axes, bucket.whole)
+            horizons = self._built.plan.horizons
+            numbers = tuple(number for number, _ in bucket.numbers)
+            kind = Kind(maximize, rounding, bucket.summed_axes, bucket.whole, horizons, numbers)
             if (make, kind) not in self._passes:
                 function = make(kind)
                 eager = function if bucket.whole else in_chunks(function)
@@ -196,18 +265,110 @@ class HessianFree:
             return otherwise
         return Compiled(function, otherwise if self._compile is None else None, self._warning)
 
-    def _move_beta(self, z: Tensor, accepted: Tensor | None) -> None:
-        arrays = self._of_blocks(z, accepted)
-        self._meta_update.prepared(self._config.meta, arrays)(*arrays.values())
 
-    def _of_blocks(self, z: Tensor, accepted: Tensor | None) -> dict[str, Tensor]:
-        """Return what the meta update takes."""
-        names = ("beta", "meta_count", "restarts", "meta_grad")
-        arrays = {"z": z, "present": self._present}
-        arrays |= {name: self._block_state[name] for name in names} | self._block_state.slots
-        if accepted is not None:
-            arrays["accepted"] = accepted
-        return arrays
+class Opened:
+    """A step whose gradients come one after the other; it is made in place.
+
+    A bucket is stepped once the gradients of all its leaves have come. The numbers are those of
+    `HessianFree.step`.
+
+    Attributes
+    ----------
+    leaves : mapping of the id of a parameter to leaf
+        Those of which gradients are expected.
+    stepped : mapping of name to leaf
+        Those that have made their step.
+    """
+
+    def __init__(self, engine: HessianFree, leaves: Sequence[Leaf]) -> None:
+        self._engine = engine
+        self._options = torch.get_num_threads(), engine._inputs.read_groups()
+        self._inputs = engine._inputs_of_one_pass()
+        for leaf in leaves:
+            if leaf.grad_dtype is None:
+                leaf.grad_dtype = leaf.param.dtype
+        buckets = engine._all_buckets.of(leaves)
+        self._bucket_of = {leaf: bucket for bucket in buckets for leaf in bucket.leaves}
+        self._waiting: dict[Bucket | None, dict[str, Tensor]] = {}
+        self._partials: list[Partial] = []
+        self.stepped: dict[str, Leaf] = {}
+        self.leaves = {id(leaf.param): leaf for leaf in leaves}
+
+    def holds(self, leaf: Leaf) -> bool:
+        """Return whether the gradient of a leaf has come."""
+        bucket = self._bucket_of.get(leaf)
+        return leaf.name in self.stepped or leaf.name in self._waiting.get(bucket, ())
+
+    def arrived(self, leaf: Leaf, grad: Tensor) -> Sequence[Leaf]:
+        """Take a leaf's gradient, and return the leaves that have been stepped for it.
+
+        Raises
+        ------
+        TypeError
+            If it has another dtype than those before.
+        RuntimeError
+            If one has come before, in this step.
+        """
+        if self.holds(leaf):
+            msg = (
+                f"A second gradient of {leaf.name!r} has come since the last `step`, which has to "
+                "be called after each backward pass where parameters step in it."
+            )
+            raise RuntimeError(msg)
+        if grad.dtype != leaf.grad_dtype:
+            msg = (
+                f"The gradient of {leaf.name!r} must be {leaf.grad_dtype} where parameters step in "
+                f"the backward pass; got {grad.dtype}."
+            )
+            raise TypeError(msg)
+        bucket = self._bucket_of.get(leaf)
+        if bucket is None:  # it has no numbers
+            return self._step([leaf], {})
+        waiting = self._waiting.setdefault(bucket, {})
+        waiting[leaf.name] = grad
+        return self._step(bucket.leaves, waiting) if len(waiting) == len(bucket.leaves) else ()
+
+    def close(self, order: Mapping[str, Leaf]) -> None:
+        """Step the leaves whose buckets have not come to an end, and move the step sizes.
+
+        `order` has all leaves, in the order in which a step takes them.
+        """
+        engine = self._engine
+        waiting = {name: grad for some in self._waiting.values() for name, grad in some.items()}
+        rest = [leaf for name, leaf in order.items() if name in waiting]
+        buckets = engine._all_buckets.of(rest)
+        self._bucket_of |= {leaf: bucket for bucket in buckets for leaf in bucket.leaves}
+        for bucket in buckets:
+            self._step(bucket.leaves, waiting)
+        place = {name: index for index, name in enumerate(order)}
+
+        def first(partial: Partial) -> int:
+            return min(place[leaf.name] for leaf in partial.bucket.leaves)
+
+        partials = sorted(self._partials, key=first)  # sums are to be those of a step at once
+        leaves = [leaf for name, leaf in order.items() if name in self.stepped]
+        packed = [partial.bucket for partial in partials]
+        if packed != engine._buckets:
+            engine._blocks.meta_gradient.repacked()
+            engine._buckets = packed
+        engine._blocks.present = engine._blocks.meta_gradient.present(self.stepped)
+        engine._learn(self.stepped, partials)
+        engine._count(leaves, None)
+
+    def _step(self, leaves: Sequence[Leaf], grads: Mapping[str, Tensor]) -> Sequence[Leaf]:
+        bucket = self._bucket_of.get(leaves[0])
+        if bucket is not None:
+            engine = self._engine
+            engine._prepare_bucket(bucket, grads, self._options, self._inputs, None)
+            self._partials.append(engine._pass(bucket, grads, self._inputs))
+            self._waiting.pop(bucket, None)
+        self.stepped |= {leaf.name: leaf for leaf in leaves}
+        return leaves
+
+
+def _like(grad: Tensor, source: Tensor | None) -> Tensor:
+    """Return what z is made with in the gradient's dtype, 0 where there is none."""
+    return torch.zeros_like(grad) if source is None else source.to(grad.dtype)
 
 
 def _of_move(
@@ -223,49 +384,9 @@ def _of_move(
 
 def _of_product(bucket: Bucket, param: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Return what the pass `products` takes."""
-    if "trace" in bucket.state:
-        return {"grad": grad, "trace": bucket.state["trace"]}
-    count = bucket.leaves[0].state["step"]
-    return {"grad": grad, "param": param, "average": bucket.state["average"], "count": count}
-
-
-def _meta(config: mo.MetaOptimize, blocks: Blocks, slots: Sequence[str]) -> Pass:
-    """Return what writes the meta update of all blocks, where the step is accepted.
-
-    It outlives the optimizer's state, so it holds none of it.
-    """
-
-    def run(rule: Rule, arrays: Arrays) -> None:
-        z, beta = arrays["z"], arrays["beta"]
-        row = BlockRow(Jet(beta), {slot: Jet(arrays[slot]) for slot in slots}, arrays["meta_count"])
-        row, restarts = meta_step(
-            rule,
-            config.sigma_map,
-            row,
-            Jet(z),
-            meta_lr=config.meta_lr,
-            bounds=config.limits(blocks, beta),
-            present=arrays["present"],
-        )
-        written = {
-            "beta": row.beta.value,
-            "meta_count": row.count,
-            "restarts": arrays["restarts"] + restarts,
-            "meta_grad": z,
-        }
-        written |= {slot: jet.value for slot, jet in row.slots.items()}
-        accepted = arrays.get("accepted")
-        for name, new in written.items():
-            old = arrays[name]
-            old.copy_(new if accepted is None else torch.where(accepted, new, old))
-
-    return run
-
-
-def _same_meta(one: Built, other: Built) -> bool:
-    """Return whether the meta updates of two optimizers are one function."""
-    return (
-        one.plan.blocks == other.plan.blocks
-        and one.config.meta is other.config.meta
-        and one.config.bounds == other.config.bounds
-    )
+    leaf = bucket.leaves[0]
+    traces = [number.key("trace") for number, _ in bucket.numbers]
+    kept = {key: bucket.state[key] for key in (*leaf.exchanged, *traces) if key in bucket.state}
+    if kept.keys().isdisjoint(leaf.averages):
+        return {"grad": grad, **kept}
+    return {"grad": grad, "param": param, "count": leaf.state["step"], **kept}

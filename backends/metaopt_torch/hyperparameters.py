@@ -1,14 +1,19 @@
 """The numbers of a base rule that parameter groups hold: weight decay, betas, momentum, eps."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import Field, fields, is_dataclass, replace
+from dataclasses import Field, fields, is_dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
+import metaopt as mo
 from metaopt.rules import Rule
+from metaopt.rules.learned import bound, field_of, layers, learned_in, within
+from metaopt.rules.rule import decay_step_size
 
 __all__ = [
+    "DECAY_STEP_SIZE",
+    "PREFIX",
     "Number",
     "adjusted",
     "agreed",
@@ -16,9 +21,12 @@ __all__ = [
     "as_numbers",
     "hyperparameters",
     "overrides",
+    "said_in_vain",
     "with_arrays",
 ]
 
+#: The hyperparameter that the multiplier `lr` multiplies as it does the step size.
+DECAY_STEP_SIZE = "decay_step_size"
 #: What names of arrays begin with that stand for hyperparameters in a pass.
 PREFIX = "rule."
 
@@ -26,8 +34,14 @@ Number: TypeAlias = float | tuple[float, ...]
 
 
 def hyperparameters(rule: Rule) -> dict[str, Number]:
-    """Return the floats, and tuples of them, that a parameter group may say otherwise."""
-    found: dict[str, Number] = {"weight_decay": rule.weight_decay}
+    """Return the floats, and tuples of them, that a parameter group may say otherwise.
+
+    Those of the rule within, where one is around another.
+    """
+    if within(rule) is not None:
+        return hyperparameters(within(rule))
+    decay = rule.weight_decay
+    found: dict[str, Number] = {} if isinstance(decay, mo.Learned) else {"weight_decay": decay}
     known: tuple[Field[Any], ...] = fields(rule) if is_dataclass(rule) else ()
     for field in known:
         value = getattr(rule, field.name)
@@ -54,7 +68,9 @@ def agreed(rules: Iterable[Rule]) -> dict[str, Number]:
 def overrides(own: Mapping[str, Number], group: Mapping[str, Any]) -> dict[str, Number]:
     """Return what a group says of the hyperparameters `own` of a rule, where it differs."""
     found = {}
-    for name, value in own.items():
+    # a learned weight decay is none of `own`; what a group says stands in its place
+    names: dict[str, Any] = {**own, **({} if "weight_decay" in own else {"weight_decay": None})}
+    for name, value in names.items():
         said = group.get(name)
         said = tuple(said) if isinstance(said, list) else said
         if said is not None and said != value:
@@ -62,28 +78,51 @@ def overrides(own: Mapping[str, Number], group: Mapping[str, Any]) -> dict[str, 
     return found
 
 
+def said_in_vain(rule: Rule, group: Mapping[str, Any]) -> str | None:
+    """Return what a group says that its rule learns, None for nothing; weight decay counts."""
+    names = {field_of(place): None for place in learned_in(rule)}
+    return next((n for n in names if n != "weight_decay" and group.get(n) is not None), None)
+
+
 def arguments(own: Mapping[str, Number], group: Mapping[str, Any]) -> dict[str, Number]:
     """Return the hyperparameters that a pass is handed, the rule's `own` being constants in it.
 
-    Weight decay is among them wherever there is any: it may have a schedule, and what is constant
-    is compiled anew when it changes.
+    Weight decay is among them wherever there is any, and so is its step size, which `lr`
+    multiplies: they may have schedules, and what is constant is compiled anew when it changes.
     """
-    decay = own["weight_decay"] if group["weight_decay"] is None else group["weight_decay"]
-    return ({"weight_decay": decay} if decay else {}) | overrides(own, group)
+    decay = own.get("weight_decay") if group["weight_decay"] is None else group["weight_decay"]
+    found = {"weight_decay": decay} if decay else {}
+    learned = "weight_decay" not in own and group["weight_decay"] is None
+    if (decay or learned) and DECAY_STEP_SIZE in own:
+        found[DECAY_STEP_SIZE] = own[DECAY_STEP_SIZE]
+    return found | overrides(own, group)
 
 
 def adjusted(rule: Rule, group: Mapping[str, Any], made: dict[Any, Rule]) -> Rule:
     """Return a rule with the hyperparameters of a group; equal ones are one object of `made`.
 
     ValueError or TypeError is raised for a value that the rule cannot have, or with which it would
-    keep other state.
+    keep other state, or in whose place is one that is learned.
     """
+    vain = said_in_vain(rule, group)
+    if vain is not None:
+        msg = (
+            f"`{vain}` of a group is {group[vain]!r}, but `base` learns it, in {rule!r}: leave it "
+            "out of the group, and give these parameters another rule by a pattern of `base`."
+        )
+        raise ValueError(msg)
     changed = overrides(hyperparameters(rule), group)
+    if DECAY_STEP_SIZE not in changed and _unlike(rule, group):
+        msg = (
+            f"`{DECAY_STEP_SIZE}` of a group is {group[DECAY_STEP_SIZE]!r}, but that of its rule "
+            f"is None, in {rule!r}: say one there, which groups may change then."
+        )
+        raise ValueError(msg)
     if not changed:
         return rule
     key = (id(rule), *changed.items())
     if key not in made:
-        new: Rule = replace(rule, **changed)  # type: ignore[type-var]
+        new: Rule = bound(rule, changed)
         if new.slots != rule.slots:
             name = next(name for name in changed if name != "weight_decay")
             msg = (
@@ -93,6 +132,13 @@ def adjusted(rule: Rule, group: Mapping[str, Any], made: dict[Any, Rule]) -> Rul
             raise ValueError(msg)
         made[key] = new
     return made[key]
+
+
+def _unlike(rule: Rule, group: Mapping[str, Any]) -> bool:
+    """Say whether a group has a step size for weight decay, and its rule could but does not."""
+    *_, inner = layers(rule)
+    known = is_dataclass(inner) and any(field.name == DECAY_STEP_SIZE for field in fields(inner))
+    return known and decay_step_size(inner) is None and group.get(DECAY_STEP_SIZE) is not None
 
 
 def as_numbers(changed: Mapping[str, Number]) -> dict[str, float]:
@@ -113,4 +159,5 @@ def with_arrays(rule: Rule, arrays: Mapping[str, Tensor]) -> Rule:
         if key.startswith(PREFIX):
             name, *index = key.removeprefix(PREFIX).split(".")
             changed[name] = (*changed.get(name, ()), array) if index else array
-    return replace(rule, **changed) if changed else rule  # type: ignore[type-var]
+    new: Rule = bound(rule, changed)
+    return new

@@ -13,13 +13,44 @@ from metaopt.rules import Rule
 from metaopt.rules.rule import scope_of, slot_shapes
 from metaopt_torch.memory import PLAIN, check_memory, layout, shared, stored
 from metaopt_torch.shards import LocalShard, local
+from metaopt_torch.state_keys import horizon_keys, learned_key
 
-__all__ = ["TRACES", "Group", "Leaf"]
+__all__ = ["Followed", "Group", "Leaf"]
 
 Group: TypeAlias = dict[str, Any]
 
-#: A leaf keeps its trace, or the average of the weights that the trace is the distance to.
-TRACES = ("trace", "average")
+
+@dataclass(frozen=True)
+class Followed:
+    """A number of a leaf's rule that is learned, as passes know it.
+
+    Parameters
+    ----------
+    name : str
+    place : str
+        Where it stands in the rule.
+    slots : tuple of str
+        Those whose traces are kept.
+    in_direction : bool
+        As `Plan.in_direction`.
+    fixed : float, optional
+        Its value, where that is known to stay.
+    """
+
+    name: str
+    place: str
+    slots: tuple[str, ...]
+    in_direction: bool
+    fixed: float | None = None
+
+    def key(self, of: str) -> str:
+        """Return the key of what a state or a pass has of it."""
+        return learned_key(self.name, of)
+
+    @property
+    def traces(self) -> dict[str, str]:
+        """The keys of its traces in a leaf's state: of the weights, "", and of slots."""
+        return {"": self.key("trace")} | {slot: self.key(f"{slot}_trace") for slot in self.slots}
 
 
 @dataclass(eq=False)
@@ -36,6 +67,9 @@ class Leaf:
     #: `metaopt.blocks.Partition.assign`.
     blocks: "np.ndarray[Any, Any]"
     state: dict[str, Any]  # the optimizer's for this parameter
+    horizons: tuple[int, ...] = ()  # as `Plan.horizons`
+    #: The numbers of its rule that are learned, and its one block of each.
+    numbers: tuple[tuple[Followed, int], ...] = ()
     #: Host-side fingerprint of the steps taken; only leaves with equal ones may share a bucket, as
     #: they share a count. It is the count, unless steps may be refused: then a hash of the steps
     #: that the leaf took part in.
@@ -45,6 +79,12 @@ class Leaf:
     def __post_init__(self) -> None:
         self._param_dtype, self._param_shape = self.param.dtype, self.param.shape
         self.device = local(self.param).device
+        # a leaf keeps its traces, or the averages of the weights that these are the distances to
+        self.traces = horizon_keys("trace", self.horizons)
+        self.averages = horizon_keys("average", self.horizons)
+        pairs = [*zip(self.traces, self.averages, strict=True)]
+        #: The keys of both kinds, each with the one that may stand in its place.
+        self.exchanged = {key: other for pair in pairs for key, other in (pair, pair[::-1])}
         #: Of the parameter and the gradient that were checked last.
         self.layouts: tuple[Hashable, Hashable] | None = None
         # in a buffer the axes of the blocks come first, and the others as they lie in memory
@@ -73,8 +113,9 @@ class Leaf:
     @property
     def buffered(self) -> tuple[str, ...]:
         """Keys of what a pass reads and writes of the state."""
-        kept = [key for key in (*TRACES, "compensation") if key in self.state]
-        return (*self.rule.slots, *kept)
+        kept = [key for key in (*self.exchanged, "compensation") if key in self.state]
+        traces = [key for number, _ in self.numbers for key in number.traces.values()]
+        return (*self.rule.slots, *kept, *traces)
 
     @property
     def shared(self) -> bool:
@@ -109,25 +150,32 @@ class Leaf:
             return
         own = f"`params[{self.name!r}]`"
         for what, array in ((own, param), (f"The gradient of {own}", grad)):
-            if tuple(array.shape) != self.shard.shape:
-                msg = f"{what} must have the shape {self.shard.shape}; got {tuple(array.shape)}."
-                raise ValueError(msg)
-            if array.device != self.device:
-                msg = f"{what} must be on {self.device}, as its state is; got {array.device}."
-                raise ValueError(msg)
-            if not array.is_floating_point():
-                msg = f"{what} must be dense, real and floating; got {array.dtype}."
-                raise TypeError(msg)
-            if not stored(array):
-                msg = f"{what} must lie in its storage, which has been resized to less memory."
-                raise ValueError(msg)
+            self._check_array(what, array)
         check_memory(self.name, param)
         self.layouts = layouts
+
+    def check_held_out(self, grad: Tensor) -> None:
+        """Raise ValueError or TypeError where a pass cannot take this held-out gradient."""
+        self._check_array(f"The held-out gradient of `params[{self.name!r}]`", local(grad))
+
+    def _check_array(self, what: str, array: Tensor) -> None:
+        if tuple(array.shape) != self.shard.shape:
+            msg = f"{what} must have the shape {self.shard.shape}; got {tuple(array.shape)}."
+            raise ValueError(msg)
+        if array.device != self.device:
+            msg = f"{what} must be on {self.device}, as its state is; got {array.device}."
+            raise ValueError(msg)
+        if not array.is_floating_point():
+            msg = f"{what} must be dense, real and floating; got {array.dtype}."
+            raise TypeError(msg)
+        if not stored(array):
+            msg = f"{what} must lie in its storage, which has been resized to less memory."
+            raise ValueError(msg)
 
     def mismatch(self, state: Mapping[str, Any]) -> str | None:
         """Return what in a state that was saved does not fit, None if everything does."""
         if not self.state:  # frozen here: what it may have is known from the rule alone
-            for key in (*self.rule.slots, *TRACES):
+            for key in (*self.rule.slots, *self.exchanged):
                 shape = tuple(getattr(state.get(key), "shape", self.param.shape))
                 if shape[-self.param.dim() or len(shape) :] != tuple(self.param.shape):
                     return (
@@ -137,8 +185,8 @@ class Leaf:
         for key, value in state.items():
             if key == "compensation" and key not in self.state:
                 continue  # of a run with another rounding
-            if key in TRACES and key not in self.state:
-                key = TRACES[1 - TRACES.index(key)]  # of parameters of another dtype
+            if key not in self.state:
+                key = self.exchanged.get(key, key)  # of parameters of another dtype
             if key not in self.state:
                 return f"{self.name!r} has {key!r}, which is not of {type(self.rule).__name__}"
             shape = () if isinstance(value, int | float) else tuple(getattr(value, "shape", (-1,)))

@@ -1,6 +1,6 @@
 """The state of a leaf: checked, completed, and made anew where its parameter was replaced."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaopt.plan import Spec
 from metaopt_torch.changes import Index, copy_entries
-from metaopt_torch.leaf import TRACES, Leaf
+from metaopt_torch.leaf import Leaf
 from metaopt_torch.memory import stored
 from metaopt_torch.shards import LocalShard, local
 
@@ -64,12 +64,13 @@ def complete(
     begin: Mapping[str, Tensor],
     *,
     kahan: bool,
-    columns: Index,
+    columns: Callable[[str], Index],
 ) -> None:
     """Add to a leaf's state what it lacks; new numbers are zero where `begin` says nothing else.
 
     What has not the shape of the parameter starts afresh: those who replace parameters do not know
-    of all that there is. Dense traces have their columns in the order of the blocks.
+    of all that there is. Dense traces have their columns in the order of the blocks, which
+    `columns` has by key.
     """
     memory, stride = local(leaf.param), leaf.param.stride()
     _exchange(leaf, specs)
@@ -85,7 +86,8 @@ def complete(
         lead = () if own else spec.shape[: len(spec.shape) - leaf.param.dim()]
         shape = spec.shape if own else (*lead, *leaf.shard.shape)
         old = leaf.state.get(key)
-        reordered = bool(lead) and columns != list(range(len(columns)))
+        order = columns(key)
+        reordered = bool(lead) and order != list(range(len(order)))
         if _fits(old, spec.dtype, shape, memory.device) and not reordered:
             continue
         if lead or own:
@@ -94,11 +96,11 @@ def complete(
             new = torch.zeros_like(memory, dtype=spec.dtype, memory_format=torch.preserve_format)
         if key in begin:
             new.copy_(begin[key])
-        elif key == "average":  # the trace begins at 0
+        elif key in leaf.averages:  # the trace begins at 0
             new.copy_(memory)
         if isinstance(old, Tensor) and local(old).shape[len(lead) :] == shape[len(lead) :]:
             if lead:
-                copy_entries(local(old), new, columns, range(len(lead)))
+                copy_entries(local(old), new, order, range(len(lead)))
             else:
                 new.copy_(local(old))
         strides = _contiguous(spec.shape) if lead or own else stride
@@ -122,7 +124,7 @@ def _exchange(leaf: Leaf, keys: Iterable[str]) -> None:
 
     What is kept depends on the dtype of a parameter, which may have changed.
     """
-    for old, new in (TRACES, TRACES[::-1]):
+    for old, new in leaf.exchanged.items():
         if old in leaf.state and old not in keys and new in keys:
             kept = leaf.state.pop(old)
             fits = isinstance(kept, Tensor) and local(kept).shape == leaf.shard.shape
@@ -138,9 +140,8 @@ def restart_rows(leaf: Leaf, specs: Mapping[str, Spec], begin: Mapping[str, Tens
 
     Scripts that add rows to a parameter fill its state with zeros, whatever it holds.
     """
-    first = dict(begin)
-    if "average" in leaf.state:
-        first["average"] = local(leaf.param)
+    averages = [key for key in leaf.averages if key in leaf.state]
+    first = {**begin, **dict.fromkeys(averages, local(leaf.param))}
     held = {key: local(leaf.state[key]) for key in specs if key != "step"}
     held = {key: value for key, value in held.items() if value.shape == leaf.shard.shape}
     if not first.keys() & held.keys():

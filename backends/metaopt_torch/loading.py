@@ -8,9 +8,10 @@ from torch import Tensor
 
 import metaopt as mo
 from metaopt.blocks import Blocks
+from metaopt.plan import Plan
 from metaopt_torch.block_state import BlockState
 from metaopt_torch.build import Built
-from metaopt_torch.changes import Continued, Index, copy_entries
+from metaopt_torch.changes import Continued, Index, blocks_of, copy_entries
 from metaopt_torch.groups import MADE_WITH, check_groups, check_rounding, configured, named
 from metaopt_torch.leaf import Group
 from metaopt_torch.shards import local
@@ -46,11 +47,15 @@ def aligned(
         number_of = dict(zip(group["param_names"], group["params"], strict=True))
         new_groups.append({**group, "params": [number_of[name] for name in names]})
     params = {name: param for name, param, _ in named(groups)}
-    blocks_before, before = _block_state(given, theirs, params, config, defaults)
-    blocks, after = _block_state(new_groups, ours, params, config, defaults)
+    former, before = _block_state(given, theirs, params, config, defaults)
+    plan, after = _block_state(new_groups, ours, params, config, defaults)
     before.read(given)
-    kept = _order(blocks_before, blocks)
-    after.carry(before, kept)
+    kept = _order(former.blocks, plan.blocks)
+    numbers = {
+        name: _order(former.learned[name].blocks, number.blocks)
+        for name, number in plan.learned.items()
+    }
+    after.carry(before, kept, numbers)
     new_groups = _renamed(new_groups, ours)
     after.hand_out(new_groups)
     state = dict(state_dict["state"])
@@ -58,7 +63,7 @@ def aligned(
         for number, name in zip(group["params"], group["param_names"], strict=True):
             if number in state:
                 state[number] = {
-                    key: _reordered(value, params[name], kept.blocks)
+                    key: _reordered(value, params[name], blocks_of(key, kept, numbers))
                     for key, value in state[number].items()
                 }
     return {**state_dict, "param_groups": new_groups, "state": state}
@@ -99,8 +104,8 @@ def _block_state(
     params: Mapping[str, Tensor],
     config: mo.MetaOptimize,
     defaults: Mapping[str, Any],
-) -> tuple[Blocks, BlockState]:
-    """Return the blocks, and their state yet to be read, of groups with parameters so named."""
+) -> tuple[Plan, BlockState]:
+    """Return the plan, and blocks' state yet to be read, of groups with parameters so named."""
     full: list[Group] = [
         {**defaults, **group, "params": [params[name] for name in own], "param_names": own}
         for group, own in zip(groups, names, strict=True)
@@ -109,7 +114,7 @@ def _block_state(
     plan = configured(config, full).config.plan(members)
     owners = {name: index for index, own in enumerate(names) for name in own}
     device = next(iter(members.values())).device
-    return plan.blocks, BlockState(plan, owners, len(full), device)
+    return plan, BlockState(plan, owners, len(full), device)
 
 
 def _order(before: Blocks, after: Blocks) -> Continued:
@@ -145,13 +150,13 @@ def check_fits(
     if [len(group["params"]) for group in given] != [len(group["params"]) for group in groups]:
         return  # torch says so
     mismatch = built.block_state.mismatch(given)
-    for own, group in zip(groups, given, strict=True):
-        kept, expected = group.get(MADE_WITH), own[MADE_WITH]
-        if kept is not None and kept != expected:
-            mismatch = f"it was made with {kept}; expected {expected}"
     numbers = [number for group in given for number in group["params"]]
     for number, leaf in zip(numbers, leaves, strict=True):
         mismatch = leaf.mismatch(state_dict["state"].get(number, {})) or mismatch
+    for own, group in zip(groups, given, strict=True):  # which says most
+        kept, expected = group.get(MADE_WITH), own[MADE_WITH]
+        if kept is not None and kept != expected:
+            mismatch = f"it was made with {kept}; expected {expected}"
     if mismatch is not None:
         msg = f"`state_dict` does not fit this optimizer: {mismatch}."
         raise ValueError(msg)

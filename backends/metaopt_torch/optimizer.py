@@ -1,24 +1,27 @@
 """MetaOptimizer, a `torch.optim.Optimizer` whose step sizes tune themselves."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import metaopt as mo
-from metaopt.rules import Rule
-from metaopt_torch.base import BaseOptimizer
-from metaopt_torch.core_state import whole
-from metaopt_torch.core_step import copies, core_step, project, reduction
+from metaopt.configuration import BASE, META, META_LR, STEP_SIZE, RuleLike
+from metaopt.inputs import check_formulas
+from metaopt.metaoptimize import check_config
+from metaopt_torch.base import check_training
+from metaopt_torch.core_step import core_step, reduction
 from metaopt_torch.curvature import RandomState, by_central_difference
-from metaopt_torch.groups import check_numbers
-from metaopt_torch.shards import gathered, redistributed
+from metaopt_torch.in_backward import InBackward, check_in_backward
+from metaopt_torch.plain import plain
+from metaopt_torch.tuned import TunedOptimizer, check_dense
 
-__all__ = ["MetaOptimizer"]
+__all__ = ["MetaOptimizer", "from_config"]
 
 
-class MetaOptimizer(BaseOptimizer):
+class MetaOptimizer(TunedOptimizer):
     r"""Wraps a base update and adapts its step sizes online with a meta update.
 
     docs/mathematics.md; `metaopt.MetaOptimize` describes the options that both have.
@@ -30,10 +33,11 @@ class MetaOptimizer(BaseOptimizer):
         `blocks` and `base` their names; parameters without names are called "0", "1" and so on.
         A group may have its own `lr`, `weight_decay`, `maximize`, `step_size`, `bounds`, and
         `block`: the name of the block that all its leaves share.
-    base, meta : Rule
+    base, meta : Rule, or name of one
         The update of the weights, or several by name pattern, and that of the step sizes.
-    step_size, meta_lr, discount, blocks, sigma, bounds, approximation, curvature, \
-meta_first, skip_nonfinite, recover
+    step_size, meta_lr, discount, blocks, sigma, bounds
+        As for `metaopt.MetaOptimize`.
+    approximation, curvature, held_out, meta_first, skip_nonfinite, recover
         As for `metaopt.MetaOptimize`.
     lr : float or tensor, default 1.0
         Multiplies the learned step sizes; what learning-rate schedulers drive. 0 freezes.
@@ -75,16 +79,17 @@ meta_first, skip_nonfinite, recover
         self,
         params: Any,
         *,
-        base: Rule | Mapping[str, Rule],
-        meta: Rule,
-        step_size: float | Mapping[str, Any] = 1e-4,
-        meta_lr: float = 1e-3,
-        discount: float = 1.0,
+        base: RuleLike = BASE,
+        meta: RuleLike = META,
+        step_size: float | Mapping[str, Any] = STEP_SIZE,
+        meta_lr: float = META_LR,
+        discount: float | tuple[float, ...] | None = None,
         blocks: Any = "scalar",
         sigma: Any = "exp",
         bounds: Any = None,
         approximation: str = "l",
         curvature: Any = "none",
+        held_out: bool = False,
         meta_first: bool = False,
         skip_nonfinite: bool = False,
         recover: bool = False,
@@ -107,9 +112,15 @@ meta_first, skip_nonfinite, recover
             bounds=bounds,
             approximation=approximation,
             curvature=curvature,
+            held_out=held_out,
             meta_first=meta_first,
             skip_nonfinite=skip_nonfinite,
             recover=recover,
+        )
+        check_formulas(
+            config.base,
+            "an optimizer that is to be known by its steps alone is handed to "
+            "`metaopt_torch.wrap`.",
         )
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(
@@ -138,9 +149,97 @@ meta_first, skip_nonfinite, recover
             gradient.
         TypeError
             If it is no tensor.
+        RuntimeError
+            Inside `meta_gradients`, where the loss's own `backward` is called.
         """
+        self._held_out.check_outside("backward")
         self._refresh()
         self._double_backward.add(loss, [leaf.param for leaf in self._ready.leaves.values()])
+
+    def step_in_backward(self) -> InBackward:
+        """Step each parameter in the backward pass, as soon as its gradient is there.
+
+        A large one is then freed at once, so that not all gradients are held at the same time;
+        small ones are stepped together. `step` makes the rest of the step, and is to be called
+        after each backward pass: step sizes move there. The numbers are those of a step after the
+        backward pass, as a step is made with the step sizes from before it.
+
+        Nothing can be done to the gradients, as they are gone: no clipping, no accumulation over
+        several backward passes, no GradScaler. DistributedDataParallel adds gradients up later.
+
+        Returns
+        -------
+        handle
+            Its `remove` undoes it. Parameters that are added later step in `step`.
+
+        Raises
+        ------
+        ValueError
+            With `skip_nonfinite`, `meta_first`, `held_out`, `recover`, `curvature`,
+            `blocks="weight"`, numbers that are learned or parameters that are sharded: there
+            something is needed before the first parameter moves that comes with the last gradient.
+        RuntimeError
+            If it has been called before, and its handle has not been removed.
+
+        Examples
+        --------
+        >>> import metaopt as mo
+        >>> model = torch.nn.Linear(3, 1)
+        >>> opt = MetaOptimizer(model.parameters(), compile=False)
+        >>> handle = opt.step_in_backward()
+        >>> for _ in range(2):
+        ...     model(torch.ones(4, 3)).square().mean().backward()
+        ...     opt.step()
+        >>> model.weight.grad is None
+        True
+        """
+        self._refresh()
+        check_in_backward(self._ready)
+        if self._in_backward is not None and self._in_backward.active:
+            msg = (
+                "`step_in_backward` has been called before: `remove` the handle that it returned, "
+                "to have hooks at parameters that have come since."
+            )
+            raise RuntimeError(msg)
+        params = [leaf.param for leaf in self._ready.leaves.values()]
+        self._in_backward = InBackward(self, params)
+        return self._in_backward
+
+    def _arrived(self, param: Tensor) -> None:
+        """Step a parameter whose gradient has come, if all that steps with it are there."""
+        opened = self._opened
+        if opened is None:
+            self._look()
+            leaves = self._ready.leaves.values()
+            if (
+                any(leaf.changed() or not leaf.state for leaf in leaves if leaf.param.requires_grad)
+                or self._ready.learns_otherwise()
+            ):
+                self._build(self._built)
+            check_in_backward(self._ready)  # groups may say what they did not
+            assert self._engine is not None  # it is made with `_ready`
+            expected = [leaf for leaf in self._ready.leaves.values() if leaf.param.requires_grad]
+            opened = self._opened = self._engine.opened(expected)
+        leaf, grad = opened.leaves.get(id(param)), param.grad
+        if leaf is None or grad is None:  # it has left, or another hook took the gradient
+            return
+        check_dense(leaf.name, grad)
+        leaf.check(grad)
+        for stepped in opened.arrived(leaf, grad):
+            stepped.param.grad = None
+
+    def _close(self) -> None:
+        """Make the rest of a step that has begun in the backward pass."""
+        opened, leaves = self._opened, self._ready.leaves
+        assert opened is not None
+        for leaf in leaves.values():  # of parameters without a hook
+            if leaf.param.grad is not None and not opened.holds(leaf):
+                self._arrived(leaf.param)
+        opened.close(leaves)
+        for name in opened.stepped:
+            leaves[name].param.grad = None
+        self._opened = None
+        self._watch.see(self.param_groups, self.state)  # packing is no edit
 
     # as torch's own optimizers do it: the public way imports Dynamo, which takes a second
     @torch._disable_dynamo
@@ -172,6 +271,8 @@ meta_first, skip_nonfinite, recover
             device, a group's option is wrong, or what `curvature` needs is missing. Nothing is
             changed then.
         """
+        check_training(self._evaluating)  # before the closure adds to gradients
+        self._held_out.check_outside("step")
         if self._built is None:
             self._build()
         if not any(group["params"] for group in self.param_groups):  # yet, or any more
@@ -193,44 +294,64 @@ meta_first, skip_nonfinite, recover
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            grads = self._grads()
+            if self._opened is not None:
+                self._close()
+                return loss
+            grads, meta_grads = self._grads(), self._meta_grads()
             if self._ready.in_core:
                 derivatives = {"hvp": hvp, "third": third, "hessian_diagonal": hessian_diagonal}
                 if exact:
                     derivatives |= self._derivatives(grads, closure, random, third)
-                core_step(self._ready, grads, self._rounding, derivatives)
+                core_step(self._ready, grads, self._rounding, derivatives, meta_grads)
                 self._ready.counts.settle()
                 self._double_backward.release(leaf.param for leaf in self._ready.leaves.values())
             else:
                 assert self._engine is not None  # it is made with `_ready`
-                if self._engine.step(grads):  # whose packing is no edit
+                if self._engine.step(grads, meta_grads):  # whose packing is no edit
                     self._watch.see(self.param_groups, self.state)
+        self._held_out.grads.clear()
         return loss
 
-    def _grads(self) -> dict[str, Tensor]:
-        """Return the gradients by name, after a look at what may have changed since last time."""
-        self._refresh(decay=False)
-        for group in self.param_groups:
-            check_numbers(group)
-        if self._ready.in_core:
-            self._refresh()  # elsewhere a group's weight decay is handed to every pass
-        self._ready.check_shared()
-        grads, rebuild = {}, False
-        for name, leaf in self._ready.leaves.items():
-            grad = leaf.param.grad
-            rebuild |= leaf.changed()
-            if grad is None:
-                continue
-            if grad.layout != torch.strided:
-                msg = f"The gradient of {name!r} must be dense; got layout {grad.layout}."
-                raise TypeError(msg)
-            grads[name] = grad if leaf.shard.mesh is None else redistributed(grad, leaf.param)
-            rebuild |= not leaf.state
-        if rebuild:  # one that was frozen has a gradient now, or another dtype or shape
-            self._build(self._built)
-        for name, grad in grads.items():
-            self._ready.leaves[name].check(grad)
-        return grads
+    def to_plain(self) -> torch.optim.Optimizer:
+        """Return a plain optimizer of torch's that goes on from here, at the step sizes of now.
+
+        Nothing is learned any more. It has a group for each block of each group here, with the
+        step size times `lr` as its `lr`, the moments and their counts, in tensors of their own: so
+        that traces and all else that learning takes are freed with this optimizer. Schedulers are
+        made anew, for the plain one.
+
+        Returns
+        -------
+        torch.optim.Optimizer
+            `torch.optim.AdamW` for `metaopt.AdamW`. `torch.optim.SGD` for `metaopt.SGD`, with
+            `dampening` equal to `momentum`, and without `weight_decay` where there is momentum.
+            `torch.optim.RMSprop` for `metaopt.RMSprop(bias_correction=False)` without
+            `weight_decay`. Weight decay with a `decay_step_size` becomes as strong by the `lr` of
+            its group.
+
+        Raises
+        ------
+        ValueError
+            If torch has no such optimizer, or rules are of several; if a parameter has several
+            step sizes, or a number of a rule is learned.
+        RuntimeError
+            Inside `averaged_params`.
+
+        Examples
+        --------
+        >>> from metaopt_torch import MetaOptimizer
+        >>> param = torch.nn.Parameter(torch.ones(3))
+        >>> opt = MetaOptimizer([param], step_size=0.25, lr=0.5, compile=False)
+        >>> plain = opt.to_plain()
+        >>> type(plain).__name__, plain.param_groups[0]["lr"]
+        ('AdamW', 0.125)
+        """
+        self._held_out.check_outside("to_plain")
+        self._refresh()
+        made = plain(self._ready)
+        if self._in_backward is not None:  # whose hooks would take the gradients
+            self._in_backward.remove()
+        return made
 
     def _derivatives(
         self,
@@ -249,70 +370,51 @@ meta_first, skip_nonfinite, recover
         hvp, own_third = self._double_backward.derivatives(grads, params)
         return {"hvp": hvp, "third": own_third if third is None else third}
 
-    @torch._disable_dynamo
-    @torch.no_grad()
-    def project(self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
-        """Project the parameters in place, and push their traces through the projection.
 
-        For weights that are held somewhere after a step: clipped to a box, within a norm, pruned
-        (docs/mathematics.md section 10). Where they are projected by hand, the way to the bound
-        that holds a weight stays in the trace, and step sizes may then rise without end.
+def from_config(
+    config: mo.MetaOptimize,
+    params: Any,
+    *,
+    lr: float | Tensor = 1.0,
+    weight_decay: float | None = None,
+    maximize: bool = False,
+    hvp: str = "autograd",
+    rounding: str = "nearest",
+    compile: bool | None = None,
+    process_group: Any = None,
+) -> MetaOptimizer:
+    """Return an optimizer with a configuration of the core, such as one of `metaopt.presets`.
 
-        Parameters
-        ----------
-        function : callable
-            From the parameters by name, float32 or wider, to projected ones; those that stay as
-            they are may be left out. It is differentiated forward by `torch.func.jvp`.
+    Parameters
+    ----------
+    config : metaopt.MetaOptimize
+    params, lr, weight_decay, maximize, hvp, rounding, compile, process_group
+        As `MetaOptimizer` takes them.
 
-        Raises
-        ------
-        ValueError, TypeError
-            If it returns something else, if parameters are distributed, or with
-            `approximation="full"`. Nothing is changed then.
+    Raises
+    ------
+    ValueError, TypeError
+        As `MetaOptimizer` does.
 
-        Examples
-        --------
-        >>> import metaopt as mo
-        >>> param = torch.nn.Parameter(torch.tensor([0.5, -1.0]))
-        >>> opt = MetaOptimizer([("w", param)], base=mo.SGD(), meta=mo.SGD(), compile=False)
-        >>> opt.project(lambda params: {"w": params["w"].clamp(min=0.0)})
-        >>> param.tolist()
-        [0.5, 0.0]
-        """
-        self._refresh()
-        project(self._ready, function, self._rounding)
-
-    def step_sizes(self) -> dict[str, Tensor]:
-        """Return the learned step sizes by block, before the multiplier `lr`.
-
-        Nothing is copied to the host.
-
-        Returns
-        -------
-        dict of block name to tensor
-            As `metaopt.MetaOptimize.step_sizes`; on the device, float32 or wider.
-        """
-        self._refresh(decay=False)
-        if self._built is None:
-            return {}
-        return self._built.step_sizes()
-
-    def diagnostics(self) -> dict[str, Any]:
-        """Return what tells how the adaptation is doing; tensors, nothing is copied to the host.
-
-        With sharded parameters this is a collective call: trace norms are sums over all devices.
-
-        Returns
-        -------
-        dict
-            "beta", "meta_grad" and "trace_norm", each a mapping like `step_sizes`; "restarts";
-            "skipped". See `metaopt.MetaOptimize.diagnostics`.
-        """
-        self._refresh()
-        leaves = self._ready.leaves
-        return self._ready.config.diagnostics(
-            whole(self._ready),
-            {name: gathered(leaf.param.detach()) for name, leaf in leaves.items()},
-            reduce=reduction(leaves, groups=True),
-            copies=copies(leaves, groups=True),
-        )
+    Examples
+    --------
+    >>> import metaopt as mo
+    >>> model = torch.nn.Linear(3, 1)
+    >>> config = mo.presets.paper("adamw", "adam", "tinystories")
+    >>> opt = from_config(config, model.named_parameters(), compile=False)
+    >>> opt.config.meta_lr
+    0.001
+    """
+    check_config(config)
+    options = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
+    return MetaOptimizer(
+        params,
+        **options,
+        lr=lr,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        hvp=hvp,
+        rounding=rounding,
+        compile=compile,
+        process_group=process_group,
+    )

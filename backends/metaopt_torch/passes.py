@@ -5,7 +5,7 @@ leaf. What is
 computed is in `metaopt.leaf`; here are the sums and the writes in place.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 from metaopt.jets import Jet
-from metaopt.leaf import Leaf, advance, has_average
+from metaopt.leaf import Leaf, advance, discounted, follow, has_average
 from metaopt.leaf import fused as fused_step
 from metaopt.rules import Rule
+from metaopt.rules.learned import bound
 from metaopt_torch.hyperparameters import with_arrays
+from metaopt_torch.leaf import Followed
 from metaopt_torch.rounding import lost, rounded
+from metaopt_torch.state_keys import horizon_keys
 
 __all__ = ["Arrays", "Kind", "Pass", "fused", "moved", "products"]
 
-#: Buffers and step sizes, by name: "param", "grad", the rule's slots, "average" or else "trace",
-#: and so on.
+#: Buffers and step sizes, by name: "param", "grad", the rule's slots, "average" or else "trace" (of
+#: several discounts "average_0", "discount_0" and so on), and so on.
 Arrays: TypeAlias = Mapping[str, Tensor]
 #: From a rule and arrays to sums; writes into the buffers among them.
 Pass: TypeAlias = Callable[[Rule, Arrays], Any]
@@ -42,49 +45,64 @@ class Kind:
         Axes of the buffers over which a block reaches, None for all.
     whole : bool
         Whether they are one leaf in its own shape, and not to be cut.
+    horizons : tuple of int
+        As `Plan.horizons`.
+    numbers : tuple of Followed
+        Those of the rule that are learned; with any, z is known first.
     """
 
     maximize: bool
     rounding: str
     axes: tuple[int, ...] | None
     whole: bool = False
+    horizons: tuple[int, ...] = ()
+    numbers: tuple[Followed, ...] = ()
 
 
 def fused(kind: Kind) -> Pass:
-    """Return the pass that moves the parameters and sums h * g by block.
+    """Return the pass that moves the parameters and returns the sums of h * g by block.
 
     It takes "param", "grad", the slots, "average" or "trace", "count", "alpha", "mask" and
     "discount"; "alpha_trace" where it is another than `alpha`, and hyperparameters that are others
     than the rule's (`with_arrays`); "compensation" for Kahan's rounding.
     """
 
-    def run(rule: Rule, arrays: Arrays) -> Tensor:
-        product, _, leaf = fused_step(*_given(kind, rule, arrays), **_options(arrays))
-        # as_strided makes Inductor fuse this sum into the loop that overwrites the average or the
-        # trace; without it the sum is a second loop over memory
-        product = product.as_strided(product.shape, product.stride())
-        _write(kind, arrays, leaf)
-        return _by_block(kind, product)
+    def run(rule: Rule, arrays: Arrays) -> tuple[Tensor, ...]:
+        rule, rows, grad, alpha = _given(kind, rule, arrays)
+        traces, after = [], []
+        for row, discount in zip(rows, _discounts(kind, arrays), strict=True):
+            trace, delta, leaf = fused_step(
+                rule, row, grad, alpha, mask=arrays["mask"], discount=discount
+            )
+            # as_strided makes Inductor fuse the sum into the loop that overwrites the average or
+            # the trace; without it the sum is a second loop over memory. Several sums become one
+            # loop, and then part of that one, as they all read the gradient
+            traces.append(trace.as_strided(trace.shape, trace.stride()))
+            after.append(leaf)
+        _write(kind, arrays, delta, after)
+        return tuple(_by_block(kind, trace * grad) for trace in traces)
 
     return run
 
 
 def products(kind: Kind) -> Pass:
-    """Return the pass that sums h * g and says whether a gradient is not finite.
+    """Return the pass that sums h * g by block and last says whether a gradient is not finite.
 
-    It takes "grad" and "trace", or "param", "average" and "count".
+    It takes "grad" and "trace", or "average", "param" and "count". After the sums by block come
+    those of learned numbers, of which a bucket has one block each.
     """
 
-    def run(rule: Rule, arrays: Arrays) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-        if "average" in arrays:
-            trace = arrays["param"] - arrays["average"]
-            trace = torch.where(has_average(arrays["count"]), trace, 0.0)
-        else:
-            trace = arrays["trace"]
+    def run(rule: Rule, arrays: Arrays) -> tuple[Tensor, ...]:  # noqa: ARG001
         grad = _gradient(kind, arrays)
-        product = trace * grad
+        sums = []
+        for key in _kept(kind, arrays):
+            trace = arrays[key]
+            if "param" in arrays:
+                trace = torch.where(has_average(arrays["count"]), arrays["param"] - trace, 0.0)
+            sums.append(_by_block(kind, trace * grad))
+        sums += [(arrays[number.key("trace")] * grad).sum() for number in kind.numbers]
         refused = torch.any(torch.logical_not(torch.isfinite(grad)))
-        return _by_block(kind, product), refused
+        return *sums, refused
 
     return run
 
@@ -92,18 +110,35 @@ def products(kind: Kind) -> Pass:
 def moved(kind: Kind) -> Pass:
     """Return the pass that moves the parameters when the meta-gradient is known.
 
-    It takes what `fused` takes, and "accepted" where steps can be refused.
+    It takes what `fused` takes, and "accepted" where steps can be refused; of each learned number
+    its traces, "value" and its derivative "slope", "mask" and "discount".
     """
 
     def run(rule: Rule, arrays: Arrays) -> None:
-        rule, leaf, grad, alpha = _given(kind, rule, arrays)
-        options = _options(arrays)
-        if leaf.average is not None:
-            options["mask"] = options["mask"] & has_average(leaf.count)
-            param = leaf.param.value
-            leaf = leaf._replace(param=Jet(param, param - leaf.average))
-        _, leaf = advance(rule, leaf, Jet(grad), alpha, **options)
-        _write(kind, arrays, leaf)
+        rule, rows, grad, alpha = _given(kind, rule, arrays)
+        numbers = _numbers(kind, arrays)
+        at_values = bound(rule, {place: jet.value for place, jet in numbers.items()})
+        after = []
+        for row, discount in zip(rows, _discounts(kind, arrays), strict=True):
+            leaf, mask = row, arrays["mask"]
+            if leaf.average is not None:
+                mask = mask & has_average(leaf.count)
+                param = leaf.param.value
+                leaf = leaf._replace(param=Jet(param, param - leaf.average))
+            delta, leaf = advance(at_values, leaf, Jet(grad), alpha, mask=mask, discount=discount)
+            after.append(leaf)
+        followed = []
+        for number in kind.numbers:
+            jets = {place: Jet(jet.value) for place, jet in numbers.items()}
+            jets[number.place] = numbers[number.place]
+            traces = {slot: arrays[key] for slot, key in number.traces.items()}
+            row = _row_of(
+                rows[0], traces, arrays[number.key("discount")], arrays[number.key("mask")]
+            )
+            own = bound(rule, jets)
+            row = follow(own, row, Jet(grad), alpha.value, in_direction=number.in_direction)
+            followed.append(row)
+        _write(kind, arrays, delta, after, followed)
 
     return run
 
@@ -116,42 +151,77 @@ def _by_block(kind: Kind, product: Tensor) -> Tensor:
 
 
 def _gradient(kind: Kind, arrays: Arrays) -> Tensor:
-    grad = arrays["grad"].to(_kept(arrays).dtype)
+    grad = arrays["grad"].to(arrays[_kept(kind, arrays)[0]].dtype)
     return -grad if kind.maximize else grad
 
 
-def _kept(arrays: Arrays) -> Tensor:
-    """Return the average or the trace, in the compute dtype."""
-    return arrays["average"] if "average" in arrays else arrays["trace"]
+def _kept(kind: Kind, arrays: Arrays) -> tuple[str, ...]:
+    """Return the names of the averages or else the traces, which are in the compute dtype."""
+    averages = horizon_keys("average", kind.horizons)
+    return averages if averages[0] in arrays else horizon_keys("trace", kind.horizons)
 
 
-def _given(kind: Kind, rule: Rule, arrays: Arrays) -> tuple[Rule, Leaf, Tensor, Jet[Any]]:
-    """Return what the core's passes take: rule, row, gradient and step size."""
-    wide = arrays["param"].to(_kept(arrays).dtype)
+def _discounts(kind: Kind, arrays: Arrays) -> list[Tensor]:
+    return [arrays[key] for key in horizon_keys("discount", kind.horizons)]
+
+
+def _given(kind: Kind, rule: Rule, arrays: Arrays) -> tuple[Rule, list[Leaf], Tensor, Jet[Any]]:
+    """Return what the core's passes take: rule, a row for each discount, gradient and step size."""
+    keys = _kept(kind, arrays)
+    wide = arrays["param"].to(arrays[keys[0]].dtype)
     if "compensation" in arrays:
         wide = wide + arrays["compensation"]
     rule = with_arrays(rule, arrays)
     slots = {slot: arrays[slot] for slot in rule.slots}
-    leaf = Leaf.of(
-        wide, slots, arrays["count"], trace=arrays.get("trace"), average=arrays.get("average")
-    )
+    kind_of = "average" if keys == horizon_keys("average", kind.horizons) else "trace"
+    rows = [Leaf.of(wide, slots, arrays["count"], **{kind_of: arrays[key]}) for key in keys]
     alpha = Jet(arrays["alpha"], arrays.get("alpha_trace", arrays["alpha"]))
-    return rule, leaf, _gradient(kind, arrays), alpha
+    return rule, rows, _gradient(kind, arrays), alpha
 
 
-def _options(arrays: Arrays) -> dict[str, Any]:
-    return {"mask": arrays["mask"], "discount": arrays["discount"]}
+def _numbers(kind: Kind, arrays: Arrays) -> dict[str, Jet[Any]]:
+    """Return the learned numbers by their places, with their derivatives along what is learned."""
+    found = {}
+    for number in kind.numbers:
+        value: Any = arrays[number.key("value")] if number.fixed is None else number.fixed
+        found[number.place] = Jet(value, arrays[number.key("slope")])
+    return found
 
 
-def _write(kind: Kind, arrays: Arrays, leaf: Leaf) -> None:
-    """Write the next row into the buffers; of a step not accepted they keep what they hold."""
+def _row_of(leaf: Leaf, traces: Mapping[str, Tensor], discount: Tensor, mask: Tensor) -> Leaf:
+    """Return a row with the traces of a learned number, discounted."""
+    slots = {slot: Jet(jet.value, traces.get(slot)) for slot, jet in leaf.slots.items()}
+    row = Leaf(Jet(leaf.param.value, traces[""]), slots, leaf.count)
+    return discounted(row, discount, mask)
+
+
+def _write(
+    kind: Kind,
+    arrays: Arrays,
+    delta: Tensor | None,
+    rows: Sequence[Leaf],
+    followed: Sequence[Leaf] = (),
+) -> None:
+    """Write the next rows into the buffers; of a step not accepted they keep what they hold.
+
+    Where the step `delta` is None, others move the parameters. `followed` are those of learned
+    numbers.
+    """
     param, accepted = arrays["param"], arrays.get("accepted")
-    new = leaf.param.value
-    narrow = rounded(new, param.dtype, kind.rounding)
-    kept: Any = leaf.param.first if leaf.average is None else leaf.average
-    pairs = [(param, narrow), (_kept(arrays), kept)]
+    pairs: list[tuple[Tensor, Any]] = []
+    for key, row in zip(_kept(kind, arrays), rows, strict=True):
+        pairs.append((arrays[key], row.param.first if row.average is None else row.average))
+    leaf = rows[0]  # they have the step in common
     pairs += [(arrays[slot], jet.value) for slot, jet in leaf.slots.items()]
-    if "compensation" in arrays:
-        pairs.append((arrays["compensation"], lost(new, narrow)))
+    if delta is not None:
+        new = leaf.param.value
+        pairs.append((param, rounded(new, param.dtype, kind.rounding)))
+        if "compensation" in arrays:
+            pairs.append((arrays["compensation"], lost(new, param.dtype)))
+    for number, row in zip(kind.numbers, followed, strict=True):
+        for slot, key in number.traces.items():
+            trace = row.param.first if slot == "" else row.slots[slot].first
+            # that of a slot that nothing reaches in this step is 0
+            pairs.append((arrays[key], torch.zeros_like(arrays[key]) if trace is None else trace))
     for old, value in pairs:
         old.copy_(value if accepted is None else torch.where(accepted, value, old))

@@ -4,10 +4,12 @@ A plain tensor is whole, or one of as many shards as a process group has members
 sharded along some dimensions of a mesh of devices and replicated along the others.
 """
 
+import importlib
 import math
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -15,14 +17,18 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from metaopt_torch.memory import PLAIN
+
+if TYPE_CHECKING:  # it takes longer to import than all else, and few need it
+    from torch.distributed.tensor import DTensor, Placement, Shard
 
 __all__ = [
     "Devices",
     "LocalShard",
     "device_count",
     "gathered",
+    "is_dtensor",
     "local",
     "redistributed",
     "shard_of",
@@ -38,9 +44,17 @@ Values = TypeVar("Values", Tensor, np.ndarray[Any, Any])
 _groups: dict[DeviceMesh, Any] = {}
 
 
+def is_dtensor(tensor: object) -> TypeGuard["DTensor"]:
+    """Say whether this is a DTensor: there is none before their module has been imported."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return what this device holds of a tensor, the very memory."""
-    return _arrived(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+    if type(tensor) in PLAIN:  # nearly all are, and every step asks for each several times
+        return tensor
+    return _arrived(tensor.to_local() if is_dtensor(tensor) else tensor)
 
 
 def _arrived(tensor: Tensor) -> Tensor:
@@ -50,12 +64,12 @@ def _arrived(tensor: Tensor) -> Tensor:
 
 def gathered(tensor: Tensor) -> Tensor:
     """Return a copy of the whole of a DTensor, or of a plain tensor."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor.clone()
 
 
 def redistributed(grad: Tensor, param: Tensor) -> Tensor:
     """Return a gradient distributed as its parameter is."""
-    if not isinstance(grad, DTensor) or not isinstance(param, DTensor):
+    if not is_dtensor(grad) or not is_dtensor(param):
         return grad
     same = grad.placements == param.placements
     return grad if same else grad.redistribute(placements=param.placements)
@@ -68,7 +82,7 @@ class LocalShard:
     shape: tuple[int, ...]
     offset: tuple[int, ...]  # of its first entry in the whole
     mesh: DeviceMesh | None = None  # None for a plain tensor
-    placements: tuple[Placement, ...] = ()
+    placements: tuple["Placement", ...] = ()
     group: Any = None  # holds the other shards of a plain tensor; None where that is whole
 
     @property
@@ -79,7 +93,7 @@ class LocalShard:
     @property
     def axes(self) -> tuple[int, ...]:
         """The dimensions of the mesh along which devices hold different shards."""
-        return tuple(i for i, kind in enumerate(self.placements) if isinstance(kind, Shard))
+        return tuple(i for i, kind in enumerate(self.placements) if _cuts(kind))
 
     @property
     def whole(self) -> bool:
@@ -98,7 +112,7 @@ class LocalShard:
             return True
         coordinates = self.mesh.get_coordinate() or ()
         return all(
-            at == 0 or isinstance(placement, Shard)
+            at == 0 or _cuts(placement)
             for at, placement in zip(coordinates, self.placements, strict=True)
         )
 
@@ -107,14 +121,20 @@ class LocalShard:
         if self.mesh is None:
             return tensor
         lead = len(shape) - len(self.shape)
-        return DTensor.from_local(
+        tensors = importlib.import_module("torch.distributed.tensor")
+        return tensors.DTensor.from_local(
             _alone(tensor),
             self.mesh,
-            [Shard(p.dim + lead) if isinstance(p, Shard) else p for p in self.placements],
+            [tensors.Shard(p.dim + lead) if _cuts(p) else p for p in self.placements],
             run_check=False,
             shape=torch.Size(shape),
             stride=tuple(stride),
         )
+
+
+def _cuts(placement: "Placement") -> TypeGuard["Shard"]:
+    """Say whether devices hold different parts of a tensor that is placed so."""
+    return isinstance(placement, importlib.import_module("torch.distributed.tensor").Shard)
 
 
 def _alone(view: Tensor) -> Tensor:
@@ -135,9 +155,10 @@ def _alone(view: Tensor) -> Tensor:
 
 def shard_of(tensor: Tensor, group: Any = None) -> LocalShard:
     """Return what this device holds of a tensor; `group` holds the other shards of a plain one."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return LocalShard(tuple(tensor.shape), (0,) * tensor.dim(), group=group)
-    shape, offset = compute_local_shape_and_global_offset(
+    layouts = importlib.import_module("torch.distributed.tensor._utils")
+    shape, offset = layouts.compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     return LocalShard(tuple(shape), tuple(offset), tensor.device_mesh, tuple(tensor.placements))
@@ -148,8 +169,9 @@ def sliced(values: Values, shard: LocalShard) -> Values:
 
     These axes are the last ones. What is distributed as the parameter is lies here already.
     """
-    if isinstance(values, DTensor):
-        return values.to_local()
+    if isinstance(values, Tensor) and is_dtensor(values):
+        part: Tensor = values.to_local()
+        return part
     lead = values.ndim - len(shard.shape)
     cut: list[Any] = [
         slice(None) if values.shape[lead + axis] == 1 else slice(start, start + length)

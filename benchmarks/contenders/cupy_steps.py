@@ -53,7 +53,7 @@ def steps(shapes: Shapes) -> Iterator[Contender]:
 def fused(base: Any, meta: Any, blocks: str, grads: dict[str, Any]) -> Callable[[], object]:
     """Return a function that makes one step of MetaOptimize in one pass."""
     params = {name: cupy.zeros_like(grad) for name, grad in grads.items()}
-    opt = MetaOptimizer(params, base, meta, blocks=blocks, fused=True)
+    opt = MetaOptimizer(params, base=base, meta=meta, blocks=blocks, fused=True, discount=1.0)
     return waiting(lambda: opt.step(grads))
 
 

@@ -41,7 +41,7 @@ def steps(shapes: Shapes) -> Iterator[Contender]:
     if on_cpu:
         yield Contender("AdamW, optax, with the option", step(adamw, grads, REGIONS))
     for blocks in ("scalar", "tensor"):
-        tx = metaoptimize(ADAMW, mo.Lion(), blocks=blocks)
+        tx = metaoptimize(base=ADAMW, meta=mo.Lion(), blocks=blocks, discount=1.0)
         yield Contender(f"AdamW + Lion, {blocks}", step(tx, grads))
         if on_cpu:
             name = f"AdamW + Lion, {blocks}, with the option"
@@ -49,7 +49,7 @@ def steps(shapes: Shapes) -> Iterator[Contender]:
     for name, make in PEERS.items():
         yield Contender(name, step(make(), grads))
     yield Contender("Lion, optax", step(optax.lion(1e-4, weight_decay=0.1), grads), reference=True)
-    tx = metaoptimize(LION, mo.Lion())
+    tx = metaoptimize(base=LION, meta=mo.Lion(), discount=1.0)
     yield Contender("Lion + Lion, scalar", step(tx, grads))
     if on_cpu:
         yield Contender("Lion + Lion, scalar, with the option", step(tx, grads, REGIONS))

@@ -39,7 +39,7 @@ def steps(shapes: Shapes) -> Iterator[Contender]:
     for pair, (base, meta) in PAIRS.items():
         yield Contender(f"{pair.split(' + ')[0]}, fixed", plain_step(base, grads), reference=True)
         for blocks in ("scalar", "tensor") if pair == "AdamW + Lion" else ("scalar",):
-            opt = mo.MetaOptimize(base=base, meta=meta, blocks=blocks)
+            opt = mo.MetaOptimize(base=base, meta=meta, blocks=blocks, discount=1.0)
             yield Contender(f"{pair}, {blocks}", meta_step(opt, grads))
     if "numba" not in PACKAGES:
         return
@@ -100,5 +100,5 @@ def torch_step(grads: dict[str, Any]) -> Callable[[], object]:
 def fused_step(base: Any, meta: Any, blocks: str, grads: dict[str, Any]) -> Callable[[], object]:
     """Return a function that makes one step of MetaOptimize in one pass."""
     params = {name: np.zeros_like(grad) for name, grad in grads.items()}
-    opt = MetaOptimizer(params, base, meta, blocks=blocks, fused=True)
+    opt = MetaOptimizer(params, base=base, meta=meta, blocks=blocks, fused=True, discount=1.0)
     return lambda: opt.step(grads)

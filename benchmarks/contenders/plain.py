@@ -14,14 +14,14 @@ __all__ = ["PlainSteps"]
 
 
 def traced(rule: Any) -> Traced:
-    """Return the step of a rule in float32, without a trace; `discount` is its count."""
+    """Return the step of a rule in float32, without a trace; the discount is its count."""
     program = Program()
     slots = {slot: f"slot{index}" for index, slot in enumerate(rule.slots)}
     names = ("param", "grad", *slots.values())
     arrays: dict[str, Any] = {
         name: program.variable(name, "float32", varies=True) for name in names
     }
-    lr, count = (program.variable(name, "float32", varies=False) for name in ("lr", "discount"))
+    lr, count = (program.variable(name, "float32", varies=False) for name in ("lr", "discount0"))
     inner = {slot: arrays[name] for slot, name in slots.items()}
     direction, after = rule.direction(arrays["grad"], inner, count)
     step = direction + rule.weight_decay * arrays["param"]
@@ -29,8 +29,8 @@ def traced(rule: Any) -> Traced:
     written |= {name: after[slot] for slot, name in slots.items()}
     nothing = program.constant(0.0, "float32")
     used = program.prune(written.values())
-    shared: dict[str, str] = {name: "float32" for name in ("lr", "discount") if name in used}
-    return Traced(program, dict.fromkeys(names, "float32"), shared, written, nothing)
+    shared: dict[str, str] = {name: "float32" for name in ("lr", "discount0") if name in used}
+    return Traced(program, dict.fromkeys(names, "float32"), shared, written, [nothing])
 
 
 class PlainSteps:
@@ -63,11 +63,10 @@ class PlainSteps:
             chunks=engine.table(table),
             ends=np.cumsum([len(part) for part in pieces]),
             blocks=None,
-            sums=xp.zeros(len(table), dtype=xp.float64),
+            sums=xp.zeros((len(table), 1), dtype=xp.float64),
             own=nothing,
             sizes=nothing,
             starts=nothing,
-            products=nothing,
         )
 
     def step(self) -> None:
@@ -76,7 +75,7 @@ class PlainSteps:
         given = np.zeros(len(self._grads), dtype=ROW)
         given["grad"] = [address(grad) for grad in self._grads.values()]
         given["lr"] = 1e-4
-        self._engine.run(self._kernel, self._group, given, float(self._count))
+        self._engine.run(self._kernel, self._group, given, np.array([float(self._count)]))
 
     def params(self) -> list[Any]:
         """Return the parameters, in the order of the gradients."""

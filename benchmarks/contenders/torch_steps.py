@@ -70,9 +70,18 @@ def steps(shapes: Shapes) -> Iterator[Contender]:
                 (True, False) if (pair, name) == ("AdamW + Lion", "scalar") else (True,)
             ):
                 named = list(parameters(shapes).items())
-                opt = MetaOptimizer(named, base=base, meta=meta, blocks=blocks, compile=compiled)
+                opt = MetaOptimizer(
+                    named, base=base, meta=meta, blocks=blocks, compile=compiled, discount=1.0
+                )
                 how = "" if compiled else ", eager"
                 yield Contender(f"{pair}, {name}{how}", waiting(opt.step))
+    two = MetaOptimizer(
+        list(parameters(shapes).items()),
+        base=mo.AdamW(weight_decay=0.1),
+        meta=mo.FastStart(mo.AdamW()),
+        discount=(0.99, 1.0),
+    )
+    yield Contender("AdamW + AdamW, scalar, two discounts", waiting(two.step))
     others = {"AdamW + Lion, scalar, of the paper's authors": authors} | OPTIMIZERS
     for name, make in others.items():
         try:

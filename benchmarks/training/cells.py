@@ -99,7 +99,7 @@ def _cell(results: tuple[Result, ...], kind: type[Task]) -> Cell:
     first = results[0]
     judged = [result.judged(kind) for result in results]
     values = [value for value in judged if not math.isnan(value)]
-    diverged = sum(result.diverged() for result in results)
+    diverged = sum(result.diverged(kind) for result in results)
     arrivals = [result.steps_to_target(kind) for result in results]
     last = [sizes[-1] for result in results for sizes in result.sizes.values()]
     known = [size for size in last if not math.isnan(size)]

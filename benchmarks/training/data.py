@@ -13,7 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DataMissingError", "cifar", "folder_of", "jpegs", "shakespeare", "text"]
+__all__ = [
+    "COARSE",
+    "DataMissingError",
+    "cifar",
+    "coarse",
+    "folder_of",
+    "jpegs",
+    "shakespeare",
+    "text",
+    "wikitext",
+]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Split = tuple[Tensor, Tensor]
@@ -36,6 +46,15 @@ CIFAR: dict[int, tuple[tuple[str, ...], str, str, dict[str, tuple[str, ...]], st
         "fine_labels",
     ),
 }
+
+#: The coarse class, of 20, of each of the 100 classes of CIFAR-100.
+COARSE = (
+    *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11),
+    *(6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5),
+    *(5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17),
+    *(10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13),
+    *(16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13),
+)
 
 
 class DataMissingError(RuntimeError):
@@ -88,6 +107,12 @@ def cifar(data: Path | None, classes: int) -> dict[str, Split]:
         If the folder has none of them.
     """
     return _cifar(folder_of(data), classes)
+
+
+def coarse(data: Path | None) -> dict[str, Split]:
+    """Return CIFAR-100 with the 20 coarse classes as labels, as `cifar` does."""
+    table = torch.tensor(COARSE)
+    return {split: (images, table[labels]) for split, (images, labels) in cifar(data, 100).items()}
 
 
 @lru_cache(maxsize=2)
@@ -189,3 +214,38 @@ def shakespeare(data: Path | None) -> tuple[Array, Array, int]:
     coded = np.array([numbers[character] for character in plays], dtype=np.int64)
     cut = int(0.9 * len(coded))
     return coded[:cut], coded[cut:], len(numbers)
+
+
+def wikitext(data: Path | None) -> dict[str, Array]:
+    """Return WikiText-2 as bytes, integers in [0, 256).
+
+    Parameters
+    ----------
+    data : Path
+        Folder with wikitext-2/ of train.txt and valid.txt, or wikitext-2.tar.xz of it.
+
+    Returns
+    -------
+    dict of "train" and "valid" to uint8 array
+
+    Raises
+    ------
+    DataMissingError
+        If the folder has neither.
+    """
+    return _wikitext(folder_of(data))
+
+
+@lru_cache(maxsize=1)
+def _wikitext(data: Path) -> dict[str, Array]:
+    folder, archive = data / "wikitext-2", data / "wikitext-2.tar.xz"
+    files = {split: f"{split}.txt" for split in ("train", "valid")}
+    if folder.is_dir():
+        read = {split: (folder / name).read_bytes() for split, name in files.items()}
+    elif archive.is_file():
+        with tarfile.open(archive) as packed:
+            read = {split: _member(packed, f"wikitext-2/{name}") for split, name in files.items()}
+    else:
+        msg = f"`--data` must hold wikitext-2/ or {archive.name}; got {data}, which has neither."
+        raise DataMissingError(msg)
+    return {split: np.frombuffer(content, dtype=np.uint8).copy() for split, content in read.items()}

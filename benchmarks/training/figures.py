@@ -9,14 +9,14 @@ import numpy as np
 
 from benchmarks.training.cells import Cell, best_of
 from benchmarks.training.methods import Method, Peer
-from benchmarks.training.studies import ADVISED, DISCOUNTED, SCHEDULED, STREAMED
+from benchmarks.training.studies import ADVISED, DEFAULT, SCHEDULED, STREAMED
 from benchmarks.training.tasks import Task
 from metaopt.demo.report import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["drawn", "maps", "saved", "starts"]
+__all__ = ["drawn", "insensitive", "maps", "saved", "starts"]
 
 #: Settings that a map of start by meta_lr holds still.
 USUAL = Method(base="", meta="")
@@ -27,14 +27,16 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "curvature": ("none", "diagonal", "exact"),
 }
 FACTOR_META_LR = 1e-2
+#: Options that no map is about.
+HELD = ("bounds", "sigma", "meta_first", "schedule", "weight_decay", "averages")
 #: What is drawn by initial step size, as it is called there.
 LINES: dict[str, Method] = {
     "AdamW, held at this step size": Method(base="AdamW"),
     "AdamW, warm-up to it and cosine": Method(base="AdamW", schedule="cosine"),
     "learned from it, as in the paper": Method(base="AdamW", meta="Adam"),
-    "learned from it, fast start, meta_lr 1e-2, discount 0.99": DISCOUNTED,
-    "learned from it, fast start, meta_lr 1e-2, a cosine on top": SCHEDULED,
-    "learned from it, fast start, meta_lr 1e-2, discount 0.999, blocks": STREAMED,
+    "learned from it, with the defaults": DEFAULT,
+    "learned from it, fast start, a cosine on top": SCHEDULED,
+    "learned from it, fast start, discount 0.999, blocks": STREAMED,
 }
 COLOURS = ("0.6", "0.8", "tab:orange", "tab:purple", "tab:blue", "tab:red")
 #: What the level of the best peer is called.
@@ -114,6 +116,37 @@ def _start(cell: Cell) -> float:
     return cell.start
 
 
+def insensitive(table: Sequence[Cell], path: Path) -> None:
+    """Draw of one task AdamW, held at each step size, and the defaults, started from each.
+
+    Parameters
+    ----------
+    table : sequence of Cell
+        Of a task of which more is better; without runs of both nothing is drawn.
+    path : Path
+        Where to write the picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.4), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    for method, label, color in (
+        (DEFAULT, "MetaOptimize, started there", "tab:purple"),
+        (Method(base="AdamW"), "AdamW, held there", "0.5"),
+    ):
+        line = sorted((cell for cell in table if cell.method == method), key=_start)
+        if not line:
+            return
+        xs, ys = [cell.start for cell in line], [100.0 * cell.mean for cell in line]
+        axis.plot(xs, ys, marker="o", ms=5, lw=2, color=color, label=label)
+    axis.set_xscale("log")
+    axis.set_xlabel("step size")
+    axis.set_ylabel("test accuracy (%)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower center")
+    saved(figure, path)
+
+
 def maps(title: str, found: Sequence[Cell], kind: type[Task], path: Path) -> None:
     """Draw the maps of a task: a row for each pair of rules; nothing where there are no runs.
 
@@ -181,7 +214,7 @@ def _grid(
         assert isinstance(method, Method)
         if (method.base, method.meta) != pair:
             continue
-        held = (*FACTORS, "bounds", "sigma", "meta_first", "schedule", "weight_decay")
+        held = (*FACTORS, *HELD)
         others = [name for name in held if name != factor]
         if any(getattr(method, name) != getattr(USUAL, name) for name in others):
             continue

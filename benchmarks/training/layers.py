@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Linear", "convolved", "drawn", "rows"]
+__all__ = ["BatchNorm", "Linear", "convolved", "drawn", "rows"]
 
 
 def drawn(seeds: Sequence[int], shape: Sequence[int], bound: float, salt: int) -> nn.Parameter:
@@ -62,16 +62,50 @@ def convolved(layer: Linear, x: Tensor, size: int, stride: int = 1) -> Tensor:
     size, stride : int
         Of the kernel.
     """
-    runs, n, channels, height, width = x.shape
-    padding = size // 2
-    patches = nn.functional.unfold(
-        x.reshape(runs * n, channels, height, width), size, padding=padding, stride=stride
+    runs, _, channels = x.shape[:3]
+    outputs = nn.functional.conv2d(
+        x.transpose(0, 1).flatten(1, 2),
+        layer.weight.reshape(-1, channels, size, size),
+        layer.bias.flatten(),
+        stride=stride,
+        padding=size // 2,
+        groups=runs,
     )
-    high, wide = ((side + 2 * padding - size) // stride + 1 for side in (height, width))
-    area = high * wide
-    patches = patches.reshape(runs, n, -1, area).transpose(1, 2).reshape(runs, -1, n * area)
-    outputs = torch.baddbmm(layer.bias.unsqueeze(2), layer.weight, patches)
-    return outputs.reshape(runs, -1, n, high, wide).transpose(1, 2)
+    return outputs.unflatten(1, (runs, -1)).transpose(0, 1)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization; in evaluation by the statistics of the last batch seen in training.
+
+    Parameters
+    ----------
+    seeds : sequence of int
+    channels : int
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, seeds: Sequence[int], channels: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(len(seeds), channels))
+        self.bias = nn.Parameter(torch.zeros(len(seeds), channels))
+        for name in ("mean", "variance"):
+            statistics = torch.zeros(len(seeds) * channels)
+            self.register_buffer(name, statistics, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs of inputs (runs, n, channels, height, width)."""
+        normed = nn.functional.batch_norm(
+            x.transpose(0, 1).flatten(1, 2),
+            self.mean,
+            self.variance,
+            self.gain.flatten(),
+            self.bias.flatten(),
+            training=self.training,
+            momentum=1.0,
+        )
+        return normed.unflatten(1, (len(x), -1)).transpose(0, 1)
 
 
 def rows(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

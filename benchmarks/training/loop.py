@@ -6,8 +6,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -272,7 +272,8 @@ class _Training:
         return torch.autocast(kind, torch.bfloat16, enabled=self._job.precision == "bf16")
 
     def _judged(self) -> dict[str, Any]:
-        with torch.no_grad(), self._optimizer.evaluating(), self._precision():
+        averages = self._optimizer.averaged()
+        with torch.no_grad(), _held(self._task, averages), self._precision():
             test = {name: _rounded(values) for name, values in self._task.evaluate().items()}
         sizes = {
             name: _rounded(_of_runs(size, len(self._task.seeds)))
@@ -301,6 +302,23 @@ class _Training:
         part = self._checkpoint.with_suffix(".part")
         torch.save(whole, part)
         os.replace(part, self._checkpoint)
+
+
+@contextmanager
+def _held(task: Task, averages: Sequence[Tensor] | None) -> Iterator[None]:
+    """Let a task's parameters be averages of them meanwhile."""
+    if averages is None:
+        yield
+        return
+    params = list(task.parameters())
+    own = [param.clone() for param in params]
+    try:
+        for param, average in zip(params, averages, strict=True):
+            param.copy_(average)
+        yield
+    finally:
+        for param, value in zip(params, own, strict=True):
+            param.copy_(value)
 
 
 def replace_file(path: Path, content: bytes) -> None:

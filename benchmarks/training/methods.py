@@ -1,8 +1,6 @@
 """What is compared: a configuration in words, and the optimizer that it means for a task."""
 
-import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -11,10 +9,12 @@ from metaopt_torch import MetaOptimizer
 from torch import Tensor
 
 import metaopt as mo
-from benchmarks.training import peers
+from benchmarks.training import peers, wrapped
 from benchmarks.training.replicas import side_by_side, starts_of_blocks
+from benchmarks.training.schedules import cosine
 from benchmarks.training.tasks import Measures, Task
 from benchmarks.training.trials import Clipped, Offsets
+from metaopt.configuration import META
 
 __all__ = ["BASES", "METAS", "Method", "Peer", "Updater", "updater"]
 
@@ -22,6 +22,7 @@ Forward = Callable[[], Measures]
 
 BASES: dict[str, Callable[[float], Any]] = {
     "AdamW": lambda decay: mo.AdamW(weight_decay=decay),
+    "averaged AdamW": lambda decay: mo.Averaged(mo.AdamW(weight_decay=decay)),
     "Lion": lambda decay: mo.Lion(weight_decay=decay),
     "RMSprop": lambda decay: mo.RMSprop(weight_decay=decay),
     "SGDm": lambda decay: mo.SGD(momentum=0.9, weight_decay=decay),
@@ -33,22 +34,25 @@ BASES: dict[str, Callable[[float], Any]] = {
     "SGDm as released": lambda decay: mo.SGD(momentum=0.9, weight_decay=decay, delayed=True),
 }
 METAS: dict[str, Any] = {
+    "default": META,
     "Adam": mo.AdamW(),
     "Lion": mo.Lion(),
-    "fast Adam": mo.FastStart(mo.AdamW()),
-    "fast Lion": mo.FastStart(mo.Lion()),
-    "fast Adam 1": mo.FastStart(mo.AdamW(), patience=1),
-    "fast Lion 1": mo.FastStart(mo.Lion(), patience=1),
+    "fast Adam": mo.FastStart(mo.AdamW(), retreat=0.0),
+    "fast Lion": mo.FastStart(mo.Lion(), retreat=0.0),
+    "fast Adam 1": mo.FastStart(mo.AdamW(), patience=1, retreat=0.0),
+    "fast Lion 1": mo.FastStart(mo.Lion(), patience=1, retreat=0.0),
     "SGD": mo.SGD(),
     "RMSprop": mo.RMSprop(),
     "Adam as released": mo.AdamW(eps=1e-5),
     "clipped Adam": Clipped(mo.AdamW()),
     "clipped Lion": Clipped(mo.Lion()),
     "Adam and offsets": Offsets(mo.AdamW()),
-    "fast Adam and offsets": Offsets(mo.FastStart(mo.AdamW())),
+    "fast Adam and offsets": Offsets(mo.FastStart(mo.AdamW(), retreat=0.0)),
 }
 
 
+#: Steps from which it pays to compile the optimizer of a large network, and of any.
+LONG_ENOUGH, VERY_LONG = 1000, 20_000
 #: Options that a label mentions where they are not these.
 PLAIN: dict[str, Any] = {
     "discount": 1.0,
@@ -65,8 +69,8 @@ class Updater(Protocol):
     def step(self, step: int, forward: Forward) -> Measures:
         """Make a step and return what `forward` returned."""
 
-    def evaluating(self) -> AbstractContextManager[Any]:
-        """Hold the weights that are to be judged meanwhile."""
+    def averaged(self) -> Sequence[Tensor] | None:
+        """Return averages of the task's parameters that are judged in their place, if there are."""
 
     def step_sizes(self) -> dict[str, Tensor]:
         """Return the learned step sizes by block, empty where there are none."""
@@ -98,12 +102,14 @@ class Method:
         Part of the run in which "cosine" goes up.
     weight_decay : float, optional
         In place of the task's; the task's is that of all bases but SGD.
+    averages : bool
+        Whether averaged weights are judged, which come with a discount below 1.
     """
 
     base: str
     meta: str | None = None
     meta_lr: float = 1e-3
-    discount: float = 1.0
+    discount: float | tuple[float, ...] = 1.0
     blocks: str = "scalar"
     curvature: str = "none"
     bounds: tuple[float, float] | None = None
@@ -112,6 +118,7 @@ class Method:
     schedule: str = "constant"
     warm_up: float = 0.1
     weight_decay: float | None = None
+    averages: bool = False
 
     @property
     def label(self) -> str:
@@ -129,12 +136,14 @@ class Method:
                     words.append(f"warm-up {self.warm_up:g}")
         if self.weight_decay is not None:
             words.append(f"weight decay {self.weight_decay:g}")
+        if self.averages:
+            words.append("averaged")
         return ", ".join(words)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """An optimizer of others with the settings of its package; see `training.peers`."""
+    """An optimizer of others; see `training.peers`, and `training.wrapped` for what is wrapped."""
 
     name: str
 
@@ -156,8 +165,10 @@ def updater(method: Method | Peer, task: Task, starts: tuple[float, ...], steps:
     steps : int
         Of the whole run, for schedules.
     """
+    if isinstance(method, Peer) and method.name in wrapped.NAMES:
+        return wrapped.updater(method.name, task, starts, steps)
     if isinstance(method, Peer):
-        return peers.updater(method.name, task, starts[0])
+        return peers.updater(method.name, task, starts[0], steps)
     return _Ordinary(method, task, starts, steps)
 
 
@@ -191,13 +202,13 @@ class _Ordinary:
             if method.curvature == "rectified"
             else method.curvature,
             meta_first=method.meta_first,
-            compile=task.compiled and steps >= 1000,
+            compile=steps >= (LONG_ENOUGH if task.compiled else VERY_LONG),
         )
 
     def step(self, step: int, forward: Forward) -> Measures:
         if self._method.schedule == "cosine":
             for group in self._optimizer.param_groups:
-                group["lr"] = _cosine(step, self._steps, self._method.warm_up)
+                group["lr"] = cosine(step, self._steps, self._method.warm_up)
         self._optimizer.zero_grad()
         measures = forward()
         loss = measures["loss"].sum()
@@ -237,8 +248,12 @@ class _Ordinary:
             param.grad = grad.detach()
         return dict(diagonal)
 
-    def evaluating(self) -> AbstractContextManager[Any]:
-        return nullcontext()
+    def averaged(self) -> list[Tensor] | None:
+        if not self._method.averages:
+            return None
+        opt = self._optimizer
+        params = {name: param.detach() for name, param in self._task.named_parameters()}
+        return list(opt.config.averaged_params(opt.core_state(), params).values())
 
     def step_sizes(self) -> dict[str, Tensor]:
         return self._optimizer.step_sizes()
@@ -248,11 +263,3 @@ class _Ordinary:
 
     def load_state_dict(self, state: Any) -> None:
         self._optimizer.load_state_dict(state)
-
-
-def _cosine(step: int, steps: int, part: float) -> float:
-    """Return the multiplier of a step: up to 1 in a part of the steps, down to 0 by a cosine."""
-    warm_up = max(1, round(part * steps))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))

@@ -1,8 +1,7 @@
 """Runs with the optimizers of others: what makes their steps, and what each needs beside."""
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ __all__ = ["PACKAGES", "PEERS", "Torch", "updater"]
 #: equals its literature form.
 PACKAGES: dict[str, str | None] = {
     "Prodigy": "prodigyopt",
+    "Prodigy, cosine": "prodigyopt",
     "schedule-free AdamW": "schedulefree",
     "D-Adaptation Adam": "dadaptation",
     "DoG, averaged": "dog-optimizer",
@@ -48,10 +48,9 @@ class Torch:
         self._optimizer.step()
         return measures
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Hold the weights that are to be judged meanwhile."""
-        yield
+    def averaged(self) -> list[Tensor] | None:
+        """Return averages of the parameters that are judged in their place, if there are."""
+        return None
 
     def step_sizes(self) -> dict[str, Tensor]:
         """Return no step sizes."""
@@ -66,14 +65,38 @@ class Torch:
         self._optimizer.load_state_dict(state)
 
 
+class _Cosine(Torch):
+    """With a cosine from its step size down to 0, without a warm-up."""
+
+    def __init__(self, optimizer: Any, steps: int) -> None:
+        super().__init__(optimizer)
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def step(self, step: int, forward: Callable[[], Measures]) -> Measures:
+        measures = super().step(step, forward)
+        self._schedule.step()
+        return measures
+
+    def state_dict(self) -> Any:
+        return {"optimizer": super().state_dict(), "schedule": self._schedule.state_dict()}
+
+    def load_state_dict(self, state: Any) -> None:
+        super().load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+
+
 class _ScheduleFree(Torch):
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    """Its parameters are where gradients are taken, and its averages what is used."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self._params = [param for group in optimizer.param_groups for param in group["params"]]
+
+    def averaged(self) -> list[Tensor]:
         self._optimizer.eval()
-        try:
-            yield
-        finally:
-            self._optimizer.train()
+        averages = [param.detach().clone() for param in self._params]
+        self._optimizer.train()
+        return averages
 
 
 class _Restarting(Torch):
@@ -86,26 +109,17 @@ class _Restarting(Torch):
 class _DoG(_Restarting):
     """With the average of the weights that its authors call crucial, judged by it."""
 
-    def __init__(self, optimizer: Any, task: Task, average: Any) -> None:
+    def __init__(self, optimizer: Any, average: Any) -> None:
         super().__init__(optimizer)
-        self._task, self._average = task, average
+        self._average = average
 
     def step(self, step: int, forward: Callable[[], Measures]) -> Measures:
         measures = super().step(step, forward)
         self._average.step()
         return measures
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        params = list(self._task.parameters())
-        own = [param.detach().clone() for param in params]
-        averaged = list(self._average.averaged_model.parameters())
-        with torch.no_grad():
-            for param, value in zip(params, averaged, strict=True):
-                param.copy_(value)
-            yield
-            for param, value in zip(params, own, strict=True):
-                param.copy_(value)
+    def averaged(self) -> list[Tensor]:
+        return list(self._average.averaged_model.parameters())
 
 
 class _Hypergradient(Torch):
@@ -140,7 +154,7 @@ _KINDS: dict[str, type[Torch]] = {
 }
 
 
-def updater(name: str, task: Task, start: float) -> Any:
+def updater(name: str, task: Task, start: float, steps: int) -> Any:
     """Return what makes the steps of a run with a peer.
 
     Parameters
@@ -151,6 +165,8 @@ def updater(name: str, task: Task, start: float) -> Any:
         With one run: these optimizers have numbers that all weights share.
     start : float
         Initial step size, for those that have one.
+    steps : int
+        Of the whole run, for the cosine that the authors of Prodigy advise.
 
     Raises
     ------
@@ -160,9 +176,11 @@ def updater(name: str, task: Task, start: float) -> Any:
     params = list(task.parameters())
     if name in OPTIMIZERS:
         return _KINDS.get(name, Torch)(OPTIMIZERS[name](params))
+    if name == "Prodigy, cosine":
+        return _Cosine(OPTIMIZERS["Prodigy"](params), steps)
     if name == "DoG, averaged":
         average = importlib.import_module("dog").PolynomialDecayAverager(task)
-        return _DoG(OPTIMIZERS["DoG"](params), task, average)
+        return _DoG(OPTIMIZERS["DoG"](params), average)
     if name == "gdtuo Adam/Adam":
         gdtuo = importlib.import_module("gradient_descent_the_ultimate_optimizer.gdtuo")
         adam = gdtuo.Adam(alpha=start, optimizer=gdtuo.Adam())

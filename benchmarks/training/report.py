@@ -4,13 +4,13 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.training import figures
+from benchmarks.training import figures, profile
 from benchmarks.training.cells import Cell, best_of, cells, keep, kept, merged, shown, worst_of
-from benchmarks.training.goals import NAMES, advised, learned, misses, of_base
+from benchmarks.training.goals import NAMES, ROLES, advised, learned, misses, of_base
 from benchmarks.training.loop import Job
 from benchmarks.training.methods import Method, Peer
-from benchmarks.training.results import read
-from benchmarks.training.studies import comparison, maps
+from benchmarks.training.results import archive, read
+from benchmarks.training.studies import JUDGING, LONG_STEPS, comparison, maps
 from benchmarks.training.tasks import TASKS
 from benchmarks.training.timing import milliseconds, read_times, write_times
 from metaopt.demo.report import number
@@ -26,7 +26,7 @@ KEPT = "learning.jsonl.xz"
 
 
 def report(logs: Path, output: Path | None) -> None:
-    """Write learning.md, a table for each task and the maps; print the summary.
+    """Write learning.md, a table for each task, the long runs and the maps; print the summary.
 
     Results are added to those that learning.jsonl.xz in `output` keeps.
 
@@ -64,14 +64,29 @@ def report(logs: Path, output: Path | None) -> None:
         return
     output.mkdir(parents=True, exist_ok=True)
     keep(everything, output / KEPT)
+    for name in JUDGING:
+        archive(logs, name, output / f"scored_{name}.tar.xz")
     (output / "learning.md").write_text(summary, encoding="utf-8")
     for name, table in tables.items():
         text = "\n".join(_everything(name, table, times[name])) + "\n"
         (output / f"learning_{name}.md").write_text(text, encoding="utf-8")
         if times[name]:
             write_times(output, name, times[name])
+    long = {
+        name: [cell for cell in found if cell.steps == LONG_STEPS]
+        for name, found in everything.items()
+        if any(cell.steps == LONG_STEPS for cell in found)
+    }
+    if long:
+        text = "\n".join(_long(long)) + "\n"
+        (output / "learning_long.md").write_text(text, encoding="utf-8")
     titles = {NAMES[name]: table for name, table in tables.items()}
     figures.starts(titles, output / "learning_starts.png")
+    if "digits" in tables:
+        figures.insensitive(tables["digits"], output / "learning_digits.png")
+    text = "\n".join(profile.report(tables)) + "\n"
+    (output / "profile.md").write_text(text, encoding="utf-8")
+    profile.picture(tables, output / "profile.png")
     for name, found in everything.items():
         figures.maps(NAMES[name], found, TASKS[name], output / f"map_{name}.png")
 
@@ -163,6 +178,8 @@ def _summary(
 ) -> Iterator[str]:
     yield "# Does it learn?"
     yield ""
+    yield ROLES
+    yield ""
     yield (
         "Made by `python -m benchmarks.learning compare`, `maps` and `report`; what is compared is "
         "in `benchmarks/training`. Seeds of weights and data are the same for all methods; means "
@@ -170,13 +187,17 @@ def _summary(
         "eleven for AdamW and RMSprop on the linear tasks, of the six from 3e-5 to 1e-2 among the "
         "nine on continual CIFAR-100 (a seventh for fixed ones, 1e-5, is of the paper's grid), by "
         "the very measure that is shown, which flatters them. MetaOptimize starts from 1e-7, 1e-6, "
-        "1e-5, 1e-4 and 1e-3, on characters and CIFAR from every other of these; shown are its "
-        "worst and its best start. *fast Adam* is `mo.FastStart(mo.AdamW())`, *fast Lion* "
-        "`mo.FastStart(mo.Lion())`; with a 1, `patience=1`. *Lost* are runs that had reached the "
-        "target and ended clearly short of it. Peers are their authors' "
-        "packages with the settings that these have: without a schedule on top, and without weight "
+        "1e-5, 1e-4 and 1e-3, on characters and CIFAR from every other of these, on the tasks that "
+        "judge from 1e-8, 1e-7, 1e-5, 1e-3 and 1e-2; shown are its worst and its best start. "
+        "*default* as meta is `mo.FastStart(mo.AdamW())`; *fast Adam* the same and *fast Lion* "
+        "`mo.FastStart(mo.Lion())`, both with `retreat=0`; with a 1, `patience=1`. *Averaged* is "
+        "judged at the weights of `averaged_params`; several discounts start from 1e-8, 1e-7, "
+        "1e-5, 1e-3 and 1e-2 everywhere. *Lost* are runs that had reached the target and ended "
+        "clearly short of it. Peers are their authors' "
+        "packages with the settings that these have: without a schedule on top, but for *Prodigy, "
+        "cosine*, as its authors advise for runs of a known length, and without weight "
         "decay but for mechanic's 0.01 of AdamW. Weight decay of AdamW, Lion and RMSprop is "
-        "0.1 for networks, 0 for the two convex tasks; that of SGD is 0. What is missing was not "
+        "0.1 for networks, 0 for the convex tasks; that of SGD is 0. What is missing was not "
         "run. "
         + SECONDS * any(times.values())
         + made_with([cell for table in tables.values() for cell in table])
@@ -200,6 +221,31 @@ def _section(name: str, table: Sequence[Cell], times: Mapping[str, float]) -> It
         f"{kind.judged_by}, target {shown(kind.target, kind)}; {seeds} seeds. "
         f"[All runs](learning_{name}.md)."
     )
+    yield from _rows(name, table, times)
+
+
+def _long(tables: Mapping[str, Sequence[Cell]]) -> Iterator[str]:
+    yield "# Long runs"
+    yield ""
+    yield (
+        f"Made by `python -m benchmarks.learning long` and `report`: {LONG_STEPS:,} steps of tasks "
+        "of [learning.md](learning.md), where the words are explained; judged by the same. The "
+        "defaults have a `meta_lr` of 0.01, the paper 0.001. "
+        + made_with([cell for table in tables.values() for cell in table])
+    )
+    for name, table in tables.items():
+        yield ""
+        yield f"## {NAMES[name]}"
+        yield ""
+        seeds = max(cell.seeds for cell in table)
+        yield f"Judged by {table[0].kind.judged_by}; {seeds} seeds."
+        yield from _rows(name, table, {})
+    yield from misses(tables)
+
+
+def _rows(name: str, table: Sequence[Cell], times: Mapping[str, float]) -> Iterator[str]:
+    """Yield a task's table: the best of grids, the worst and best starts of what is learned."""
+    kind = table[0].kind
     yield ""
     yield "| method | worst start | best start | diverged | lost | slowest start to target |"
     yield "| --- | --- | --- | --- | --- | --- |"

@@ -1,21 +1,20 @@
 """What logs say: one result for each run."""
 
+import io
 import json
 import math
 import statistics
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.loop import finished
+from benchmarks.training.loop import finished, replace_file
 from benchmarks.training.methods import Method, Peer
 from benchmarks.training.tasks import Task
 
-__all__ = ["Result", "method_of", "read"]
-
-#: A run has diverged where it ends with a loss this many times that of the start.
-WORSE = 1.5
+__all__ = ["Result", "archive", "method_of", "read"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Result:
     def judged(self, kind: type[Task]) -> float:
         """Return what the task judges the run by; NaN where it diverged."""
         values = self.series[kind.metric]
-        if self.diverged():
+        if self.diverged(kind):
             return math.nan
         if not kind.judged_over:
             return values[-1]
@@ -70,12 +69,12 @@ class Result:
         ]
         return statistics.fmean(late)
 
-    def diverged(self) -> bool:
+    def diverged(self, kind: type[Task]) -> bool:
         """Return whether a loss was not finite, or the last is far above the first."""
         name = "test.loss" if "test.loss" in self.series else "train.loss"
         losses = self.series[name]
         known = losses if name == "test.loss" else losses[1:]  # nothing is trained at step 0
-        return any(math.isnan(loss) for loss in known) or known[-1] > WORSE * known[0]
+        return any(math.isnan(loss) for loss in known) or known[-1] > kind.worse * known[0]
 
     def steps_to_target(self, kind: type[Task]) -> int | None:
         """Return the first step at which the task's target is reached."""
@@ -107,6 +106,33 @@ def read(folder: Path) -> Iterator[Result]:
         if finished(path):
             head, *entries, _ = (json.loads(line) for line in path.read_text().splitlines())
             yield from _runs(head, entries)
+
+
+def archive(folder: Path, task: str, path: Path) -> None:
+    """Add the complete logs of a task to a tar.xz file, in place of those of the same name.
+
+    Parameters
+    ----------
+    folder : Path
+        Of logs.
+    task : str
+    path : Path
+        Left as it is, or not made, where there is nothing to add.
+    """
+    logs = {log.name: log.read_bytes() for log in folder.glob(f"{task}-*.jsonl") if finished(log)}
+    if not logs:
+        return
+    if path.is_file():
+        with tarfile.open(path) as older:
+            kept = {member.name: older.extractfile(member) for member in older}
+            logs = {name: file.read() for name, file in kept.items() if file} | logs
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:xz") as file:
+        for name in sorted(logs):
+            member = tarfile.TarInfo(name)
+            member.size = len(logs[name])
+            file.addfile(member, io.BytesIO(logs[name]))
+    replace_file(path, packed.getvalue())
 
 
 def _runs(head: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[Result]:
@@ -147,8 +173,10 @@ def method_of(given: Mapping[str, Any]) -> Method | Peer:
     """Return the method that JSON speaks of."""
     if "name" in given:
         return Peer(**given)
-    bounds = {"bounds": tuple(given["bounds"])} if given.get("bounds") else {}
-    return Method(**{**given, **bounds})
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
+    return Method(**options)
 
 
 def _number(values: Sequence[float | None] | None, index: int) -> float:

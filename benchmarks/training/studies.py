@@ -7,13 +7,19 @@ from typing import Any
 from benchmarks.training.loop import Job
 from benchmarks.training.methods import Method, Peer
 from benchmarks.training.peers import PEERS
+from benchmarks.training.tasks import TASKS
 
 __all__ = [
     "ADVISED",
+    "CHOOSING",
     "CURED",
+    "DEFAULT",
     "DISCOUNTED",
+    "FAR_STARTS",
     "GRIDS",
-    "LARGE",
+    "JUDGING",
+    "LONG",
+    "LONG_STEPS",
     "MAP_STARTS",
     "META_LRS",
     "PAIRS",
@@ -22,12 +28,21 @@ __all__ = [
     "STARTS",
     "STREAMED",
     "comparison",
+    "long",
     "maps",
+    "starts_of",
 ]
 
 SEEDS = (0, 1, 2, 3, 4)
-#: Where the learned step sizes of the comparison start.
+#: Cheap tasks that are run for so many steps too.
+LONG = ("drift", "logistic", "digits")
+LONG_STEPS = 100_000
+#: Tasks that constants of the library were chosen by, and those that none was chosen on.
+CHOOSING = ("drift", "logistic", "digits", "characters", "cifar10", "continual")
+JUDGING = ("shifts", "adding", "residual", "bytes", "autoencoder", "finetuning")
+#: Where the learned step sizes of the comparison start, and where those that are to need no choice.
 STARTS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+FAR_STARTS = (1e-8, 1e-7, 1e-5, 1e-3, 1e-2)
 PAIRS = (
     ("AdamW", "Adam"),
     ("AdamW", "Lion"),
@@ -71,15 +86,34 @@ CURED = (
     ("SGDm", "fast Adam"),
     ("AdamW", "fast Lion"),
 )
+#: What needs no choice: the defaults of the library, with the task's weight decay.
+DEFAULT = Method(base="AdamW", meta="default", meta_lr=1e-2, discount=(0.99, 1.0), averages=True)
+#: The same with a step size for each kind of layer.
+GROUPED = replace(DEFAULT, blocks="groups")
 SCHEDULED = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, schedule="cosine", warm_up=0.0)
 DISCOUNTED = Method(base="AdamW", meta="fast Adam", meta_lr=1e-2, discount=0.99)
 STREAMED = replace(DISCOUNTED, discount=0.999, blocks="groups")
 #: What is advised, and for what.
 ADVISED = {
+    DEFAULT: "everything",
     SCHEDULED: "a known length",
     DISCOUNTED: "a target that moves",
     STREAMED: "a network, an example a step",
 }
+
+
+def starts_of(task: str, method: Method) -> tuple[float, ...]:
+    """Return from where a method that learns its step sizes is run on a task.
+
+    Parameters
+    ----------
+    task : str
+    method : Method
+        One of several discounts is to need no choice, so it starts far away too.
+    """
+    if task in JUDGING or isinstance(method.discount, tuple):
+        return FAR_STARTS
+    return STARTS[::2] if task in LARGE else STARTS
 
 
 def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
@@ -90,19 +124,73 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
     task : str
     seeds : tuple of int
     """
+    yield from judged(task, seeds) if task in JUDGING else compared(task, seeds)
+    if task in CHOOSING and TASKS[task].groups:
+        yield _job(task, GROUPED, starts_of(task, GROUPED), seeds)
+
+
+def judged(task: str, seeds: tuple[int, ...]) -> Iterator[Job]:
+    """Yield the jobs of a task that judges: what is advised, and what it is held against.
+
+    Parameters
+    ----------
+    task : str
+    seeds : tuple of int
+    """
+    for schedule in ("constant", "cosine"):
+        yield from tuned(task, ("AdamW",), schedule, seeds)
+    for method in (DEFAULT, SCHEDULED, DISCOUNTED):
+        yield _job(task, method, starts_of(task, method), seeds)
+    yield from of_peers(task, seeds)
+
+
+def tuned(task: str, bases: Iterable[str], schedule: str, seeds: tuple[int, ...]) -> Iterator[Job]:
+    """Yield the jobs of a grid of fixed or scheduled step sizes.
+
+    Parameters
+    ----------
+    task : str
+    bases : iterable of str
+        Of `GRIDS`.
+    schedule : {"constant", "cosine"}
+    seeds : tuple of int
+    """
+    for base in bases:
+        method = Method(base=base, schedule=schedule)
+        yield _job(task, method, GRIDS[base], seeds)
+        if task in LINEAR and base in WIDER:
+            yield _job(task, method, WIDER[base], seeds)
+
+
+def of_peers(task: str, seeds: tuple[int, ...]) -> Iterator[Job]:
+    """Yield the jobs of the peers, a run each: weights of theirs share numbers.
+
+    Parameters
+    ----------
+    task : str
+    seeds : tuple of int
+    """
+    for name in PEERS:
+        starts = (1e-6, 1e-3) if name.startswith(("gdtuo", "hypergradient")) else (1.0,)
+        for start in starts:
+            for seed in seeds:
+                yield _job(task, Peer(name=name), (start,), (seed,))
+
+
+def compared(task: str, seeds: tuple[int, ...]) -> Iterator[Job]:
+    """Yield the jobs of a task that constants were chosen by: all that was tried.
+
+    Parameters
+    ----------
+    task : str
+    seeds : tuple of int
+    """
+    yield _job(task, DEFAULT, starts_of(task, DEFAULT), seeds)
     large = task in LARGE
-    initial = STARTS[::2] if large else STARTS
     bases = ("AdamW", "Lion") if large else tuple(GRIDS)
-
-    def tuned(schedule: str) -> Iterator[Job]:
-        for base in bases:
-            method = Method(base=base, schedule=schedule)
-            yield _job(task, method, GRIDS[base], seeds)
-            if task in LINEAR and base in WIDER:
-                yield _job(task, method, WIDER[base], seeds)
-
-    yield from tuned("constant")
+    yield from tuned(task, bases, "constant", seeds)
     cured = CURED[:2] if large else CURED
+    initial = STARTS[::2] if large else STARTS
 
     def learned(
         pairs: Iterable[tuple[str, str]], meta_lr: float, discount: float, **more: Any
@@ -112,12 +200,8 @@ def comparison(task: str, seeds: tuple[int, ...] = SEEDS) -> Iterator[Job]:
             yield _job(task, method, initial, seeds)
 
     yield from learned(cured, *CURES[0])
-    for name in PEERS:
-        starts = (1e-6, 1e-3) if name.startswith(("gdtuo", "hypergradient")) else (1.0,)
-        for start in starts:
-            for seed in seeds:
-                yield _job(task, Peer(name=name), (start,), (seed,))
-    yield from tuned("cosine")
+    yield from of_peers(task, seeds)
+    yield from tuned(task, bases, "cosine", seeds)
     yield _job(task, SCHEDULED, initial, seeds)
     for meta_lr, discount in CURES[1:]:
         yield from learned(cured, meta_lr, discount)
@@ -158,6 +242,8 @@ def trials(task: str, initial: tuple[float, ...], seeds: tuple[int, ...]) -> Ite
     seeds : tuple of int
     """
     if task in ("drift", "logistic", "digits"):
+        for base in ("averaged AdamW", "SGDm", "RMSprop", "Lion"):
+            yield _job(task, replace(DEFAULT, base=base), FAR_STARTS, seeds)
         for base, meta in (("AdamW", "Adam"), ("AdamW", "Lion"), ("SGDm", "Adam")):
             clipped = Method(base=base, meta=f"clipped {meta}", meta_lr=1e-2)
             yield _job(task, clipped, initial, seeds)
@@ -167,6 +253,23 @@ def trials(task: str, initial: tuple[float, ...], seeds: tuple[int, ...]) -> Ite
     if task == "characters":
         for meta in ("fast Adam", "fast Adam and offsets"):
             yield _job(task, replace(SCHEDULED, meta=meta, blocks="tensor"), initial, seeds)
+
+
+def long(task: str, seeds: tuple[int, ...]) -> Iterator[Job]:
+    """Yield the jobs of a task's long runs: whether the `meta_lr` of short runs does for them.
+
+    Parameters
+    ----------
+    task : str
+    seeds : tuple of int
+    """
+    if task not in LONG:
+        return
+    averaged = replace(DEFAULT, base="averaged AdamW")
+    for method in (DEFAULT, replace(DEFAULT, meta_lr=1e-3), averaged):
+        yield _job(task, method, starts_of(task, method), seeds, LONG_STEPS)
+    for schedule in ("constant", "cosine"):
+        yield _job(task, Method(base="AdamW", schedule=schedule), GRIDS["AdamW"], seeds, LONG_STEPS)
 
 
 def idbd(meta_lr: float) -> Method:

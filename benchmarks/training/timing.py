@@ -95,6 +95,8 @@ def read_times(folder: Path | None, task: str) -> dict[str, float]:
 def milliseconds(times: Mapping[str, float], method: Method | Peer) -> float | None:
     """Return the milliseconds of a step of a method, None where they were not measured."""
     usual = isinstance(method, Peer) or (
-        method.curvature == "none" and method.blocks in ("scalar", "tensor")
+        method.curvature == "none"
+        and method.blocks in ("scalar", "tensor")
+        and not isinstance(method.discount, tuple)
     )
     return times.get(_key(method)) if usual else None

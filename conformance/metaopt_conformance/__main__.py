@@ -4,8 +4,12 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+if find_spec("hypothesis") is None:
+    sys.exit("metaopt_conformance needs hypothesis: pip install hypothesis array-api-strict")
 
 from metaopt_conformance import report
 from metaopt_conformance.backends import BACKENDS, UnavailableError, find, names

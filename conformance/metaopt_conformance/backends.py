@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -60,8 +60,12 @@ class Backend:
         From a `metaopt.MetaOptimize` and params to an adapter to check as well: an object with
         `params()`, by name; `state()`, a `metaopt.State`; and `step(grads, lr, hvp)`, to which the
         suite passes by name what `metaopt.MetaOptimize.step` takes. Where `step` has parameters
-        `third` and `hessian_diagonal` too, or takes any keyword, these are passed as well; where
-        not, the cases that need them are skipped. It may change params in place: they are its own.
+        `third`, `hessian_diagonal` and `meta_grads` too, or takes any keyword, these are passed as
+        well; where not, the cases that need them are skipped. It may change params in place: they
+        are its own.
+    wrapped : callable or None, default None
+        The same of the library's own optimizers, of the rules of the configuration, that have been
+        wrapped. It raises `Skip` where the library has none, or what is asked needs a formula.
     plain : callable or None, default None
         From a `metaopt` rule and params to a function from gradients and a step size to the params
         after a step of the library's own optimizer, or None where it has no such rule; it is then
@@ -70,7 +74,8 @@ class Backend:
         Take the quick part for the whole: for libraries in which a step of a dozen numbers takes a
         tenth of a second.
     slow_optimizer : bool, default False
-        Take the quick part for the whole of `optimizer`'s: where it is compiled for every case.
+        Take the quick part for the whole of `optimizer`'s and `wrapped`'s: where they are compiled
+        for every case.
 
     Raises
     ------
@@ -87,6 +92,7 @@ class Backend:
     differentiate: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] | None = None
     settle: Callable[[Any], Any] = _same
     optimizer: Callable[[Any, Any], Any] | None = None
+    wrapped: Callable[[Any, Any], Any] | None = None
     plain: Callable[[Any, Mapping[str, Any]], Any] | None = None
     slow: bool = False
     slow_optimizer: bool = False
@@ -161,11 +167,10 @@ class _InPlace:
     """The optimizer of `metaopt_kernels`, on copies of the parameters."""
 
     def __init__(self, opt: Any, params: Mapping[str, Any]) -> None:
-        options = {option.name: getattr(opt, option.name) for option in fields(opt) if option.init}
         own = {name: param.copy() for name, param in params.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # float16 of NumPy has no kernels
-            self._opt = importlib.import_module("metaopt_kernels").MetaOptimizer(own, **options)
+            self._opt = importlib.import_module("metaopt_kernels").from_config(opt, own)
         self.step = self._opt.step
 
     def params(self) -> Any:
@@ -213,7 +218,8 @@ def _torch() -> Backend:
         devices=lambda: ("cpu", *(("cuda",) if torch.cuda.is_available() else ())),
         compile=compiled if torch.cuda.is_available() or _has_cpp_compiler() else None,
         differentiate=torch.func.grad,
-        optimizer=_adapter("torch_adapter"),
+        optimizer=_adapter("torch_adapter", "Optimizer"),
+        wrapped=_adapter("torch_adapter", "Wrapped"),
         plain=lambda rule, params: _torch_optimizer(torch, rule, params),
     )
 
@@ -265,16 +271,17 @@ def _jax() -> Backend:
         devices=lambda: tuple(dict.fromkeys(device.platform for device in jax.devices())),
         compile=jax.jit,
         differentiate=jax.grad,
-        optimizer=_adapter("jax_adapter"),
+        optimizer=_adapter("jax_adapter", "Optimizer"),
+        wrapped=_adapter("jax_adapter", "Wrapped"),
         slow_optimizer=True,
         plain=_optax_optimizer,
     )
 
 
-def _adapter(module: str) -> Any:
+def _adapter(module: str, name: str) -> Any:
     """Return the adapter here of this name, or None where what it needs is not installed."""
     try:
-        return importlib.import_module(f"metaopt_conformance.{module}").Optimizer
+        return getattr(importlib.import_module(f"metaopt_conformance.{module}"), name)
     except ModuleNotFoundError:
         return None
 
@@ -327,6 +334,22 @@ def _dask() -> Backend:
     )
 
 
+def _mlx() -> Backend:
+    mx = _imported("mlx.core", "mlx")
+
+    def to_numpy(array: Any) -> Any:
+        return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+
+    return Backend(
+        name="mlx",
+        asarray=lambda array, _: mx.array(np.asarray(array)),
+        to_numpy=to_numpy,
+        # its float64 takes the numbers of Python in float32
+        dtypes=("float32", "float16", "bfloat16"),
+        optimizer=_adapter("mlx_adapter", "Optimizer"),
+    )
+
+
 def _imported(module: str, distribution: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -342,4 +365,5 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "jax": _jax,
     "cupy": _cupy,
     "dask": _dask,
+    "mlx": _mlx,
 }

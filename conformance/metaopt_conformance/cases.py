@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import metaopt as mo
+from metaopt.rules.learned import at_start, bound
 from metaopt.step_sizes import step_size_map
 from metaopt_conformance.backends import DTYPES
 from metaopt_conformance.oracle import Matrix
@@ -27,6 +28,8 @@ BLOCKS: dict[str, Any] = {name: name for name in ("scalar", "tensor", "node", "w
     "last node": mo.blocks.node(axis=-1),
     "groups": {"biases": ("*bias",), "rest": "*"},
 }
+#: With the table's weight decay of 0.1, a twentieth of the weights is lost in a step.
+DECAY_STEP_SIZE = 0.5
 ADDITIVE = {row.name for row in MAPS if row.additive}
 SCHEDULE = (1.0, 0.5, 0.0, 1.0, 0.25)
 
@@ -36,11 +39,13 @@ OPTIONS: Mapping[str, Sequence[Any]] = {
     "approximation": ("l", "2x2", "full"),
     "blocks": tuple(BLOCKS),
     "sigma": tuple(SIGMAS),
-    "discount": (1.0, 0.9, 0.0),
+    "discount": (1.0, 0.9, (0.9, 1.0), 0.0),
     "eps": (1e-2, 0.0),
     "decays": ("fast", "usual"),
     "bias_correction": (True, False),
     "delayed": (False, True),
+    "decay_apart": (False, True),
+    "held_out": ("no", "each", "some"),
     "meta_first": (False, True),
     "step_size": ("one", "each"),
     "bounds": ("none", "all", "one", "upper"),
@@ -68,10 +73,14 @@ class Case:
         As `metaopt.MetaOptimize` takes them.
     eps, bias_correction, delayed
         Of the rules that have them, in either role.
+    decay_apart : bool
+        Whether weight decay has a step size of its own.
     start : {"usual", "fast"}
         Whether the meta update is three times faster until its count of positive z is 2.
     decays : {"fast", "usual"}
         Decay rates of moments: such that they change within a dozen steps, or the most used.
+    held_out : {"no", "each", "some"}
+        Whether meta-gradients are made with those of another loss, in each step or in every third.
     step_size : {"one", "each"}
         The same for all blocks at the start, or another for each.
     bounds : {"none", "all", "one", "upper"}
@@ -81,10 +90,12 @@ class Case:
     missing : bool
         Whether gradients are absent now and then.
     faulty : {"nothing", "gradient", "huge", "curvature"}
-        What of the first weight is not finite, or too large: its gradient in the last step, or
-        its entry on the Hessian's diagonal half way.
+        What of the first weight is not finite, or too large: its gradient in the last step, with
+        `held_out` "each" that of the other loss; or its entry on the Hessian's diagonal half way.
     mixed : bool
         Whether some leaves have another rule.
+    learned : bool
+        Whether all that can be is learned of the base update, see `learnable_places`.
     dtype : str
         Of the parameters; what they are computed in may be wider.
     first_leaf : {"same", "float32"}
@@ -100,12 +111,14 @@ class Case:
     approximation: str = "l"
     blocks: str = "scalar"
     sigma: str = "exp"
-    discount: float = 1.0
+    discount: float | tuple[float, ...] = 1.0
     eps: float = 1e-2
     decays: str = "fast"
     bias_correction: bool = True
     delayed: bool = False
+    decay_apart: bool = False
     start: str = "usual"
+    held_out: str = "no"
     meta_first: bool = False
     step_size: str = "one"
     bounds: str = "none"
@@ -114,6 +127,7 @@ class Case:
     faulty: str = "nothing"
     skip_nonfinite: bool = False
     mixed: bool = False
+    learned: bool = False
     dtype: str = "float64"
     first_leaf: str = "same"
     steps: int = 12
@@ -126,7 +140,7 @@ class Case:
             for field in fields(self)
             if getattr(self, field.name) != getattr(plain, field.name)
         }
-        return ",".join(f"{name}={value}" for name, value in changed.items()) or "plain"
+        return ",".join(f"{name}={_text(value)}" for name, value in changed.items()) or "plain"
 
     @staticmethod
     def parse(text: str) -> "Case":
@@ -168,7 +182,13 @@ class Case:
     def rules(self) -> tuple[Any, Any]:
         """Return base and meta update."""
         base, meta = (self._varied(rule) for rule in (BASES[self.base], METAS[self.meta]))
-        return base, meta if self.start == "usual" else mo.FastStart(meta, factor=3.0, patience=2)
+        if self.decay_apart:
+            base = replace(base, decay_step_size=DECAY_STEP_SIZE)
+        if self.learned:
+            base = bound(base, _learned(base, meta, META_RATES[self.meta]))
+        return base, meta if self.start == "usual" else mo.FastStart(
+            meta, factor=3.0, patience=2, retreat=1.0
+        )
 
     def _varied(self, rule: Any) -> Any:
         changes: dict[str, Any] = {} if self.decays == "fast" else dict(USUAL.get(type(rule), {}))
@@ -203,6 +223,26 @@ class Case:
     def grad(self, t: int, w: Vector) -> Vector:
         """Return the gradient of step t, with what is faulty in it."""
         grad = self.subject.grad(t, w)
+        return grad if self.held_out == "each" else self._spoiled(t, grad)
+
+    def source(self, t: int, w: Vector) -> Vector:
+        """Return what the meta-gradient of step t is made with, in the leaves `judged`."""
+        if self.held_out == "no":
+            return self.grad(t, w)
+        grad = self.subject.grad(t + 1000, w)  # of other data
+        return self._spoiled(t, grad) if self.held_out == "each" else grad
+
+    def judged(self, t: int) -> frozenset[str]:
+        """Return the leaves of which there is a `source` in step t."""
+        names = frozenset(self.subject.shapes)
+        if self.held_out == "no":
+            return names
+        if self.held_out == "some" and t % 3 != 2:
+            return frozenset()
+        return names - {list(self.subject.shapes)[-1]} if self.missing and t % 4 == 3 else names
+
+    def _spoiled(self, t: int, grad: Vector) -> Vector:
+        """Return a gradient with what is faulty in it."""
         if self.faulty in ("gradient", "huge") and t == self.steps - 1:
             # such that its product with the trace is finite, but not the square of that
             huge = 1e155 if self.dtype == "float64" else 1e22
@@ -239,10 +279,19 @@ class Case:
         if self.eps == 0.0 and self.delayed and "RMSprop" in (self.base, self.meta):
             # a gradient over the root of older ones alone, which may be as small as they like
             return "delayed RMSprop needs eps above 0"
+        if self.meta == "RMSprop" and self.delayed and self.start == "fast":
+            # over the root of a far smaller first meta-gradient: step sizes explode, and collapse
+            return "delayed RMSprop as meta update needs start usual"
         if self.approximation == "full" and (self.curvature != "exact" or self.meta_first):
             return "approximation full needs curvature exact, and no meta_first"
+        if self.approximation != "l" and self.held_out != "no":
+            return "held_out needs approximation l"
+        if self.approximation != "l" and isinstance(self.discount, tuple):
+            return "several discounts need approximation l"
         if self.curvature == "rectified" and self.base != "SGD":
             return f"curvature rectified needs base SGD, not {self.base}"
+        if self.learned and (self.curvature == "rectified" or self.approximation == "full"):
+            return "learned needs another curvature than rectified, and approximation l or 2x2"
         if self.step_size == "each" and self.blocks == "scalar":
             return "step_size each needs more than one block"
         if self.faulty == "curvature" and (self.curvature == "none" or self.discount == 0.0):
@@ -267,7 +316,10 @@ CHOICES: Mapping[str, Sequence[Any]] = {
     **{name: values for name, values in OPTIONS.items() if name not in ("discount", "eps")},
     "dtype": DTYPES,
     "first_leaf": ("same", "float32"),
+    "learned": (False, True),
 }
+#: What stands between several discounts.
+SEVERAL = " and "
 #: Fields that are no part of the configuration.
 OF_A_RUN = ("name", "lr", "missing", "faulty", "dtype", "first_leaf", "steps")
 
@@ -296,14 +348,47 @@ def _opt(case: Case) -> mo.MetaOptimize:
         curvature=mo.curvature.Diagonal(rectified=True)
         if case.curvature == "rectified"
         else case.curvature,
+        held_out=case.held_out != "no",
         meta_first=case.meta_first,
         skip_nonfinite=case.skip_nonfinite,
     )
 
 
+def learnable_places(rule: Any, meta: Any) -> list[str]:
+    """Return the numbers of a base update that can be learned, and compared.
+
+    The second meta-gradient of the decay rate of a moment with bias correction is rounding alone,
+    which a meta update that divides by the root of its squares, or counts it, would show.
+    """
+    places = ["weight_decay"] if rule.weight_decay else []
+    places += ["eps"] if has(rule, "eps") and rule.eps else []
+    corrected = has(rule, "eps") and getattr(rule, "bias_correction", True)
+    if isinstance(meta, mo.SGD) or not corrected:
+        places += [place for place in ("momentum", "beta2") if getattr(rule, place, 0.0)]
+        places += ["betas[0]", "betas[1]"] if has(rule, "betas") and has(rule, "eps") else []
+    return places
+
+
+def _learned(rule: Any, meta: Any, rate: float) -> dict[str, Any]:
+    """Return what stands in these places: other blocks than the step size's, and bounds."""
+    own: dict[str, Any] = {
+        "weight_decay": {"bounds": (0.08, 0.13), "meta_lr": rate},
+        "betas[0]": {"blocks": "tensor"},
+        "momentum": {"blocks": "tensor"},
+        "eps": {"map": "softplus"},
+    }
+    learned = {}
+    for place in learnable_places(rule, meta):
+        field, _, index = place.partition("[")
+        value = getattr(rule, field)
+        start = value[int(index[0])] if index else value
+        learned[place] = mo.Learned(start, **({"meta_lr": 0.3 * rate} | own.get(place, {})))
+    return learned
+
+
 def _shortening(rule: Any) -> float:
     """Return the inverse of a direction's length in the first steps."""
-    rule = getattr(rule, "rule", rule)
+    rule = at_start(getattr(rule, "rule", rule))
     if getattr(rule, "bias_correction", True):
         return 1.0
     return float(np.sqrt(1.0 - rule.beta2))
@@ -322,11 +407,22 @@ def _each(step_size: float, names: list[str], shapes: Any, blocks: str) -> dict[
     return by_name
 
 
+def _text(value: Any) -> str:
+    """Return the value of a field as text without a comma."""
+    return SEVERAL.join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _parsed(name: str, value: str) -> Any:
     """Return the value of a field from its text, or raise ValueError."""
     choices = CHOICES.get(name)
     if name == "name":
         return value
+    if name == "discount" and SEVERAL in value:
+        several = tuple(_parsed(name, part) for part in value.split(SEVERAL))
+        if any(one >= other for one, other in itertools.pairwise(several)):
+            msg = f"several discounts of a case go from the least to the largest; got {value!r}."
+            raise ValueError(msg)
+        return several
     if choices is not None:
         found = {str(choice): choice for choice in choices}
         if value not in found:

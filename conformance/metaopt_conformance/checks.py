@@ -94,6 +94,7 @@ def compiled(under: Under, case: Case) -> float:
                 name: 0.0 * (us[name][:, None, ...] * vs[name][None, ...]) for name in us
             },
             hessian_diagonal=diagonal,
+            meta_grads={name: params[name] for name in [*params][1:]} if opt.held_out else None,
         )
 
     run = under.backend.compile(step)
@@ -129,6 +130,7 @@ def pure(under: Under, case: Case) -> float:
             break
         inputs = under.inputs(case, t, under.vector(params, case))
         given = [params, state, inputs["grads"], inputs["lr"], inputs["hessian_diagonal"]]
+        given.append(inputs["meta_grads"])
         before = contents(given, back)
         once = under.backend.settle(opt.step(params, state=state, **inputs))
         if contents(given, back) != before:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from metaopt_conformance.against_oracle import single_steps, trajectory
+from metaopt_conformance.against_oracle import learned, single_steps, trajectory
 from metaopt_conformance.cases import OPTIONS, Case, pairs
 from metaopt_conformance.checks import compiled, laws, plain_optimizer, pure, special
 from metaopt_conformance.covering import covering
@@ -22,6 +22,8 @@ __all__ = ["FAMILIES", "Family"]
 Dtypes = tuple[str, ...]
 
 PAIRS: dict[str, Any] = {"base": tuple(BASES), "meta": tuple(METAS)}
+#: More discounts than the options have at a time, in a few cases: others would compile for them.
+THREE = Case(discount=(0.0, 0.8, 1.0), blocks="tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class Family:
         From the backend's dtypes and whether to be quick to the cases.
     any_dtype : bool, default False
         Whether it is made in other dtypes than float64.
+    wrapped : callable, optional
+        In place of `cases` for optimizers that are wrapped.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Family:
     check: Callable[[Under, Case], float]
     cases: Callable[[Dtypes, bool], Iterator[Case]]
     any_dtype: bool = False
+    wrapped: Callable[[Dtypes, bool], Iterator[Case]] | None = None
 
     def run(self, under: Under, case: Case) -> float:
         """Make the check on a case; a warning is an error, but where numbers are to overflow."""
@@ -66,9 +71,18 @@ def _of_pairs(_dtypes: Dtypes, quick: bool) -> Iterator[Case]:
     if quick:
         yield from _quickly()
         yield Case(missing=True)  # a leaf that starts late, in a block that has begun
+        yield replace(THREE, base="AdamW", meta="Adam", problem="drifting")
+        # the held-out gradient alone is not finite
+        yield Case(held_out="each", faulty="gradient", skip_nonfinite=True)
+        yield replace(THREE, faulty="huge")  # in the first block one meta-gradient is usable
+        # a fast start that ends in the middle of the run
+        yield Case(
+            blocks="weight", discount=(0.9, 1.0), start="fast", held_out="each", decay_apart=True
+        )
         return
     for base, meta in pairs():
         yield from covering(Case(base=base, meta=meta))
+        yield replace(THREE, base=base, meta=meta)
         for problem in ("logcosh", "network"):  # long enough for a slow drift to show
             yield Case(base=base, meta=meta, problem=problem, blocks="tensor", steps=200)
 
@@ -89,15 +103,68 @@ def _of_dtypes(dtypes: Dtypes, quick: bool) -> Iterator[Case]:
             yield from covering(plain, dict(OPTIONS) | mixed)
 
 
-def _of_traces(_dtypes: Dtypes, quick: bool) -> Iterator[Case]:
-    names = ("approximation", "discount", "delayed", "meta_first", "start")
-    free = {name: OPTIONS[name] for name in names}
-    free |= {"blocks": ("scalar", "tensor"), "problem": ("logcosh", "network")}
+#: What goes with optimizers that are wrapped: no curvature, no option of a formula.
+OF_WRAPPED: dict[str, Any] = dict(OPTIONS) | {
+    "curvature": ("none",),
+    "approximation": ("l",),
+    "sigma": ("exp",),
+    "delayed": (False,),
+    "decay_apart": (False,),
+    "eps": (1e-2,),  # where it is 0, others divide 0 by 0
+    "faulty": ("nothing", "gradient"),
+}
+
+
+def _of_wrapped(_dtypes: Dtypes, quick: bool) -> Iterator[Case]:
     if quick:
-        yield from covering(Case(curvature="exact"), PAIRS | free)
+        yield from covering(Case(), PAIRS | OF_WRAPPED)
+        yield replace(THREE, base="AdamW", meta="Adam", problem="drifting")
         return
     for base, meta in pairs():
-        yield from covering(Case(base=base, meta=meta, curvature="exact"), free)
+        yield from covering(Case(base=base, meta=meta), OF_WRAPPED)
+        yield Case(base=base, meta=meta, blocks="tensor", steps=200)
+
+
+def _of_wrapped_dtypes(dtypes: Dtypes, quick: bool) -> Iterator[Case]:
+    wide = tuple(dtype for dtype in ("float64", "float32") if dtype in dtypes)
+    options = {"dtype": wide} | OF_WRAPPED
+    plain = Case(dtype=wide[0], steps=6)
+    if quick:
+        yield from covering(plain, PAIRS | options)
+        return
+    for base, meta in pairs():
+        yield from covering(replace(plain, base=base, meta=meta), options)
+
+
+def _of_traces(_dtypes: Dtypes, quick: bool) -> Iterator[Case]:
+    names = ("approximation", "discount", "delayed", "decay_apart", "meta_first", "start")
+    free = {name: OPTIONS[name] for name in names}
+    free |= {"blocks": ("scalar", "tensor"), "problem": ("logcosh", "network")}
+    # short: delayed RMSprop under a fast start comes to step sizes that differences cannot follow
+    plain = Case(curvature="exact", steps=10)
+    if quick:
+        yield from covering(plain, PAIRS | free)
+        three = replace(THREE, curvature="exact", steps=10)
+        yield replace(three, base="AdamW", meta="Adam", problem="network")
+        return
+    for base, meta in pairs():
+        yield from covering(replace(plain, base=base, meta=meta), free)
+
+
+def _of_numbers(_dtypes: Dtypes, quick: bool) -> Iterator[Case]:
+    free = {name: values for name, values in OPTIONS.items() if name not in ("eps", "step_size")}
+    free["approximation"] = ("l", "2x2")
+    free["curvature"] = ("none", "diagonal", "exact")
+    plain = Case(learned=True)
+    if quick:
+        few: dict[str, Any] = {"base": tuple(BASES), "meta": ("SGD", "Adam", "Lion")}
+        few |= {"blocks": ("scalar", "node", "weight"), "lr": ("constant", "by name")}
+        few |= {"sigma": ("exp", "softplus"), "bounds": ("none",)}
+        few |= {"problem": ("logcosh", "drifting")}
+        yield from covering(plain, free | few)
+        return
+    for base, meta in pairs():
+        yield from covering(replace(plain, base=base, meta=meta), free)
 
 
 def _of_rules(_dtypes: Dtypes, _quick: bool) -> Iterator[Case]:
@@ -146,6 +213,7 @@ FAMILIES = {
             what="a float64 run equals the oracle's",
             check=trajectory,
             cases=_of_pairs,
+            wrapped=_of_wrapped,
         ),
         Family(
             name="step",
@@ -153,12 +221,19 @@ FAMILIES = {
             check=single_steps,
             cases=_of_dtypes,
             any_dtype=True,
+            wrapped=_of_wrapped_dtypes,
         ),
         Family(
             name="traces",
             what="traces equal differences of whole runs",
             check=trace_differences,
             cases=_of_traces,
+        ),
+        Family(
+            name="learned",
+            what="a float64 run that learns hyperparameters equals the oracle's",
+            check=learned,
+            cases=_of_numbers,
         ),
         Family(
             name="jets",

@@ -2,17 +2,18 @@ r"""The traces by central differences of whole trajectories.
 
 docs/mathematics.md section 4. A run is recorded; then every past beta is moved a little, the run
 repeated from there with what the approximation holds fixed at its recorded values, and the
-changes of the last state are combined with the weights of section 3. No derivative takes part,
-but for "full": there the trace H is itself a part of what is run again, and its recursion has the
-first partial derivatives in it (the differences then give the second).
+changes of the last state are combined with the weights of section 3, those of each discount. No
+derivative takes part, but for "full": there the trace H is itself a part of what is run again, and
+its recursion has the first partial derivatives in it (the differences then give the second).
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from metaopt_conformance.oracle import Config, Matrix, State, counted_against, speed
+from metaopt_conformance.oracle import Config, Matrix, State, counted_against, retreated, speed
 from metaopt_conformance.problems import Problem
 from metaopt_conformance.tolerances import STEP
 from metaopt_conformance.updates import Vector, direction, partials
@@ -26,6 +27,8 @@ ROWS = {"w": "H", "m": "M", "v": "V", "beta": "B", "meta_m": "Bm", "meta_v": "Bv
 def traces(config: Config, problem: Problem, run: Sequence[State]) -> dict[str, Matrix]:
     """Return X and Y after a run by their rows' names, "H", "M", "V", "B", "Bm", "Bv", and Z.
 
+    Of several discounts X, with a leading axis of them: nothing depends on Y.
+
     Parameters
     ----------
     config : Config
@@ -34,12 +37,14 @@ def traces(config: Config, problem: Problem, run: Sequence[State]) -> dict[str, 
     run : sequence of State
         The states before each step and after the last.
     """
-    end, gamma = len(run) - 1, config.discount
+    end, gamma = len(run) - 1, np.asarray(config.discount)
     rows = ROWS | ({"H": "Z"} if config.follows_third else {})
+    if config.horizons:
+        rows = {row: rows[row] for row in ("w", "m", "v")}
     total = {trace: np.zeros_like(getattr(run[0], trace)) for trace in rows.values()}
     for tau in range(end):
         weight = (1.0 - gamma) * gamma ** (end - 1 - tau) + (gamma**end if tau == 0 else 0.0)
-        if weight == 0.0:
+        if np.all(weight == 0.0):
             continue
         for j in range(config.blocks):
             nudge = np.where(np.arange(config.blocks) == j, STEP, 0.0)
@@ -47,7 +52,7 @@ def traces(config: Config, problem: Problem, run: Sequence[State]) -> dict[str, 
             behind = rerun(config, problem, run, tau, -nudge)
             for row, trace in rows.items():
                 change = getattr(ahead, row) - getattr(behind, row)
-                total[trace][..., j] += weight * change / (2.0 * STEP)
+                total[trace][..., j] += np.multiply.outer(weight, change) / (2.0 * STEP)
     return total
 
 
@@ -73,21 +78,24 @@ def _trace(
     config: Config, problem: Problem, state: State, recorded: State, t: int, grad: Vector
 ) -> Matrix:
     """Return H' with everything live but the hatted B and the moments' traces."""
-    gamma, new = config.discount, np.empty_like(state.H)
+    gamma: Any = config.discount
+    new = np.empty_like(state.H)
     beta_trace = gamma * recorded.B + (1.0 - gamma) * np.eye(config.blocks)
     rate = config.sigma.first(state.beta)[:, None] * beta_trace
     alpha = config.sigma.value(state.beta)[config.block_of]
     grad_trace = problem.hessian(t, state.w) @ (gamma * state.H)
     for rule, at in config.base:
         moments = grad[at], state.m[at], state.v[at], state.count[at] + 1
-        u, d, kappa = direction(rule, *moments)[0], partials(rule, *moments), rule.weight_decay
+        u, d, own = direction(rule, *moments)[0], partials(rule, *moments), rule.decay_step_size
+        kappa = rule.weight_decay if own is None else 0.0
+        decayed = rule.weight_decay * (alpha[at] if own is None else np.full(len(u), own))
         u_trace = (
             d.u_g[:, None] * grad_trace[at]
             + d.u_m[:, None] * (gamma * recorded.M[at])
             + d.u_v[:, None] * (gamma * recorded.V[at])
         )
         new[at] = (
-            (1.0 - kappa * alpha[at])[:, None] * (gamma * state.H[at])
+            (1.0 - decayed)[:, None] * (gamma * state.H[at])
             - alpha[at][:, None] * u_trace
             - (u + kappa * state.w[at])[:, None] * rate[config.block_of[at]]
         )
@@ -99,7 +107,8 @@ def _base(config: Config, state: State, grad: Vector, beta: Vector) -> State:
     w, m, v = state.w.copy(), state.m.copy(), state.v.copy()
     for rule, at in config.base:
         u, m[at], v[at] = direction(rule, grad[at], state.m[at], state.v[at], state.count[at] + 1)
-        w[at] = state.w[at] - alpha[at] * (u + rule.weight_decay * state.w[at])
+        size = alpha[at] if rule.decay_step_size is None else rule.decay_step_size
+        w[at] = state.w[at] - alpha[at] * u - size * rule.weight_decay * state.w[at]
     return replace(state, w=w, m=m, v=v, count=state.count + 1)
 
 
@@ -107,5 +116,7 @@ def _meta(config: Config, state: State, z: Vector) -> State:
     count = state.meta_count + 1
     u, m, v = direction(config.meta, z, state.meta_m, state.meta_v, count)
     against = counted_against(config, state.against, z)
-    beta = state.beta - config.meta_lr * speed(config, against) * u
+    asked = speed(config, against) * u
+    asked = np.min(asked, axis=0) if config.horizons else asked
+    beta = state.beta - config.meta_lr * retreated(config, state.against, against, asked)
     return replace(state, beta=beta, meta_m=m, meta_v=v, against=against, meta_count=count)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import metaopt as mo
@@ -36,8 +36,18 @@ RULES = st.sampled_from(list(table.BASES.values()))
 METAS = st.sampled_from(list(table.METAS.values()))
 SCALE_FREE = st.sampled_from(list(table.SCALE_FREE.values()))
 BLOCKS = st.sampled_from(["scalar", "tensor", "node", "weight"])
-FOLLOWED = st.sampled_from(
-    [("none", "l"), ("diagonal", "2x2"), ("exact", "l"), ("exact", "2x2"), ("exact", "full")]
+SEVERAL = (0.5, 0.9, 1.0)
+DISCOUNTS = st.sampled_from([1.0, (0.9, 1.0), SEVERAL])
+FOLLOWED: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
+    [
+        {"curvature": "none"},
+        {"curvature": "none", "discount": (0.9, 1.0)},
+        {"curvature": "diagonal", "approximation": "2x2"},
+        {"curvature": "exact"},
+        {"curvature": "exact", "discount": SEVERAL},
+        {"curvature": "exact", "approximation": "2x2"},
+        {"curvature": "exact", "approximation": "full"},
+    ]
 )
 STEPS = 8
 #: Every law compares float64 runs of 8 steps of 60 operations on sums of at most a dozen terms.
@@ -72,8 +82,8 @@ def adjoint(under: Under, examples: int) -> float:
 def permuted(under: Under, examples: int) -> float:
     """See that the order of leaves changes nothing beyond rounding."""
 
-    def law(base: Any, meta: Any, blocks: str, seed: int) -> float:
-        opt = _configured(base, meta, blocks=blocks)
+    def law(base: Any, meta: Any, blocks: str, discount: Any, seed: int) -> float:
+        opt = _configured(base, meta, blocks=blocks, discount=discount)
         start = _leaves(seed, ["a", "b", "c"])
         order = [str(name) for name in np.random.default_rng(seed).permutation(list(start))]
         one, other = (
@@ -84,14 +94,15 @@ def permuted(under: Under, examples: int) -> float:
             _difference(one.params, other.params), _difference(one.sizes, other.sizes)
         )
 
-    return _hold(law, examples, base=RULES, meta=METAS, blocks=BLOCKS, seed=SEEDS)
+    options = {"blocks": BLOCKS, "discount": DISCOUNTS}
+    return _hold(law, examples, base=RULES, meta=METAS, seed=SEEDS, **options)
 
 
 def split(under: Under, examples: int) -> float:
     """See that a leaf in two parts of the same block is the leaf."""
 
-    def law(base: Any, meta: Any, seed: int) -> float:
-        opt = _configured(base, meta)
+    def law(base: Any, meta: Any, discount: Any, seed: int) -> float:
+        opt = _configured(base, meta, discount=discount)
         start = _leaves(seed, ["a"])["a"]
         one = _run(under, opt, {"a": start})
         parts = _run(under, opt, {"head": start[:2], "tail": start[2:]})
@@ -100,55 +111,96 @@ def split(under: Under, examples: int) -> float:
             _difference(one.params, joined), _difference(one.sizes, parts.sizes)
         )
 
-    return _hold(law, examples, base=RULES, meta=METAS, seed=SEEDS)
+    return _hold(law, examples, base=RULES, meta=METAS, discount=DISCOUNTS, seed=SEEDS)
 
 
 def merged(under: Under, examples: int) -> float:
     """See that copies may share a step size or have one each, if the meta update is scale-free."""
 
-    def law(base: Any, meta: Any, seed: int) -> float:
+    def law(base: Any, meta: Any, discount: Any, seed: int) -> float:
         start = _leaves(seed, ["a"])["a"]
-        shared, each = (
-            _run(under, _configured(base, meta, blocks=blocks), {"a": start, "b": start})
+        opts = (
+            _configured(base, meta, blocks=blocks, discount=discount)
             for blocks in ("scalar", "tensor")
         )
+        shared, each = (_run(under, opt, {"a": start, "b": start}) for opt in opts)
         sizes = dict.fromkeys(("a", "b"), shared.sizes["all"])
         return tolerances.worst(
             _difference(shared.params, each.params), _difference(sizes, each.sizes)
         )
 
-    return _hold(law, examples, base=RULES, meta=SCALE_FREE, seed=SEEDS)
+    return _hold(law, examples, base=RULES, meta=SCALE_FREE, discount=DISCOUNTS, seed=SEEDS)
 
 
 def scaled(under: Under, examples: int) -> float:
     """See that a scale-free pair does not notice a factor on the loss."""
 
-    def law(base: Any, meta: Any, seed: int, power: int) -> float:
-        opt = _configured(base, meta, blocks="tensor")
+    def law(base: Any, meta: Any, discount: Any, seed: int, power: int) -> float:
+        opt = _configured(base, meta, blocks="tensor", discount=discount)
         start = _leaves(seed, ["a", "b"])
         one, other = (_run(under, opt, start, scale) for scale in (1.0, 2.0**power))
         return tolerances.worst(
             _difference(one.params, other.params), _difference(one.sizes, other.sizes)
         )
 
-    powers = st.integers(-20, 20)
-    return _hold(law, examples, base=SCALE_FREE, meta=SCALE_FREE, seed=SEEDS, power=powers)
+    options = {"discount": DISCOUNTS, "power": st.integers(-20, 20)}
+    return _hold(law, examples, base=SCALE_FREE, meta=SCALE_FREE, seed=SEEDS, **options)
 
 
 def saved(under: Under, examples: int) -> float:
     """See that a run saved and loaded in the middle is the run itself, to the last bit of state."""
 
-    def law(base: Any, meta: Any, seed: int, blocks: str, followed: tuple[str, str]) -> float:
-        curvature, approximation = followed
-        opt = _configured(
-            base, meta, blocks=blocks, curvature=curvature, approximation=approximation
-        )
+    def law(base: Any, meta: Any, seed: int, blocks: str, followed: dict[str, Any]) -> float:
+        opt = _configured(base, meta, blocks=blocks, **followed)
         start = _leaves(seed, ["a", "b"])
         one, other = (_run(under, opt, start, interrupted=flag) for flag in (False, True))
         return 0.0 if one.bits == other.bits else 1.0
 
     strategies = {"base": RULES, "meta": METAS, "blocks": BLOCKS, "followed": FOLLOWED}
     return _hold(law, examples, seed=SEEDS, **strategies)
+
+
+def single(under: Under, examples: int) -> float:
+    """See that a discount alone in a tuple is that discount, to the last bit."""
+
+    def law(base: Any, meta: Any, seed: int, discount: float, **options: Any) -> float:
+        start = _leaves(seed, ["a", "b"])
+        one, other = (
+            _run(under, _configured(base, meta, discount=value, **options), start)
+            for value in (discount, (discount,))
+        )
+        return 0.0 if one.course == other.course else 1.0
+
+    options = {
+        "blocks": BLOCKS,
+        "curvature": st.sampled_from(["none", "diagonal", "exact"]),
+        "discount": st.sampled_from(SEVERAL),
+    }
+    return _hold(law, examples, base=RULES, meta=METAS, seed=SEEDS, **options)
+
+
+def silent(under: Under, examples: int) -> float:
+    """See that a discount whose direction is never the least alone has no part in a run."""
+
+    def law(base: Any, meta: Any, seed: int, blocks: str, curvature: str) -> float:
+        start = _leaves(seed, ["a", "b"])
+
+        def run(discounts: tuple[float, ...]) -> _Run:
+            opt = _configured(base, meta, blocks=blocks, curvature=curvature, discount=discounts)
+            return _run(under, opt, start)
+
+        whole = run(SEVERAL)
+        decided = np.diff(whole.decided, axis=0)
+        alone = np.sum(decided * (np.sum(decided, axis=1, keepdims=True) == 1.0), axis=(0, 2))
+        assume(np.any(alone == 0.0))
+        left = [value for k, value in enumerate(SEVERAL) if k != np.argmin(alone)]
+        return 0.0 if whole.course == run(tuple(left)).course else 1.0
+
+    options = {
+        "blocks": st.sampled_from(["scalar", "tensor"]),
+        "curvature": st.sampled_from(["none", "exact"]),
+    }
+    return _hold(law, examples, base=RULES, meta=METAS, seed=SEEDS, **options)
 
 
 def _hold(law: Callable[..., float], examples: int, **strategies: Any) -> float:
@@ -198,11 +250,17 @@ def _numpy(under: Under, array: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run ends with: params and step sizes by name, and the bits of these and the state."""
+    """What a run ends with: params and step sizes by name, and the bits of these and the state.
+
+    And its course: what of each step is compared where states have other shapes, the bits of params
+    and beta, and of several discounts how often each has decided, by block.
+    """
 
     params: dict[str, Any]
     sizes: dict[str, Any]
     bits: Any
+    course: list[Any]
+    decided: list[Any]
 
 
 def _run(
@@ -216,6 +274,7 @@ def _run(
     """Return the end of a run on a sum of log cosh over all weights, times `scale`."""
     params = _arrays(under, start)
     state = opt.init(params)
+    course, decided = list[Any](), list[Any]()
     for t in range(STEPS):
         if interrupted and t == STEPS // 2:
             with tempfile.TemporaryDirectory() as folder:
@@ -252,10 +311,15 @@ def _run(
                 hessian_diagonal=_arrays(under, bends),
             )
         )
+        course.append(contents([params, state.beta], under.backend.to_numpy))
+        if "decided" in state.meta_slots:
+            decided.append(under.numbers(state.meta_slots["decided"]))
     return _Run(
         {name: _numpy(under, param) for name, param in params.items()},
         {name: _numpy(under, size) for name, size in opt.step_sizes(state).items()},
         contents([params, state], under.backend.to_numpy),
+        course,
+        decided,
     )
 
 
@@ -266,4 +330,6 @@ LAWS: dict[str, Callable[[Under, int], float]] = {
     "blocks that merge": merged,
     "a multiple of the loss": scaled,
     "saved and loaded": saved,
+    "one discount in a tuple": single,
+    "a discount that never decides": silent,
 }

@@ -2,6 +2,7 @@ r"""MetaOptimize as docs/mathematics.md writes it: dense, literal, in float64 Nu
 
 All weights are one vector of length n, all blocks one of length m, and every trace is a full
 matrix: rows are weights or meta-parameters, columns the blocks whose past values they depend on.
+What each of several discounts has its own of, section 10, has a leading axis of them throughout.
 One function an equation. Meant to be read beside the mathematics, and to be compared with.
 """
 
@@ -46,7 +47,9 @@ class Config:
         The block of each weight.
     step_size : array (m,)
         Initial step sizes.
-    meta_lr, discount : float
+    meta_lr : float
+    discount : float or tuple of float
+        Several with "l" alone.
     sigma : Sigma
     bounds : pair of arrays (m,), or None
     approximation : {"l", "2x2", "full"}
@@ -62,7 +65,7 @@ class Config:
     block_of: Any
     step_size: Vector
     meta_lr: float
-    discount: float = 1.0
+    discount: float | tuple[float, ...] = 1.0
     sigma: Sigma = Exp()  # noqa: RUF009
     bounds: tuple[Vector, Vector] | None = None
     approximation: str = "l"
@@ -78,10 +81,19 @@ class Config:
         return len(self.step_size)
 
     @property
+    def horizons(self) -> tuple[int, ...]:
+        """The leading axis of what each of several discounts has its own of; none of one."""
+        return np.shape(self.discount)
+
+    @property
+    def changes(self) -> bool:
+        """Whether a gradient depends on the past: there is curvature, and a past."""
+        return self.curvature != "none" and bool(np.any(np.asarray(self.discount) > 0.0))
+
+    @property
     def follows_beta(self) -> bool:
         """Whether Y can feed back: z changes with the weights, and a direction with z."""
-        changes = self.curvature != "none" and self.discount > 0.0
-        return changes and self.approximation != "l" and not self.meta.signs
+        return self.changes and self.approximation != "l" and not self.meta.signs
 
     @property
     def follows_third(self) -> bool:
@@ -91,8 +103,8 @@ class Config:
     @property
     def follows_hessian(self) -> bool:
         """Whether anything that feeds back changes with the gradient."""
-        changes = self.curvature != "none" and self.discount > 0.0
-        return changes and (self.follows_beta or any(not rule.signs for rule, _ in self.base))
+        feeds = self.follows_beta or any(not rule.signs for rule, _ in self.base)
+        return self.changes and feeds
 
     @property
     def own(self) -> Flags:
@@ -106,6 +118,23 @@ class Config:
         """The weight decay of every weight, shape (n,)."""
         return _by_leaf(self, lambda rule, part: np.full(_length(part), rule.weight_decay))
 
+    @property
+    def coupled(self) -> Vector:
+        """The weight decay in what alpha multiplies: 0 where decay has its own step size."""
+        apart = [rule.decay_step_size is not None for rule, _ in self.base]
+        parts = zip(self.base, apart, strict=True)
+        own = np.concatenate([np.full(_length(part), alone) for (_, part), alone in parts])
+        return np.where(own, 0.0, self.weight_decay)
+
+    def decay_size(self, lr: Vector, alpha: Vector) -> Vector:
+        """Return the step size of weight decay: alpha, or lr times its own (section 5)."""
+
+        def size(rule: Update, part: slice) -> Vector:
+            own = rule.decay_step_size
+            return alpha[part] if own is None else lr[part] * own
+
+        return _by_leaf(self, size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class State:
@@ -116,6 +145,9 @@ class State:
     step size since the trace started; `step` and `skipped` are numbers. `H`, `M`, `V` are the rows
     of w, m and v of the trace X (n by m); `B`, `Bm`, `Bv` the rows of beta and the meta moments of
     Y (m by m). `Z[k, i, j]` is how entry (k, i) of H depends on block j (n by m by m).
+
+    Of K discounts there are K times `H`, `M`, `V`, `z`, `meta_m`, `meta_v`, `against` and
+    `decided`, the count of meta updates in which none asked for a larger step size.
     """
 
     w: Vector
@@ -126,6 +158,7 @@ class State:
     meta_m: Vector
     meta_v: Vector
     against: Vector
+    decided: Vector
     peak: Vector
     meta_count: Vector
     H: Matrix
@@ -143,26 +176,27 @@ class State:
 
 def init(config: Config, w: Vector) -> State:
     """Return the state at the start: Y = E, X = 0 (section 3)."""
-    n, m = len(w), config.blocks
+    n, m, several = len(w), config.blocks, config.horizons
     return State(
         w=w,
         m=np.zeros(n),
         v=np.zeros(n),
         count=np.zeros(n),
         beta=config.sigma.inverse(config.step_size),
-        meta_m=np.zeros(m),
-        meta_v=np.zeros(m),
-        against=np.zeros(m),
+        meta_m=np.zeros((*several, m)),
+        meta_v=np.zeros((*several, m)),
+        against=np.zeros((*several, m)),
+        decided=np.zeros((*several, m)),
         peak=np.zeros(m),
         meta_count=np.zeros(m),
-        H=np.zeros((n, m)),
-        M=np.zeros((n, m)),
-        V=np.zeros((n, m)),
+        H=np.zeros((*several, n, m)),
+        M=np.zeros((*several, n, m)),
+        V=np.zeros((*several, n, m)),
         B=np.eye(m),
         Bm=np.zeros((m, m)),
         Bv=np.zeros((m, m)),
         Z=np.zeros((n, m, m)),
-        z=np.zeros(m),
+        z=np.zeros((*several, m)),
         restarts=np.zeros(m),
     )
 
@@ -175,6 +209,8 @@ def step(
     lr: Any = 1.0,
     present: Any = True,
     third: Any = None,
+    source: Vector | None = None,
+    counts: Any = True,
 ) -> State:
     """Return the state after one step (section 2).
 
@@ -189,20 +225,26 @@ def step(
         Where there is a gradient at all.
     third : callable, needed by "full"
         From U and V (n by m) to the third derivative along their columns, (n, m, m).
+    source : array (n,), optional
+        What z is made with in place of `grad`, the gradient of another loss (section 2).
+    counts : bool or array (n,) of bool
+        Where there is any of it.
     """
     lr, present = np.broadcast_to(lr, grad.shape), np.broadcast_to(present, grad.shape)
     grad = np.where(present, grad, 0.0)
     awake = present & (lr != 0.0)
     starts = state.meta_count == 0
-    z = np.where(starts, 0.0, meta_gradient(config, state, grad, awake))
-    usable = np.abs(z) < config.largest
+    source = grad if source is None else np.where(present & counts, source, 0.0)
+    z = np.where(starts, 0.0, meta_gradient(config, state, source, awake & counts))
+    usable = np.all(_by_horizon(np.abs(z) < config.largest), axis=0)
 
     carried = usable & np.logical_not(starts)
     hatted = hats(config, state, awake, carried)
     grad_trace = curvature_term(config, hessian, hatted.H)
-    if config.skip_nonfinite and not np.all(np.isfinite([grad, *grad_trace.T])[:, present]):
+    finite = np.isfinite(grad)[:, None] & np.isfinite(source)[:, None] & np.isfinite(grad_trace)
+    if config.skip_nonfinite and not np.all(finite[..., present, :]):
         return replace(state, skipped=state.skipped + 1)
-    moves = usable & (z != 0.0)
+    moves = usable & np.any(_by_horizon(z != 0.0), axis=0)
     begins = starts & np.isin(np.arange(config.blocks), config.block_of[present])
     z_used = np.where(moves, z, 0.0)
     after_meta, restarts = meta_update(config, state, hatted, z_used, moves, begins)
@@ -229,7 +271,7 @@ def step(
 
 def meta_gradient(config: Config, state: State, grad: Vector, awake: Flags) -> Vector:
     """Return z = H^T g, summed over the weights that move (sections 2, 4 and 7)."""
-    return np.sum(np.where(awake[:, None] & config.own, state.H * grad[:, None], 0.0), axis=0)
+    return np.sum(np.where(awake[:, None] & config.own, state.H * grad[:, None], 0.0), axis=-2)
 
 
 def hats(config: Config, state: State, awake: Flags, carried: Flags) -> State:
@@ -237,15 +279,17 @@ def hats(config: Config, state: State, awake: Flags, carried: Flags) -> State:
 
     Gamma acts as 1 on the rows of weights that rest (section 7), and the columns of blocks that are
     not carried on start anew, as do, with curvature, numbers that are not finite of
-    weights that rest (section 11).
+    weights that rest (section 11). Where Y is not followed it stays E.
     """
-    gamma, eye = config.discount, np.eye(config.blocks)
-    rows = np.where(awake, gamma, 1.0)[:, None]
+    gamma, eye = _of_matrices(config.discount), np.eye(config.blocks)
+    rows = np.where(awake[:, None], gamma, 1.0)
 
     def x(trace: Matrix) -> Matrix:
         return np.where(carried & _finite(config, trace, awake[:, None]), rows * trace, 0.0)
 
     def y(trace: Matrix, start: Any) -> Matrix:
+        if not config.follows_beta:
+            return trace
         return np.where(carried, gamma * trace + (1.0 - gamma) * start, start)
 
     return replace(
@@ -262,6 +306,8 @@ def hats(config: Config, state: State, awake: Flags, carried: Flags) -> State:
 
 def hat_of_third(config: Config, state: State, awake: Flags, carried: Flags) -> Any:
     """Return gamma Z; a pair of columns restarts with either of the two (section 11)."""
+    if not config.follows_third:
+        return state.Z
     rows = np.where(awake, config.discount, 1.0)[:, None, None]
     keep = carried[:, None] & carried[None, :] & _finite(config, state.Z, awake[:, None, None])
     return np.where(keep, rows * state.Z, 0.0)
@@ -298,10 +344,10 @@ def only_own(config: Config, state: State) -> State:
 def base_update(
     config: Config, state: State, into: State, grad: Vector, lr: Vector, beta: Vector
 ) -> State:
-    """Return the weights and moments after w' = w - alpha (u + kappa w) (section 5)."""
+    """Return the weights and moments after w' = w - alpha u - alpha_kappa kappa w (section 5)."""
     u, m, v = _directions(config, state, grad)
     alpha = lr * config.sigma.value(beta)[config.block_of]
-    w = state.w - alpha * (u + config.weight_decay * state.w)
+    w = state.w - alpha * u - config.decay_size(lr, alpha) * config.weight_decay * state.w
     return replace(into, w=w, m=m, v=v, count=state.count + 1)
 
 
@@ -318,14 +364,14 @@ def base_traces(
     hessian: Matrix,
 ) -> State:
     """Return X' = Phi_x X + Phi_g (Hess H) + Phi_alpha lr sigma' B (section 3)."""
-    d, kappa = _derivatives(Partials, partials, config, state, grad), config.weight_decay
+    d = _derivatives(Partials, partials, config, state, grad)
     alpha = lr * config.sigma.value(beta)[config.block_of]
     alpha_trace = (lr * config.sigma.first(beta)[config.block_of])[:, None] * B[config.block_of]
-    followed = _directions(config, state, grad)[0] + kappa * state.w
-    retain = 1.0 - kappa * alpha
+    followed = _directions(config, state, grad)[0] + config.coupled * state.w
+    retain = 1.0 - config.weight_decay * config.decay_size(lr, alpha)
     u_trace = _chain((d.u_g, grad_trace), (d.u_m, hatted.M), (d.u_v, hatted.V))
     if config.rectified:  # the diagonal is capped: min(alpha d, 1 - kappa alpha), section 12
-        retain = np.maximum(0.0, 1.0 - alpha * (kappa + np.diag(hessian)))
+        retain = np.maximum(0.0, retain - alpha * np.diag(hessian))
         u_trace = np.zeros_like(u_trace)
     return replace(
         into,
@@ -350,11 +396,12 @@ def third_trace(
 
     Of h'_j = (1 - kappa alpha) h_j - alpha (u_g g_j + u_m m_j + u_v v_j) - (u + kappa w) alpha_j,
     with the hatted tangents h_j, m_j, v_j, g_j = Hess h_j and alpha_j of column j, along the
-    tangents of column k. Those of m and v, and beta's in alpha_j, are held.
+    tangents of column k. Those of m and v, and beta's in alpha_j, are held. Decay with a step size
+    of its own has it in the first term in alpha's place, and is not in the last.
     """
     d = _derivatives(Partials, partials, config, state, grad)
     b = _derivatives(Bends, bends, config, state, grad)
-    kappa = config.weight_decay
+    kappa = config.coupled
     u = _directions(config, state, grad)[0]
     block_of, beta = config.block_of, state.beta
     alpha = lr * config.sigma.value(beta)[block_of]
@@ -374,10 +421,11 @@ def third_trace(
         (b.u_gv, _pairs(G, V) + _pairs(V, G)),
         (b.u_mv, _pairs(M, V) + _pairs(V, M)),
         (b.u_vv, _pairs(V, V)),
+        columns=2,
     )
     moved = u_trace + _rows(kappa, hatted.H)
     return (
-        _all(1.0 - kappa * alpha) * w_bend
+        _all(1.0 - config.weight_decay * config.decay_size(lr, alpha)) * w_bend
         - _all(alpha) * u_bend
         - _pairs(alpha_trace, moved)
         - _pairs(moved, alpha_trace)
@@ -390,6 +438,9 @@ def meta_update(
 ) -> tuple[State, Flags]:
     """Return the meta-parameters after beta' = beta - eta u, and the meta moments (section 6).
 
+    Of several discounts u is the least of their directions, of which each has its own moments and
+    its own fast start (section 10).
+
     Blocks that do not move keep theirs, but that the step in which a trace begins counts, which
     `begins` says. Bounds project sigma(beta), section 8. Second comes which blocks start anew, with
     moments and a count of 0: those whose step size has collapsed or met a bound (section 11).
@@ -397,7 +448,9 @@ def meta_update(
     count = state.meta_count + 1
     u, m, v = direction(config.meta, z, state.meta_m, state.meta_v, count)
     against = counted_against(config, state.against, z)
-    beta = state.beta - config.meta_lr * speed(config, against) * u
+    u = speed(config, against) * u
+    least = np.min(_by_horizon(u), axis=0)
+    beta = state.beta - config.meta_lr * retreated(config, state.against, against, least)
     limited = np.clip(beta, *config.sigma.beta_range)
     if config.bounds is not None:
         lo, hi = config.bounds
@@ -419,6 +472,7 @@ def meta_update(
         meta_m=moved(m, state.meta_m),
         meta_v=moved(v, state.meta_v),
         against=np.where(moves, against, state.against),
+        decided=np.where(moves & (u == least), state.decided + 1, state.decided),
         peak=moved(peak, state.peak),
         meta_count=moved(count, state.meta_count + begins),
     )
@@ -443,6 +497,23 @@ def counted_against(config: Config, against: Vector, z: Vector) -> Vector:
 def speed(config: Config, against: Vector) -> Vector:
     """Return how many times faster than its rule the meta update of each block is (section 6)."""
     return np.where(against >= config.meta.patience, 1.0, config.meta.factor)
+
+
+def retreated(config: Config, before: Vector, after: Vector, u: Vector) -> Vector:
+    """Return the directions, where the last fast start ends `retreat` fast steps back (section 6).
+
+    `before` and `after` count against the start.
+    """
+    back = config.meta.retreat * config.meta.factor
+    return np.where(start_ends(config, before, after), back, u)
+
+
+def start_ends(config: Config, before: Vector, after: Vector) -> Flags:
+    """Say in which blocks the last fast start ends, and beta goes back (section 6)."""
+    fast_before, fast_after = (
+        np.any(_by_horizon(against) < config.meta.patience, axis=0) for against in (before, after)
+    )
+    return fast_before & np.logical_not(fast_after) & (config.meta.retreat > 0.0)
 
 
 def meta_traces(
@@ -471,6 +542,7 @@ def meta_traces(
         z_trace = term_a + np.einsum("k,kij->ij", np.where(awake, grad, 0.0), hatted.Z)
     u_trace = _chain((d.u_g, z_trace), (d.u_m, hatted.Bm), (d.u_v, hatted.Bv))
     u_trace = _rows(speed(config, into.against), u_trace)
+    u_trace = np.where(start_ends(config, state.against, into.against)[:, None], 0.0, u_trace)
     # rows of blocks that rest are left as they were, but for columns that start anew
     stays, new = np.logical_not(moves)[:, None], restarts[:, None]
     Bm = np.where(stays, held.Bm, _rows(d.m_m, hatted.Bm) + _rows(d.m_g, z_trace))
@@ -535,14 +607,27 @@ def _rows(factor: Vector, trace: Matrix) -> Matrix:
     return factor[:, None] * trace
 
 
-def _chain(*terms: tuple[Vector, Any]) -> Any:
-    """Return the sum of partial derivatives times traces; what a partial of 0 keeps out is out."""
+def _chain(*terms: tuple[Vector, Any], columns: int = 1) -> Any:
+    """Return the sum of partial derivatives times traces; what a partial of 0 keeps out is out.
+
+    The last axes of a trace are its rows and `columns` axes of columns.
+    """
 
     def term(partial: Vector, trace: Any) -> Any:
-        factor = partial.reshape(-1, *(1,) * (trace.ndim - 1))
+        factor = partial.reshape(-1, *(1,) * columns)
         return np.where(factor == 0.0, 0.0, factor * trace)
 
     return sum(term(*pair) for pair in terms)
+
+
+def _by_horizon(values: Any) -> Any:
+    """Return values by block with a leading axis of discounts, also where there is one."""
+    return np.reshape(values, (-1, np.shape(values)[-1]))
+
+
+def _of_matrices(values: Any) -> Any:
+    """Return a value for each discount, or for the one, as factors of matrices."""
+    return np.asarray(values)[..., None, None]
 
 
 def _all(factor: Vector) -> Any:

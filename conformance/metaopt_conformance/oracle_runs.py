@@ -6,11 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from metaopt_conformance import finite_differences, oracle
+from metaopt_conformance import finite_differences, learned, oracle
 from metaopt_conformance.cases import Case
-from metaopt_conformance.translate import config_of, expected, slices
+from metaopt_conformance.learned import Number
+from metaopt_conformance.translate import config_of, expected, numbers_of, slices
 
-__all__ = ["by_weight", "config", "differences", "oracle_run", "oracle_step", "wanted"]
+__all__ = [
+    "by_weight",
+    "config",
+    "differences",
+    "learned_run",
+    "numbers",
+    "oracle_run",
+    "oracle_step",
+    "wanted",
+]
 
 
 @cache
@@ -34,19 +44,9 @@ def oracle_step(
     case: Case, t: int, before: oracle.State, rounded: Callable[[Any], Any] = np.asarray
 ) -> oracle.State:
     """Return the oracle's state after step t of the case, from inputs rounded as the library's."""
-    hessian = case.hessian(t, before.w)
-    if case.curvature in ("diagonal", "rectified"):
-        hessian = np.diag(rounded(case.hessian_diagonal(t, before.w)))
-    present = {name: name not in case.absent(t) for name in case.subject.shapes}
-    return oracle.step(
-        config(case),
-        before,
-        rounded(case.grad(t, before.w)),
-        hessian,
-        by_weight(case, case.multiplier(t)),
-        by_weight(case, present),
-        partial(case.subject.third, t, before.w),
-    )
+    grad, hessian, lr, present, source, counts = _inputs(case, t, before.w, rounded)
+    third = partial(case.subject.third, t, before.w)
+    return oracle.step(config(case), before, grad, hessian, lr, present, third, source, counts)
 
 
 @cache
@@ -56,6 +56,45 @@ def oracle_run(case: Case) -> tuple[oracle.State, ...]:
     for t in range(case.steps):
         run.append(oracle_step(case, t, run[-1]))
     return tuple(run)
+
+
+@cache
+def numbers(case: Case) -> dict[str, Number]:
+    """Return the numbers that are learned in the oracle's terms."""
+    return numbers_of(case.opt(), case.subject.shapes, config(case).largest)
+
+
+@cache
+def learned_run(case: Case) -> tuple[learned.Run, ...]:
+    """Return the oracle's states of a case in which numbers are learned, as `oracle_run` does."""
+    run = [learned.init(config(case), numbers(case), case.subject.start())]
+    for t in range(case.steps):
+        inputs = _inputs(case, t, run[-1].own.w)
+        run.append(learned.step(config(case), numbers(case), run[-1], *inputs))
+    return tuple(run)
+
+
+def _inputs(
+    case: Case, t: int, w: Any, rounded: Callable[[Any], Any] = np.asarray
+) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """Return what step t has at the weights w.
+
+    The gradient, the Hessian, multipliers, where there is a gradient; what the meta-gradient is
+    made with, and where there is any of it.
+    """
+    hessian = case.hessian(t, w)
+    if case.curvature in ("diagonal", "rectified"):
+        hessian = np.diag(rounded(case.hessian_diagonal(t, w)))
+    present = {name: name not in case.absent(t) for name in case.subject.shapes}
+    judged = {name: name in case.judged(t) for name in case.subject.shapes}
+    return (
+        rounded(case.grad(t, w)),
+        hessian,
+        by_weight(case, case.multiplier(t)),
+        by_weight(case, present),
+        rounded(case.source(t, w)),
+        by_weight(case, judged),
+    )
 
 
 @cache

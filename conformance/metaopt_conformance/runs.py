@@ -20,14 +20,14 @@ __all__ = ["Under"]
 
 @dataclass(frozen=True)
 class Under:
-    """The library under test: a backend on a device, by the core or by its own adapter.
+    """The library under test: a backend on a device, by the core or by an adapter.
 
     Parameters
     ----------
     backend : Backend
     device : str or None, default None
-    adapter : bool, default False
-        Run the backend's `optimizer` in place of the core.
+    subject : {"core", "adapter", "wrapped"}, default "core"
+        Run the backend's `optimizer` in place of the core, or its `wrapped`.
     derives : bool, default False
         Take Hessian-vector products, and third derivatives, from the backend's own differentiation
         of the loss, or products from differences of gradients where it has none, in place of the
@@ -36,7 +36,7 @@ class Under:
 
     backend: Backend
     device: str | None = None
-    adapter: bool = False
+    subject: str = "core"
     derives: bool = False
 
     def array(self, value: Any, dtype: str) -> Any:
@@ -146,6 +146,14 @@ class Under:
         probes = self.arrays(_orthogonal_signs(len(w)), case)
         return mo.curvature.hutchinson(self.hvp(case, t, w), probes)
 
+    def meta_grads(self, case: Case, t: int, w: Any) -> Any:
+        """Return the `meta_grads` of step t at w; None without `held_out`, and where it rests."""
+        judged = case.judged(t)
+        if case.held_out == "no" or not judged:
+            return None
+        grads = self.arrays(case.source(t, w), case)
+        return {name: grads[name] if name in judged else None for name in grads}
+
     def inputs(self, case: Case, t: int, w: Any) -> dict[str, Any]:
         """Return what step t is given at the weights w."""
         grads = self.arrays(case.grad(t, w), case)
@@ -158,6 +166,7 @@ class Under:
             "hvp": self.hvp(case, t, w),
             "third": self.third(case, t, w),
             "hessian_diagonal": self.diagonal(case, t, w),
+            "meta_grads": self.meta_grads(case, t, w),
         }
 
     def steps(
@@ -166,7 +175,7 @@ class Under:
         """Yield params and state before each step and after the last; `opt` is the case's own."""
         opt = case.opt() if opt is None else opt
         params = self.arrays(case.subject.start(), case)
-        if self.adapter:
+        if self.subject != "core":
             yield from self._steps_of_adapter(case, opt, params)
             return
         state = opt.init(params)
@@ -179,17 +188,20 @@ class Under:
     def _steps_of_adapter(
         self, case: Case, opt: mo.MetaOptimize, params: Any
     ) -> Iterator[tuple[Any, mo.State]]:
-        """Yield what `steps` yields, of the backend's own adapter."""
-        assert self.backend.optimizer is not None
+        """Yield what `steps` yields, of an adapter."""
+        make = self.backend.optimizer if self.subject == "adapter" else self.backend.wrapped
+        assert make is not None
         two_passes = config(case).follows_hessian or case.meta_first or case.skip_nonfinite
+        two_passes |= case.learned or case.held_out != "no"
         if case.faulty != "nothing" and not two_passes:
             msg = "an adapter may restart a trace one step later (docs/mathematics.md section 11)"
             raise Skip(msg)
-        adapter = self.backend.optimizer(opt, params)
+        adapter = make(opt, params)
         taken = _taken(adapter.step)
         for name, needed in (
             ("third", case.approximation == "full"),
             ("hessian_diagonal", case.curvature in ("diagonal", "rectified")),
+            ("meta_grads", case.held_out != "no"),
         ):
             if needed and name not in taken:
                 msg = f"the adapter's `step` takes no `{name}`"
@@ -227,7 +239,7 @@ def _taken(step: Callable[..., Any]) -> set[str]:
     parameters = inspect.signature(step).parameters.values()
     named = {parameter.name for parameter in parameters}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        named |= {"third", "hessian_diagonal"}
+        named |= {"third", "hessian_diagonal", "meta_grads"}
     return named | {"grads", "lr", "hvp"}
 
 

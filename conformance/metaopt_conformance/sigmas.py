@@ -7,7 +7,7 @@ import numpy as np
 
 from metaopt_conformance.updates import Vector
 
-__all__ = ["Exp", "Identity", "Sigma", "Sigmoid", "Softplus"]
+__all__ = ["Decay", "Exp", "Identity", "Sigma", "Sigmoid", "Softplus"]
 
 SMALL, LARGE = 2.0**-63, 2.0**63
 
@@ -57,6 +57,25 @@ class Exp:
 
 
 @dataclass(frozen=True)
+class Decay:
+    """1 less the exponential of -beta."""
+
+    beta_range: ClassVar[tuple[float, float]] = (2.0**-20, 15.5)
+
+    def value(self, beta: Vector) -> Vector:  # noqa: D102
+        return 1.0 - np.exp(-beta)
+
+    def first(self, beta: Vector) -> Vector:  # noqa: D102
+        return np.exp(-beta)
+
+    def second(self, beta: Vector) -> Vector:  # noqa: D102
+        return -np.exp(-beta)
+
+    def inverse(self, sizes: Vector) -> Vector:  # noqa: D102
+        return -np.log(1.0 - sizes)
+
+
+@dataclass(frozen=True)
 class Identity:
     """The step size itself."""
 
@@ -88,7 +107,7 @@ class Softplus:
         return _logistic(beta)
 
     def second(self, beta: Vector) -> Vector:  # noqa: D102
-        return _logistic(beta) * (1.0 - _logistic(beta))
+        return _logistic(beta) * _logistic(-beta)
 
     def inverse(self, sizes: Vector) -> Vector:  # noqa: D102
         return np.log(np.expm1(sizes))
@@ -118,8 +137,9 @@ class Sigmoid:
 
     def _slope(self, beta: Vector) -> Vector:
         """Return the derivative of the logarithm."""
-        return np.log(self.hi / self.lo) * _logistic(beta) * (1.0 - _logistic(beta))
+        return np.log(self.hi / self.lo) * _logistic(beta) * _logistic(-beta)
 
 
 def _logistic(beta: Vector) -> Vector:
+    """Return the logistic function; 1 less it is that of the negative, which keeps its digits."""
     return 1.0 / (1.0 + np.exp(-beta))

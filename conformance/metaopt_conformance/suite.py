@@ -17,23 +17,26 @@ from metaopt_conformance.verdicts import Failure, Skip
 
 __all__ = ["ADAPTED", "run"]
 
-#: The families that check an adapter too, and its columns in the report.
-ADAPTED = {"trajectory": "adapter", "step": "adapter's step"}
+#: The families that check adapters too, and their columns in the report.
+ADAPTED = {
+    "adapter": {"trajectory": "adapter", "step": "adapter's step", "learned": "adapter's learned"},
+    "wrapped": {"trajectory": "wrapped", "step": "wrapped's step"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """A check to make: of the core, or of the backend's own adapter."""
+    """A check to make: of the core, or of one of the backend's adapters."""
 
     family: str
     case: Case
     part: str
-    adapter: bool = False
+    subject: str = "core"
 
     @property
     def title(self) -> str:
         """The column of the report."""
-        return ADAPTED[self.family] if self.adapter else self.family
+        return ADAPTED.get(self.subject, {}).get(self.family, self.family)
 
 
 def run(
@@ -80,10 +83,8 @@ def run(
     tasks = [
         task
         for name in families
-        for adapter in _subjects(found, name)
-        for task in _tasks(
-            found, name, cases, adapter=adapter, quick=quick or (adapter and found.slow_optimizer)
-        )
+        for subject in _subjects(found, name)
+        for task in _tasks(found, name, cases, subject, quick=quick)
     ]
     name = backend if isinstance(backend, str) else backend.name
     outcomes: Iterator[Outcome] = (
@@ -99,19 +100,23 @@ def run(
 
 
 def _tasks(
-    backend: Backend, family: str, cases: Sequence[Case] | None, *, adapter: bool, quick: bool
+    backend: Backend, name: str, cases: Sequence[Case] | None, subject: str, *, quick: bool
 ) -> Iterator[_Task]:
     """Yield the checks of a family on the cases given, or its own."""
+    quick, family = quick or (subject != "core" and backend.slow_optimizer), FAMILIES[name]
     part = "quick" if quick else "whole"
     if cases is not None:
         part = "chosen"
-    for case in FAMILIES[family].cases(backend.dtypes, quick) if cases is None else cases:
-        yield _Task(family=family, case=case, part=part, adapter=adapter)
+    own = family.wrapped if subject == "wrapped" and family.wrapped is not None else family.cases
+    for case in own(backend.dtypes, quick) if cases is None else cases:
+        yield _Task(family=name, case=case, part=part, subject=subject)
 
 
-def _subjects(backend: Backend, family: str) -> tuple[bool, ...]:
-    """Say for the core, and the backend's adapter where it has one, whether it is the adapter."""
-    return (False, True) if backend.optimizer is not None and family in ADAPTED else (False,)
+def _subjects(backend: Backend, family: str) -> list[str]:
+    """Return what of a backend a family checks: the core, and the adapters that it has."""
+    made = {"adapter": backend.optimizer, "wrapped": backend.wrapped}
+    found = [name for name, make in made.items() if make is not None and family in ADAPTED[name]]
+    return ["core", *found]
 
 
 def _shared(
@@ -152,7 +157,7 @@ def _work(task: _Task) -> Outcome:
 
 def _outcome(backend: Backend, name: str, device: str | None, task: _Task) -> Outcome:
     family, case = FAMILIES[task.family], task.case
-    under = Under(backend, device, adapter=task.adapter)
+    under = Under(backend, device, task.subject)
     told = _telling(backend, name, device, task)
     try:
         return told("passed", family.run(under, case), "", case)

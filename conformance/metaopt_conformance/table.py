@@ -241,10 +241,16 @@ def signs(rule: Any) -> bool:
 def update_of(rule: Any) -> Update:
     """Return a rule of the library as the oracle's."""
     if isinstance(rule, mo.FastStart):
-        return replace(update_of(rule.rule), factor=rule.factor, patience=rule.patience)
+        return replace(
+            update_of(rule.rule),
+            factor=rule.factor,
+            patience=rule.patience,
+            retreat=rule.retreat or 0.0,
+        )
     return Update(
         eps=getattr(rule, "eps", 0.0),  # a number, as the rule has its role
         weight_decay=rule.weight_decay,
+        decay_step_size=getattr(rule, "decay_step_size", None),
         delayed=getattr(rule, "delayed", False),
         **_row_of(rule).update(rule),
     )
@@ -252,13 +258,15 @@ def update_of(rule: Any) -> Update:
 
 def counterpart(library: str, rule: Any) -> tuple[str, dict[str, Any]] | None:
     """Return name and options of the optimizer of "torch" or "optax" that is this rule, or None."""
-    own = _row_of(rule).own.get(library)
-    return None if own is None or getattr(rule, "delayed", False) else own(rule)
+    own, apart = _row_of(rule).own.get(library), rule.decay_step_size is not None
+    return None if own is None or apart or getattr(rule, "delayed", False) else own(rule)
 
 
 def sigma_of(sigma: Any) -> sigmas.Sigma:
     """Return a step-size map of the library, or its name, as the oracle's."""
     found = step_size_map(sigma)
+    if isinstance(found, mo.Decay):  # of numbers that are learned alone
+        return sigmas.Decay()
     return next(row for row in MAPS if row.kind is type(found)).oracle(found)
 
 

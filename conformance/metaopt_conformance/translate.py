@@ -10,6 +10,9 @@ import numpy as np
 import metaopt as mo
 from metaopt.arrays import map_leaves, to_numpy
 from metaopt.jets import Jet
+from metaopt.rules.learned import at_start, learned_in
+from metaopt_conformance import sigmas
+from metaopt_conformance.learned import Number
 from metaopt_conformance.oracle import Config, Matrix, State
 from metaopt_conformance.table import sigma_of, update_of
 from metaopt_conformance.updates import Vector
@@ -20,9 +23,11 @@ __all__ = [
     "config_of",
     "contents",
     "dense",
+    "dense_number",
     "expected",
     "flat",
     "from_dense",
+    "numbers_of",
     "slices",
     "traces",
     "tree",
@@ -131,8 +136,9 @@ def config_of(opt: mo.MetaOptimize, shapes: Shapes, largest: float = 2.0**511) -
 
     def rule_of(name: str) -> Any:
         if not isinstance(opt.base, Mapping):
-            return opt.base
-        return next(rule for pattern, rule in opt.base.items() if fnmatchcase(name, pattern))
+            return at_start(opt.base)
+        rules = opt.base.items()
+        return at_start(next(rule for pattern, rule in rules if fnmatchcase(name, pattern)))
 
     kind: Any = opt.curvature
     return Config(
@@ -155,6 +161,76 @@ def config_of(opt: mo.MetaOptimize, shapes: Shapes, largest: float = 2.0**511) -
     )
 
 
+#: What the oracle calls numbers of rules.
+FIELDS = {"betas[0]": "rho", "betas[1]": "decay_sq", "momentum": "rho", "beta2": "decay_sq"}
+
+
+def numbers_of(
+    opt: mo.MetaOptimize, shapes: Shapes, largest: float = 2.0**511
+) -> dict[str, Number]:
+    """Return the numbers that are learned as the oracle's, by name."""
+    plain, found = config_of(opt, shapes, largest), {}
+    base: Any = opt.base if isinstance(opt.base, Mapping) else {"*": opt.base}
+    rules = {leaf: next(base[p] for p in base if fnmatchcase(leaf, p)) for leaf in shapes}
+    learned = {place: one for rule in rules.values() for place, one in learned_in(rule).items()}
+    for place, one in learned.items():
+        own = {leaf: s for leaf, s in shapes.items() if place in learned_in(rules[leaf])}
+        index, names = block_index(opt.blocks if one.blocks is None else one.blocks, own)
+        has = [np.full(at.stop - at.start, leaf in own) for leaf, at in slices(shapes).items()]
+        block_of = np.full(len(plain.block_of), -1)
+        block_of[np.concatenate(has)] = index
+        lo, hi = one.bounds or (0.0, np.inf)
+        decay = place in FIELDS
+        number = replace(
+            plain,
+            meta=replace(plain.meta, factor=1.0, patience=1, retreat=0.0),
+            block_of=block_of,
+            step_size=np.full(len(names), one.start),
+            meta_lr=one.meta_lr,
+            discount=float(np.max(opt.discount)),
+            sigma=sigmas.Decay() if decay else sigma_of(one.map or "exp"),
+            bounds=_bounds((max(lo, 2.0**-20), min(hi, 1.0 - 2.0**-22)), names)
+            if decay
+            else _bounds((lo, hi), names),
+        )
+        found[place] = Number(field=FIELDS.get(place, place), config=number)
+    return found
+
+
+def dense_number(
+    part: Mapping[str, Any], number: Number, shapes: Shapes, to_numpy: Any = to_numpy
+) -> dict[str, Vector]:
+    """Return the state of a learned number under the oracle's names, as far as it is kept."""
+    part = map_leaves(lambda array: np.array(to_numpy(array)), part)
+    m, block_of = number.config.blocks, np.asarray(number.config.block_of)
+
+    def rows(traces: Mapping[str, Any], name: str, at: slice) -> Matrix:
+        if name not in traces:
+            return np.zeros((at.stop - at.start, m))
+        return _columns(traces[name], shapes[name], block_of[at], m)
+
+    found: dict[str, Any] = {
+        key: _blocks(part[name])
+        for key, name in (("beta", "beta"), ("z", "meta_grad"), ("meta_count", "meta_count"))
+    }
+    parts = slices(shapes).items()
+    found["H"] = np.concatenate([rows(part["trace"], name, at) for name, at in parts])
+    for slot, trace in (("exp_avg", "M"), ("exp_avg_sq", "V")):
+        for name, at in parts:
+            if slot in part["slot_traces"].get(name, {}):
+                found[f"{trace}/{name}"] = rows({name: part["slot_traces"][name][slot]}, name, at)
+    for slot, key in (("exp_avg", "meta_m"), ("peak", "peak")):
+        if slot in part["meta_slots"]:
+            found[key] = _blocks(part["meta_slots"][slot])
+    if "exp_avg_rms" in part["meta_slots"]:
+        found["meta_v"] = _blocks(part["meta_slots"]["exp_avg_rms"]).astype(np.float64) ** 2
+    if "beta" in part["beta_trace"]:
+        found["B"] = _matrix(part["beta_trace"]["beta"], m)
+    if len(part["restarts"]) == m:
+        found["restarts"] = part["restarts"]
+    return found
+
+
 def dense(
     params: Mapping[str, Any],
     state: mo.State,
@@ -167,7 +243,7 @@ def dense(
     "m", "v", "M" and "V" come by leaf ("m/weight"), for the leaves that have the slot or its trace;
     `expected` returns the oracle's value of a key. Nothing here is the state's own memory.
     """
-    m, block_of = config.blocks, config.block_of
+    m, block_of, several = config.blocks, config.block_of, config.horizons
     of_weights = traces(params, state, to_numpy)
     state = mo.State(
         **{
@@ -180,15 +256,16 @@ def dense(
         "skipped": state.skipped,
         "w": flat(params, shapes, to_numpy),
         "beta": _blocks(state.beta),
-        "z": _blocks(state.meta_grad),
+        "z": _blocks(state.meta_grad, several),
         "count": np.concatenate(
             [np.full(int(np.prod(shapes[name])), state.count[name]) for name in shapes]
         ),
         "H": np.concatenate(
             [
-                _columns(of_weights[name], shapes[name], block_of[at], m)
+                _columns(of_weights[name], shapes[name], block_of[at], m, several)
                 for name, at in slices(shapes).items()
-            ]
+            ],
+            axis=-2,
         ),
     }
     for slot, values, trace in (("exp_avg", "m", "M"), ("exp_avg_sq", "v", "V")):
@@ -197,20 +274,20 @@ def dense(
                 found[f"{values}/{name}"] = state.slots[name][slot].reshape(-1)
             if slot in state.slot_traces.get(name, {}):
                 found[f"{trace}/{name}"] = _columns(
-                    state.slot_traces[name][slot], shapes[name], block_of[at], m
+                    state.slot_traces[name][slot], shapes[name], block_of[at], m, several
                 )
     if "exp_avg" in state.meta_slots:
-        found["meta_m"] = _blocks(state.meta_slots["exp_avg"])
+        found["meta_m"] = _blocks(state.meta_slots["exp_avg"], several)
     if "exp_avg" in state.beta_trace:
         found["Bm"] = _matrix(state.beta_trace["exp_avg"], m)
     if "exp_avg_rms" in state.meta_slots:
-        root = _blocks(state.meta_slots["exp_avg_rms"]).astype(np.float64)
+        root = _blocks(state.meta_slots["exp_avg_rms"], several).astype(np.float64)
         found["meta_v"] = root**2
         if "exp_avg_rms" in state.beta_trace:
             found["Bv"] = 2.0 * root[:, None] * _matrix(state.beta_trace["exp_avg_rms"], m)
-    for slot in ("against", "peak"):
+    for slot, axes in (("against", several), ("decided", several), ("peak", ())):
         if slot in state.meta_slots:
-            found[slot] = _blocks(state.meta_slots[slot])
+            found[slot] = _blocks(state.meta_slots[slot], axes)
     if state.third_trace:
         thirds = [state.third_trace[name].reshape(m, m, -1).transpose(2, 1, 0) for name in shapes]
         found["Z"] = np.concatenate(thirds)
@@ -266,7 +343,7 @@ def expected(state: State, key: str, shapes: Shapes) -> Any:
     value = getattr(state, name)
     if not leaf:
         return value
-    own = value[slices(shapes)[leaf]]
+    own = value[_rows_of(name, slices(shapes)[leaf])]
     return np.sum(own) if name == "restarts" else own
 
 
@@ -280,18 +357,28 @@ def from_dense(found: Mapping[str, Any], start: State, shapes: Shapes) -> State:
         elif name == "restarts":
             parts[name][slices(shapes)[leaf].start] = value  # which block's is not known
         else:
-            parts[name][slices(shapes)[leaf]] = value
+            parts[name][_rows_of(name, slices(shapes)[leaf])] = value
     return State(**parts)
 
 
-def _blocks(values: Any) -> Vector:
+def _rows_of(name: str, leaf: slice) -> Any:
+    """Return the index of a leaf's rows in a part of the oracle's state."""
+    return (..., leaf, slice(None)) if name in ("M", "V") else leaf
+
+
+def _blocks(values: Any, axes: tuple[int, ...] = ()) -> Vector:
+    """Return values by block as one array, (..., blocks), with leading axes of discounts."""
     if isinstance(values, Mapping):
-        return np.concatenate([value.reshape(-1) for value in values.values()])
+        return np.concatenate([value.reshape(*axes, -1) for value in values.values()], axis=-1)
     return values
 
 
-def _columns(trace: Any, shape: tuple[int, ...], block_of: Any, m: int) -> Matrix:
-    """Return a leaf's trace as rows of weights by columns of blocks."""
+def _columns(
+    trace: Any, shape: tuple[int, ...], block_of: Any, m: int, several: tuple[int, ...] = ()
+) -> Matrix:
+    """Return a leaf's trace as rows of weights by columns of blocks, of each discount."""
+    if several:
+        return np.stack([_columns(one, shape, block_of, m) for one in trace])
     if trace.ndim == len(shape):  # condensed: every weight has the column of its block alone
         rows = np.zeros((trace.size, m))
         rows[np.arange(trace.size), block_of] = trace.reshape(-1)

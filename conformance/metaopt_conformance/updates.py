@@ -28,12 +28,16 @@ class Update:
     decay_sq : float
         Decay of the second moment.
     eps, weight_decay : float
+    decay_step_size : float or None
+        Step size of weight decay; None for the learned one.
     bias_correction : bool
         Of RMSprop.
     delayed : bool
     factor : float
         By which a meta update is faster until a block's count of positive z is `patience`.
     patience : int
+    retreat : float
+        How many fast steps beta goes back when that is so for all horizons of a block.
     """
 
     kind: str
@@ -42,10 +46,12 @@ class Update:
     decay_sq: float = 0.0
     eps: float = 0.0
     weight_decay: float = 0.0
+    decay_step_size: float | None = None
     bias_correction: bool = True
     delayed: bool = False
     factor: float = 1.0
     patience: int = 1
+    retreat: float = 0.0
 
     @property
     def signs(self) -> bool:
@@ -55,7 +61,9 @@ class Update:
     @property
     def has_m(self) -> bool:
         """Whether there is a first moment."""
-        return self.kind in ("adamw", "nadamw", "lion") or (self.kind == "sgd" and self.rho > 0.0)
+        return self.kind in ("adamw", "nadamw", "lion") or (
+            self.kind == "sgd" and bool(np.any(np.asarray(self.rho) > 0.0))
+        )
 
     @property
     def has_v(self) -> bool:

@@ -23,9 +23,6 @@ def main(steps: int = 500) -> tuple[eqx.nn.MLP, MetaOptimizeTransformation, Any]
     model = eqx.nn.MLP(8, 1, width_size=32, depth=1, activation=jnp.tanh, key=jax.random.key(0))
     tx = metaoptimize(
         base=mo.AdamW(),
-        meta=mo.FastStart(mo.AdamW()),
-        step_size=1e-4,
-        meta_lr=1e-2,
         blocks="tensor",
     )
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))

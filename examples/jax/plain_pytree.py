@@ -47,9 +47,7 @@ def main(steps: int = 1000) -> tuple[dict[str, Any], MetaOptimizeTransformation,
     schedule = optax.warmup_cosine_decay_schedule(0.1, 1.0, steps // 20, steps)
     meta = metaoptimize(
         base=mo.AdamW(weight_decay=0.01),
-        meta=mo.AdamW(),
         step_size=1e-5,  # where they start; too small on purpose
-        meta_lr=1e-2,
         blocks={"kernels": "*.kernel", "biases": "*.bias"},
         lr=schedule,
     )

@@ -48,9 +48,7 @@ def main(steps: int = 50) -> None:
     """Train on this rank's share of the data."""
     accelerator = sharding()
     net = model()
-    opt = MetaOptimizer(
-        net.named_parameters(), base=mo.AdamW(), meta=mo.AdamW(), step_size=1e-3, blocks="tensor"
-    )
+    opt = MetaOptimizer(net.named_parameters(), base=mo.AdamW(), blocks="tensor")
     net, prepared = accelerator.prepare(net, opt)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     for step in range(steps):

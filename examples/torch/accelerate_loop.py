@@ -33,9 +33,6 @@ def main(steps: int = 300) -> tuple[torch.nn.Module, MetaOptimizer]:
     opt = MetaOptimizer(
         net.named_parameters(),
         base=mo.AdamW(),
-        meta=mo.FastStart(mo.AdamW()),
-        step_size=1e-3,
-        meta_lr=1e-2,
     )
     loader = DataLoader(data(steps), batch_size=64 // accelerator.num_processes)
     # Accelerate steps a scheduler once for each process
@@ -47,6 +44,7 @@ def main(steps: int = 300) -> tuple[torch.nn.Module, MetaOptimizer]:
         opt_.step()
         cosine.step()
     accelerator.print(opt.step_sizes())
+    accelerator.end_training()
     return net, opt
 
 

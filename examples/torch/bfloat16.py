@@ -21,9 +21,7 @@ def main(steps: int = 500, rounding: str = "kahan") -> tuple[torch.nn.Module, Me
     opt = MetaOptimizer(
         net.named_parameters(),
         base=mo.AdamW(),
-        meta=mo.AdamW(),
         step_size=1e-5,
-        meta_lr=1e-2,
         rounding=rounding,
     )
     for step in range(steps):

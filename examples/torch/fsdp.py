@@ -41,9 +41,7 @@ def main(steps: int = 100) -> None:
     for layer in net:
         fully_shard(layer, mesh=mesh)
     fully_shard(net, mesh=mesh)
-    opt = MetaOptimizer(
-        net.named_parameters(), base=mo.AdamW(), meta=mo.AdamW(), step_size=1e-3, blocks="tensor"
-    )
+    opt = MetaOptimizer(net.named_parameters(), base=mo.AdamW(), blocks="tensor")
     for step in range(steps):
         x, y = (part.chunk(ranks)[rank].to(device) for part in batch(step))
         opt.zero_grad()

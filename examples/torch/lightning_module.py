@@ -1,4 +1,4 @@
-"""MetaOptimizer in Lightning: nothing but `configure_optimizers`.
+"""MetaOptimizer in Lightning: `configure_optimizers`, and a callback that logs what is learned.
 
 pip install lightning && python examples/torch/lightning_module.py
 """
@@ -8,13 +8,14 @@ from typing import Any
 import lightning
 import torch
 from metaopt_torch import MetaOptimizer
+from metaopt_torch.lightning import LogCallback
 from torch.utils.data import DataLoader, TensorDataset
 
 import metaopt as mo
 
 
 class Regression(lightning.LightningModule):
-    """A small network that logs its step sizes."""
+    """A small network."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -27,7 +28,6 @@ class Regression(lightning.LightningModule):
     def training_step(self, batch: Any, _: int) -> torch.Tensor:
         """Return the loss of a batch."""
         x, y = batch
-        self.log_dict({f"step size/{k}": v for k, v in self.optimizers().step_sizes().items()})
         return torch.nn.functional.mse_loss(self.net(x), y)
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -35,9 +35,6 @@ class Regression(lightning.LightningModule):
         opt = MetaOptimizer(
             self.net.named_parameters(),
             base=mo.AdamW(),
-            meta=mo.FastStart(mo.AdamW()),
-            step_size=1e-3,
-            meta_lr=1e-2,
         )
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=self.steps)
         return {"optimizer": opt, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
@@ -49,11 +46,17 @@ def data(steps: int) -> TensorDataset:
     return TensorDataset(x, torch.sin(x[:, :1]) + x[:, 1:2])
 
 
-def main(steps: int = 300) -> tuple[torch.nn.Module, MetaOptimizer]:
-    """Train and return the network and its optimizer."""
+def main(
+    steps: int = 300, page: str = "lightning_run.html"
+) -> tuple[torch.nn.Module, MetaOptimizer]:
+    """Train, write a page of the run, and return the network and its optimizer."""
     module = Regression(steps)
     trainer = lightning.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,  # or any: the callback hands it step sizes and the effective learning rate
+        callbacks=[LogCallback(page)],
+        enable_checkpointing=False,
     )
     trainer.fit(module, DataLoader(data(steps), batch_size=64))
     return module.net, trainer.optimizers[0]

@@ -35,9 +35,7 @@ def main(steps: int = 1000) -> tuple[torch.nn.Module, MetaOptimizer]:
     opt = MetaOptimizer(
         net.named_parameters(),  # names, so that step sizes have names too
         base=mo.AdamW(weight_decay=0.01),
-        meta=mo.AdamW(),
         step_size=1e-5,  # where they start; too small on purpose
-        meta_lr=1e-2,
         blocks="tensor",
     )
     warmup = torch.optim.lr_scheduler.LinearLR(opt, start_factor=0.1, total_iters=steps // 20)

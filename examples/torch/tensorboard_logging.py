@@ -1,12 +1,9 @@
-"""Step sizes in TensorBoard, by a hook of one line.
+"""What an optimizer learns in TensorBoard, by two lines.
 
     python examples/torch/tensorboard_logging.py && tensorboard --logdir runs
 
-`step_sizes()` returns tensors on the device and copies nothing; `add_scalars` copies them to the
-host, so log now and then.
+`add` copies what it logs to the host, which waits for the device: log now and then.
 """
-
-import itertools
 
 import torch
 from metaopt_torch import MetaOptimizer
@@ -22,20 +19,18 @@ def main(steps: int = 300, logdir: str = "runs/metaopt") -> tuple[torch.nn.Modul
     opt = MetaOptimizer(
         net.named_parameters(),
         base=mo.AdamW(),
-        meta=mo.AdamW(),
-        step_size=1e-4,
-        meta_lr=1e-2,
         blocks="tensor",
     )
-    writer, step = SummaryWriter(logdir), itertools.count()
-    opt.register_step_post_hook(
-        lambda opt, *_: writer.add_scalars("step size", opt.step_sizes(), next(step))
-    )
-    for _ in range(steps):
+    writer, log = SummaryWriter(logdir), mo.Log()
+    for step in range(steps):
         x = torch.randn(64, 8)
         opt.zero_grad()
-        (net(x) - x.sum(dim=1, keepdim=True)).square().mean().backward()
+        loss = (net(x) - x.sum(dim=1, keepdim=True)).square().mean()
+        loss.backward()
         opt.step()
+        if step % 10 == 9:
+            for name, value in log.add(opt, loss=loss, step=step).items():
+                writer.add_scalar(name, value, step)
     writer.close()
     return net, opt
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from metaopt_torch import MetaOptimizer
+from metaopt_torch.transformers import LogCallback
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
@@ -48,13 +49,8 @@ class Data(Dataset):  # type: ignore[type-arg]
         return {"x": self.x[index], "labels": self.y[index]}
 
 
-class Tuned(Trainer):
-    """The trainer with step sizes in its logs, and without shuffling."""
-
-    def log(self, logs: dict[str, float], *args: Any) -> None:
-        """Log the step sizes too."""
-        sizes = self.optimizer.optimizer.step_sizes()  # inside Accelerate's wrapper
-        super().log(logs | {f"step size/{name}": float(s) for name, s in sizes.items()}, *args)
+class InOrder(Trainer):
+    """The trainer that does not shuffle."""
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -66,9 +62,6 @@ def main(steps: int = 300) -> tuple[torch.nn.Module, MetaOptimizer, list[dict[st
     opt = MetaOptimizer(
         model.named_parameters(),
         base=mo.AdamW(),
-        meta=mo.FastStart(mo.AdamW()),
-        step_size=1e-3,
-        meta_lr=1e-2,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=steps)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,11 +76,12 @@ def main(steps: int = 300) -> tuple[torch.nn.Module, MetaOptimizer, list[dict[st
             max_grad_norm=0.0,
             disable_tqdm=True,
         )
-        trainer = Tuned(
+        trainer = InOrder(
             model,
             arguments,
             train_dataset=Data(steps),
             optimizers=(opt, schedule),
+            callbacks=[LogCallback()],  # the trainer's own "learning_rate" is the multiplier
         )
         trainer.train()
     return model.net, opt, trainer.state.log_history

@@ -35,14 +35,14 @@ The defaults take less than a minute on two cores.
 """
 PAIR_HELP = f"""\
 optimizer of the weights + optimizer of the step size: one of {", ".join(PAIRS)}, or all;
-may be given several times (default: adamw+adam lion+lion sgdm+adam)"""
+may be given several times (default: adamw+adam sgdm+adam)"""
 MISSING = """\
 metaopt demo: error: {name} is missing. The demonstration needs scikit-learn, matplotlib and rich:
 
     pip install '.[demo]'        in a checkout of the project
 """
 
-DEFAULT_PAIRS = ("adamw+adam", "lion+lion", "sgdm+adam")
+DEFAULT_PAIRS = ("adamw+adam", "sgdm+adam")
 DEFAULT_STEP_SIZES = (1e-6, 1e-5, 1e-4, 1e-3)
 DEFAULT_STEPS = 1500
 DEFAULT_META_LR = 1e-2

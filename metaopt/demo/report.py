@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import metaopt
+from metaopt.configuration import HORIZONS
 from metaopt.demo.run import BASES, BATCH, METAS, Result
 from metaopt.demo.study import GRID, Results, Study
+from metaopt.rules import FastStart
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +46,8 @@ def settings(study: Study) -> list[tuple[str, str]]:
         ("runs", f"{len(study.runs)} of {study.steps} steps each, seed {study.seed}"),
         *(("base " + NAMES[base], _describe(BASES[base])) for base in _bases(study)),
         *(("meta " + NAMES[meta], _describe(METAS[meta])) for meta in metas),
-        ("meta_lr", f"{study.meta_lr:g} for all pairs, discount 1"),
+        ("meta_lr", f"{study.meta_lr:g} for all pairs"),
+        ("discount", f"{HORIZONS}: MetaOptimize is judged at its averaged weights"),
         ("starts", ", ".join(map(number, study.step_sizes))),
         ("step sizes", " and ".join(BLOCKS[blocks] for blocks in study.blocks)),
         ("best fixed", f"least final training loss of {', '.join(map(number, GRID))}"),
@@ -102,6 +105,8 @@ def _bases(study: Study) -> list[str]:
 
 def _describe(rule: Any) -> str:
     """Return "betas (0.9, 0.999), weight decay 0.1", from the settings that matter."""
+    if isinstance(rule, FastStart):
+        return f"{_describe(rule.rule)}; {rule.factor:g} times faster at the start"
     values = asdict(rule)
     names = ("momentum", "betas", "beta2", "weight_decay")
     return ", ".join(f"{name} {values[name]}" for name in names if name in values)

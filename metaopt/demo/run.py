@@ -8,7 +8,7 @@ import numpy as np
 from metaopt.demo import network
 from metaopt.demo.data import Digits
 from metaopt.metaoptimize import MetaOptimize
-from metaopt.rules import SGD, AdamW, Lion, RMSprop
+from metaopt.rules import SGD, AdamW, FastStart, Lion, RMSprop
 from metaopt.rules.rule import Rule
 
 __all__ = ["BASES", "BATCH", "METAS", "Result", "Run", "train"]
@@ -24,7 +24,8 @@ BASES: dict[str, Rule] = {
     "rmsprop": RMSprop(weight_decay=0.1),
     "sgdm": SGD(momentum=0.9),
 }
-METAS: dict[str, Rule] = {"adam": AdamW(), "lion": Lion()}
+#: Adam as it is by default, with a faster start.
+METAS: dict[str, Rule] = {"adam": FastStart(), "lion": Lion()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,8 @@ class Result:
     steps : tuple of int
         From 0, before the first step, to the last; short of that where the run diverged.
     train_loss, test_accuracy : tuple of float
-        On the whole training and test set, one value for each of `steps`.
+        On the whole training and test set, one value for each of `steps`; at the averaged weights
+        where the step size is tuned.
     step_sizes : dict of block name to tuple of float
         The same for the step size of every block.
     diverged_at : int or None
@@ -108,6 +110,7 @@ def train(run: Run, digits: Digits) -> Result:
         step_size=run.step_size,
         meta_lr=run.meta_lr,
         blocks=run.blocks,
+        discount=1.0 if run.meta is None else None,  # for averaged weights
     )
     weights, batches = (np.random.default_rng(seed) for seed in _seeds(run.seed))
     params = network.init(weights)
@@ -122,14 +125,15 @@ def train(run: Run, digits: Digits) -> Result:
     with np.errstate(all="ignore"):  # a run that diverges is a result, not a warning
         for step in range(run.steps + 1):
             if step % EVALUATE_EVERY == 0 or step == run.steps:
-                value = network.loss(params, images, labels)
+                judged = params if run.meta is None else opt.averaged_params(state, params)
+                value = network.loss(judged, images, labels)
                 if not math.isfinite(value):
                     diverged_at = step
                     break
                 steps.append(step)
                 train_loss.append(value)
                 test_accuracy.append(
-                    network.accuracy(params, digits.test_images, digits.test_labels)
+                    network.accuracy(judged, digits.test_images, digits.test_labels)
                 )
                 for name, size in opt.step_sizes(state).items():
                     step_sizes[name].append(float(size))

@@ -5,11 +5,12 @@ from typing import Any, ClassVar, Self
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import divide, one_minus_power, reciprocal
+from metaopt.rules.learned import Number
 from metaopt.rules.rule import (
     Slots,
     decay_rates,
     not_negative,
-    optional_eps,
+    optional,
     settle,
 )
 from metaopt.rules.second_moment import EPS, Squares, acting
@@ -21,11 +22,13 @@ __all__ = ["AdamW", "TwoMoments"]
 class TwoMoments:
     """What rules that divide one moment by the root of the other have in common."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float | None = None
-    weight_decay: float = 0.0
+    betas: tuple[Number, Number] = (0.9, 0.999)
+    eps: Number | None = None
+    weight_decay: Number = 0.0
+    decay_step_size: float | None = None
 
     scope: ClassVar[str] = "weight"
+    learnable: ClassVar[dict[str, str]] = {"betas": "decay", "eps": "exp", "weight_decay": "exp"}
 
     _moment: Any = field(default=Squares, init=False, repr=False, compare=False)
 
@@ -33,8 +36,9 @@ class TwoMoments:
         settle(
             self,
             betas=decay_rates("betas", self.betas),
-            eps=optional_eps(self.eps),
+            eps=optional("eps", self.eps),
             weight_decay=not_negative("weight_decay", self.weight_decay),
+            decay_step_size=optional("decay_step_size", self.decay_step_size),
         )
 
     @property
@@ -47,11 +51,11 @@ class TwoMoments:
         return acting(self, role)
 
     def _next_moments(self, grad: ArrayT, slots: Slots[ArrayT]) -> dict[str, ArrayT]:
-        beta1, beta2 = self.betas
+        betas: Any = self.betas  # numbers, arrays or jets by now
         moment = self._moment
         return {
-            "exp_avg": beta1 * slots["exp_avg"] + (1.0 - beta1) * grad,
-            moment.slot: moment.following(slots[moment.slot], grad, beta2),
+            "exp_avg": betas[0] * slots["exp_avg"] + (1.0 - betas[0]) * grad,
+            moment.slot: moment.following(slots[moment.slot], grad, betas[1]),
         }
 
     def _over_root(self, mean: ArrayT, moments: Slots[ArrayT], steps: ArrayT) -> ArrayT:
@@ -80,6 +84,13 @@ class AdamW(TwoMoments):
         Added outside the square root; by default 1e-8, as `meta` 0 (section 6).
     weight_decay : float, default 0.0
         Decoupled weight decay :math:`\kappa`; with 0 this is Adam.
+    decay_step_size : float, optional
+        Step size :math:`\alpha_\kappa` of weight decay. By default it is the learned one: weights
+        lose :math:`\alpha \kappa w` in a step, so that decay is strong where step sizes are large,
+        and has a say in how large they are. With a number they lose
+        :math:`\mathrm{lr}\, \alpha_\kappa \kappa w`, whatever is learned: with 1e-3 and a
+        `weight_decay` of 0.1 as much as by `torch.optim.AdamW` with these. With 1.0 `weight_decay`
+        is the share itself that is lost, the independent weight decay of Wortsman et al. (2023).
     delayed : bool, default False
         Use the moments from before this step; the first direction is 0.
 

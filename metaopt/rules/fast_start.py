@@ -2,18 +2,22 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import positive
+from metaopt.rules.adamw import AdamW
+from metaopt.rules.learned import Number, learned_in
 from metaopt.rules.rule import (
     Rule,
     Slots,
     as_number,
     check_rule,
+    direction_of,
     in_role,
+    is_opaque,
     scope_of,
     settle,
 )
@@ -31,13 +35,17 @@ class FastStart:
     docs/mathematics.md section 6. A positive meta-gradient asks for a smaller step size and counts
     one; a negative one asks for a larger and takes half a count back, down to 0. Until a block has
     a count of `patience`, its direction is that of `rule` times `factor`; from then on it is that
-    of `rule`, for good:
+    of `rule`, for good; but in the step in which the start ends, of several discounts that of the
+    last, the step size goes back by as much as `retreat` fast steps raised it:
 
     .. math::
         d_{t+1} &= \begin{cases}
             \max(0,\, d_t + [z_t > 0] - \tfrac12 [z_t < 0]) & d_t < \text{patience} \\
             d_t & \text{else} \end{cases} \\
-        u_t &= (1 + (\text{factor} - 1) [d_{t+1} < \text{patience}])\, \bar u_t
+        u_t &= \begin{cases}
+            \text{factor} \cdot \bar u_t & d_{t+1} < \text{patience} \\
+            \text{retreat} \cdot \text{factor} & d_t < \text{patience} \le d_{t+1} \\
+            \bar u_t & \text{else} \end{cases}
 
     So step sizes that start far too small arrive up to `factor` times sooner, and `meta_lr` can be
     what suits the rest of the run. Half a count back makes the start the longer, the more
@@ -46,23 +54,26 @@ class FastStart:
 
     Parameters
     ----------
-    rule : Rule
+    rule : Rule, default AdamW()
         The meta update.
     factor : float, default 10.0
-        At least 1. The start ends after a step size that is too large, the larger the higher
-        `meta_lr` times `factor`. AdamW and RMSprop as `base` recover where this is 0.1; SGD and
-        Lion may not.
+        At least 1.
     patience : int, default 5
         At least 1, with which a single meta-gradient ends the start: it may be noise. More of it
         lets the step size grow further where it is too large.
+    retreat : float, optional
+        In steps of direction 1 times `factor`; at least 0, for no retreat. The start ends after a
+        step size that is too large, for the moments of `rule` and of `base` lag by some ten
+        steps. By default 10 around rules whose direction keeps its size whatever that of z, such as
+        AdamW, RMSprop and Lion, and 0 around others, such as SGD.
 
     Raises
     ------
     ValueError
-        If `factor` is less than 1 or not finite, `patience` less than 1, or `rule` has a slot
-        "against" already.
+        If `factor` is less than 1 or not finite, `patience` less than 1, `retreat` negative or not
+        finite, or `rule` has no formula or a slot "against" already.
     TypeError
-        If `factor` is no number, `patience` no whole one, or `rule` no rule.
+        If `factor` or `retreat` is no number, `patience` no whole one, or `rule` no rule.
 
     Examples
     --------
@@ -73,12 +84,19 @@ class FastStart:
     #: Slots that stay as they are where a block starts anew: the start has ended for good.
     lasting: ClassVar[tuple[str, ...]] = (AGAINST,)
 
-    rule: Rule
+    rule: Rule = AdamW()  # noqa: RUF009
     factor: float = field(default=10.0, kw_only=True)
     patience: int = field(default=5, kw_only=True)
+    retreat: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_rule("rule", self.rule)
+        if is_opaque(self.rule):
+            msg = f"`rule` must have a formula for its direction; got {self.rule!r}."
+            raise ValueError(msg)
+        if learned_in(self.rule):
+            msg = f"`rule` must have numbers, and none that is learned; got {self.rule!r}."
+            raise ValueError(msg)
         if AGAINST in self.rule.slots:
             msg = f"`rule` must have no slot {AGAINST!r}, as a FastStart has; got {self.rule!r}."
             raise ValueError(msg)
@@ -92,7 +110,12 @@ class FastStart:
         if self.patience < 1:
             msg = f"`patience` must be at least 1; got {self.patience}."
             raise ValueError(msg)
-        settle(self, factor=factor, patience=int(self.patience))
+        usual = 10.0 if _keeps_size(self.rule) else 0.0
+        retreat = as_number("retreat", usual if self.retreat is None else self.retreat)
+        if isinstance(retreat, float) and not 0.0 <= retreat < math.inf:
+            msg = f"`retreat` must be finite and at least 0; got {self.retreat}."
+            raise ValueError(msg)
+        settle(self, factor=factor, patience=int(self.patience), retreat=retreat)
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -105,14 +128,14 @@ class FastStart:
         return scope_of(self.rule)
 
     @property
-    def weight_decay(self) -> float:
+    def weight_decay(self) -> Number:
         """That of `rule`."""
         return self.rule.weight_decay
 
     def direction(
         self, grad: ArrayT, slots: Slots[ArrayT], count: ArrayT
     ) -> tuple[ArrayT, dict[str, ArrayT]]:
-        """Return :math:`u_t` and the next slots, all of the shape and dtype of `grad`."""
+        """Return :math:`u_t`, without the retreat, and the next slots, all like `grad`."""
         own = {slot: slots[slot] for slot in self.rule.slots}
         direction, new = self.rule.direction(grad, own, count)
         before = slots[AGAINST]  # a number of halves, as which no derivative passes
@@ -122,7 +145,22 @@ class FastStart:
         faster = (self.factor - 1.0) * positive(self.patience - against)
         return direction * (1.0 + faster), {**new, AGAINST: against}
 
+    def over(self, slots: Slots[Any]) -> Any:
+        """Say where the start has ended."""
+        return slots[AGAINST] >= self.patience
+
     def in_role(self, role: str) -> "FastStart":
         """Return this with its rule as that acts in the role."""
         rule = in_role(self.rule, role)
         return self if rule is self.rule else replace(self, rule=rule)
+
+
+def _keeps_size(rule: Rule) -> bool:
+    """Say whether the first direction of a rule is the same for a gradient of any size."""
+    one = np.ones(())
+    slots = {slot: np.zeros(()) for slot in rule.slots}
+    try:
+        small, large = (direction_of(rule, one * size, slots, one)[0] for size in (1.0, 1e3))
+    except Exception:  # of a rule that is refused when an optimizer is made, with the reason
+        return False
+    return bool(np.all(np.abs(large) <= 2.0 * np.abs(small)))

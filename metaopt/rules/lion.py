@@ -1,11 +1,12 @@
 """Lion."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import sign
-from metaopt.rules.rule import Slots, decay_rates, not_negative, settle
+from metaopt.rules.learned import Number
+from metaopt.rules.rule import Slots, decay_rates, not_negative, optional, settle
 
 __all__ = ["Lion"]
 
@@ -28,6 +29,8 @@ class Lion:
         each in [0, 1).
     weight_decay : float, default 0.0
         Decoupled weight decay :math:`\kappa`.
+    decay_step_size : float, optional
+        Step size of weight decay, in place of the learned one: see `metaopt.AdamW`.
 
     Raises
     ------
@@ -37,10 +40,12 @@ class Lion:
         If it is no number.
     """
 
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
+    betas: tuple[Number, Number] = (0.9, 0.99)
+    weight_decay: Number = 0.0
+    decay_step_size: float | None = None
 
     scope: ClassVar[str] = "weight"
+    learnable: ClassVar[dict[str, str]] = {"betas": "decay", "weight_decay": "exp"}
     slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
 
     def __post_init__(self) -> None:
@@ -48,6 +53,7 @@ class Lion:
             self,
             betas=decay_rates("betas", self.betas),
             weight_decay=not_negative("weight_decay", self.weight_decay),
+            decay_step_size=optional("decay_step_size", self.decay_step_size),
         )
 
     def direction(
@@ -57,7 +63,8 @@ class Lion:
         count: ArrayT,  # noqa: ARG002
     ) -> tuple[ArrayT, dict[str, ArrayT]]:
         """Return :math:`u_t` and the next slots, all of the shape and dtype of `grad`."""
-        interpolation, decay = self.betas
+        betas: Any = self.betas  # numbers, arrays or jets by now
+        interpolation, decay = betas
         exp_avg = slots["exp_avg"]
         direction = sign(interpolation * exp_avg + (1.0 - interpolation) * grad)
         return direction, {"exp_avg": decay * exp_avg + (1.0 - decay) * grad}

@@ -1,6 +1,7 @@
 """NAdamW: AdamW with Nesterov momentum."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import one_minus_power, reciprocal
@@ -35,6 +36,8 @@ class NAdamW(TwoMoments):
         Added outside the square root; by default 1e-8, as `meta` 0 (section 6).
     weight_decay : float, default 0.0
         Decoupled weight decay :math:`\kappa`; with 0 this is NAdam.
+    decay_step_size : float, optional
+        Step size of weight decay, in place of the learned one: see `metaopt.AdamW`.
 
     Raises
     ------
@@ -48,7 +51,8 @@ class NAdamW(TwoMoments):
         self, grad: ArrayT, slots: Slots[ArrayT], count: ArrayT
     ) -> tuple[ArrayT, dict[str, ArrayT]]:
         """Return :math:`u_t` and the next slots, all of the shape and dtype of `grad`."""
-        beta1, moments = self.betas[0], self._next_moments(grad, slots)
+        beta1: Any = self.betas[0]
+        moments = self._next_moments(grad, slots)
         ahead = beta1 * reciprocal(one_minus_power(beta1, count + 1.0))
         now = (1.0 - beta1) * reciprocal(one_minus_power(beta1, count))
         mean = moments["exp_avg"] * ahead + grad * now

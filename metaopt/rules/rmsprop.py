@@ -5,11 +5,12 @@ from typing import Any, ClassVar
 
 from metaopt.arrays import ArrayT
 from metaopt.numerics import divide, one_minus_power, where
+from metaopt.rules.learned import Number
 from metaopt.rules.rule import (
     Slots,
     decay_rate,
     not_negative,
-    optional_eps,
+    optional,
     settle,
 )
 from metaopt.rules.second_moment import EPS, Squares, acting
@@ -33,6 +34,8 @@ class RMSprop:
         Added outside the square root; by default 1e-8, as `meta` 0 (section 6).
     weight_decay : float, default 0.0
         Decoupled weight decay :math:`\kappa`.
+    decay_step_size : float, optional
+        Step size of weight decay, in place of the learned one: see `metaopt.AdamW`.
     bias_correction : bool, default True
         Divide the second moment by :math:`1 - \lambda^{t+1}`. `torch.optim.RMSprop` does not.
     delayed : bool, default False
@@ -46,13 +49,15 @@ class RMSprop:
         If it is no number.
     """
 
-    beta2: float = 0.999
-    eps: float | None = None
-    weight_decay: float = 0.0
+    beta2: Number = 0.999
+    eps: Number | None = None
+    weight_decay: Number = 0.0
+    decay_step_size: float | None = None
     bias_correction: bool = True
     delayed: bool = False
 
     scope: ClassVar[str] = "weight"
+    learnable: ClassVar[dict[str, str]] = {"beta2": "decay", "eps": "exp", "weight_decay": "exp"}
 
     _moment: Any = field(default=Squares, init=False, repr=False, compare=False)
 
@@ -60,8 +65,9 @@ class RMSprop:
         settle(
             self,
             beta2=decay_rate("beta2", self.beta2),
-            eps=optional_eps(self.eps),
+            eps=optional("eps", self.eps),
             weight_decay=not_negative("weight_decay", self.weight_decay),
+            decay_step_size=optional("decay_step_size", self.decay_step_size),
         )
 
     @property

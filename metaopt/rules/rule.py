@@ -1,15 +1,25 @@
 """What an update rule is."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from metaopt.arrays import ArrayT, Shape, is_number
 from metaopt.jets import Jet
+from metaopt.rules.learned import Learned, Number, bound, learned_number, within
 
-__all__ = ["Rule", "Slots", "in_role", "scope_of", "slot_shapes"]
+__all__ = [
+    "Rule",
+    "Slots",
+    "decay_step_size",
+    "in_role",
+    "is_opaque",
+    "scope_of",
+    "slot_shapes",
+    "weight_decay_at",
+]
 
 Slots: TypeAlias = Mapping[str, ArrayT]
 
@@ -24,7 +34,7 @@ class Rule(Protocol):
     for `FastStart`.
     A rule of your own is a frozen dataclass with these members; docs/your_own_rule.md has five.
 
-    Three more members are optional:
+    Five more members are optional:
 
     scope : {"weight", "leaf"}, default "leaf"
         "weight" says that the direction is elementwise: weights may be flattened, packed, cut and
@@ -35,6 +45,14 @@ class Rule(Protocol):
         Whether `direction` takes the weights as its fourth argument, `param`; base updates alone.
     slot_shapes : method from the leaf's shape to a mapping of slot name to shape
         For scope "leaf": the shapes of slots that have not the leaf's.
+    learnable : mapping of field to "decay" or "exp", default empty
+        The fields that may hold a `metaopt.Learned`, or a tuple of numbers in which one is: decay
+        rates, which lie between 0 and 1, and other positive numbers. A rule is then made anew, with
+        an array or a jet in the place of the number, for every step: what checks such a field has
+        to let all three pass.
+    decay_step_size : float or None, default None
+        Step size of weight decay, before the multiplier `lr`; None for the learned one. A field,
+        in whose place an array is put for every step.
     """
 
     @property
@@ -43,7 +61,7 @@ class Rule(Protocol):
         ...
 
     @property
-    def weight_decay(self) -> float:
+    def weight_decay(self) -> Number:
         """Decoupled weight decay: the parameters lose step size times this times themselves."""
         ...
 
@@ -73,6 +91,30 @@ def scope_of(rule: Rule) -> str:
 def uses_param(rule: Rule) -> bool:
     """Say whether the direction of a rule takes the weights."""
     return getattr(rule, "uses_param", False)
+
+
+def decay_step_size(rule: Rule) -> Any:
+    """Return the step size of a rule's weight decay; None where it is the learned one."""
+    return getattr(rule, "decay_step_size", None)
+
+
+def weight_decay_at(rule: Rule, step_size: float) -> Any:
+    """Return the weight decay that takes as much at a fixed step size, where it is coupled to it.
+
+    docs/mathematics.md section 5, *Weight decay apart*.
+    """
+    own = decay_step_size(rule)
+    return rule.weight_decay if own is None else rule.weight_decay * own / step_size
+
+
+def learnable(rule: Rule) -> Mapping[str, str]:
+    """Return the fields of a rule, or the one within, that may be learned, and the map of each."""
+    return getattr(rule if within(rule) is None else within(rule), "learnable", {})
+
+
+def is_opaque(rule: Rule) -> bool:
+    """Say whether the steps of a rule are made elsewhere: see `metaopt.Opaque`."""
+    return getattr(rule, "opaque", False)
 
 
 def slot_shapes(rule: Rule, shape: Shape) -> dict[str, Shape]:
@@ -166,6 +208,14 @@ def feeding_slots(rule: Rule) -> tuple[str, ...]:
 
     Found by pushing a change of each slot through the formula and seeing where it arrives.
     """
+    reaches, feeding = _reached(rule)
+    while more := {slot for slot in rule.slots if reaches[slot] & feeding} - feeding:
+        feeding = feeding | more
+    return tuple(slot for slot in rule.slots if slot in feeding)
+
+
+def _reached(rule: Rule) -> tuple[dict[str, set[str]], set[str]]:
+    """Return which next slots a change of each slot reaches, and which reach the direction."""
     reaches: dict[str, set[str]] = {}
     direct = set()
     for slot in rule.slots:
@@ -173,10 +223,25 @@ def feeding_slots(rule: Rule) -> tuple[str, ...]:
         reaches[slot] = {name for name, jet in slots.items() if jet.first is not None}
         if direction.first is not None:
             direct.add(slot)
-    feeding = direct
-    while more := {slot for slot in rule.slots if reaches[slot] & feeding} - feeding:
-        feeding = feeding | more
-    return tuple(slot for slot in rule.slots if slot in feeding)
+    return reaches, direct
+
+
+def fed_by(rule: Rule, place: str, start: float) -> tuple[bool, tuple[str, ...]]:
+    """Say whether a number of a rule changes this direction, and which slots carry its change.
+
+    Those alone that feed back: their change reaches the direction of this or a later step. The
+    weight decay of a rule that sees whole leaves, through which no jets go, is in no direction.
+    """
+    if scope_of(rule) == "leaf":
+        return False, ()
+    one = np.ones(())
+    direction, slots = _push(bound(rule, {place: Jet(one * start, one)}), "")
+    reaches, _ = _reached(rule)
+    feeding = set(feeding_slots(rule))
+    found = {slot for slot, jet in slots.items() if jet.first is not None} & feeding
+    while more := {name for slot in found for name in reaches[slot] & feeding} - found:
+        found = found | more
+    return direction.first is not None, tuple(slot for slot in rule.slots if slot in found)
 
 
 def follows_weights(rule: Rule) -> bool:
@@ -204,6 +269,8 @@ def _push(rule: Rule, source: str) -> tuple[Jet[Any], Mapping[str, Jet[Any]]]:
 
 def decay_rate(name: str, value: Any) -> Any:
     """Return a decay rate as a Python float, or raise unless it lies in [0, 1)."""
+    if isinstance(value, Learned):
+        return learned_number(name, value, 0.0, 1.0)
     number = as_number(name, value)
     if isinstance(number, float) and not 0.0 <= number < 1.0:
         msg = f"`{name}` must lie in [0, 1); got {value}."
@@ -213,7 +280,7 @@ def decay_rate(name: str, value: Any) -> Any:
 
 def decay_rates(name: str, values: Any) -> tuple[Any, Any]:
     """Return two decay rates, or raise unless there are two in [0, 1)."""
-    if not isinstance(values, tuple | list) or len(values) != 2:
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != 2:
         msg = f"`{name}` must be two numbers in [0, 1); got {values!r}."
         raise ValueError(msg)
     return decay_rate(f"{name}[0]", values[0]), decay_rate(f"{name}[1]", values[1])
@@ -221,6 +288,8 @@ def decay_rates(name: str, values: Any) -> tuple[Any, Any]:
 
 def not_negative(name: str, value: Any) -> Any:
     """Return a hyperparameter as a Python float, or raise unless it is finite and at least 0."""
+    if isinstance(value, Learned):
+        return learned_number(name, value, 0.0, math.inf)
     number = as_number(name, value)
     if isinstance(number, float) and not 0.0 <= number < math.inf:
         msg = f"`{name}` must be finite and not negative; got {value}."
@@ -228,9 +297,9 @@ def not_negative(name: str, value: Any) -> Any:
     return number
 
 
-def optional_eps(value: Any) -> Any:
-    """Return an `eps` as `not_negative` does, or None for that of the role."""
-    return None if value is None else not_negative("eps", value)
+def optional(name: str, value: Any) -> Any:
+    """Return a hyperparameter as `not_negative` does, or None where it is left out."""
+    return None if value is None else not_negative(name, value)
 
 
 def check_rule(name: str, rule: Any) -> None:

@@ -1,10 +1,11 @@
 """SGD, with or without momentum."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from metaopt.arrays import ArrayT
-from metaopt.rules.rule import Slots, decay_rate, not_negative, settle
+from metaopt.rules.learned import Number
+from metaopt.rules.rule import Slots, decay_rate, not_negative, optional, settle
 
 __all__ = ["SGD"]
 
@@ -27,6 +28,8 @@ class SGD:
         there is no slot.
     weight_decay : float, default 0.0
         Decoupled weight decay :math:`\kappa`.
+    decay_step_size : float, optional
+        Step size of weight decay, in place of the learned one: see `metaopt.AdamW`.
     delayed : bool, default False
         Use the average from before this step, which is zero in the first. Needs momentum.
 
@@ -38,17 +41,20 @@ class SGD:
         If it is no number.
     """
 
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    momentum: Number = 0.0
+    weight_decay: Number = 0.0
+    decay_step_size: float | None = None
     delayed: bool = False
 
     scope: ClassVar[str] = "weight"
+    learnable: ClassVar[dict[str, str]] = {"momentum": "decay", "weight_decay": "exp"}
 
     def __post_init__(self) -> None:
         settle(
             self,
             momentum=decay_rate("momentum", self.momentum),
             weight_decay=not_negative("weight_decay", self.weight_decay),
+            decay_step_size=optional("decay_step_size", self.decay_step_size),
         )
         if self.delayed and not self._has_momentum:
             msg = "`delayed` must be False when `momentum` is 0: there is no moment to delay."
@@ -72,5 +78,6 @@ class SGD:
         """Return :math:`u_t` and the next slots, all of the shape and dtype of `grad`."""
         if not self._has_momentum:
             return grad, {}
-        exp_avg = self.momentum * slots["exp_avg"] + (1.0 - self.momentum) * grad
+        momentum: Any = self.momentum
+        exp_avg = momentum * slots["exp_avg"] + (1.0 - momentum) * grad
         return slots["exp_avg"] if self.delayed else exp_avg, {"exp_avg": exp_avg}

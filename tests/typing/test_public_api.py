@@ -5,6 +5,7 @@ with `warn_unused_ignores` an error that is not found is one.
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, assert_type
 
@@ -88,11 +89,18 @@ def test_rules_are_known_by_their_members() -> None:
     with pytest.raises(TypeError, match="`base` must be a rule"):
         mo.MetaOptimize(base=NoRule(), meta=mo.Lion())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`meta` must be a rule"):
-        mo.MetaOptimize(base=mo.SGD(), meta={"*": mo.Lion()})  # type: ignore[arg-type]
+        mo.MetaOptimize(base=mo.SGD(), meta={"*": mo.Lion()})
     with pytest.raises(TypeError, match="positional"):
         mo.MetaOptimize(mo.SGD(), mo.Lion())  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="positional"):
         mo.SGD(0.9)  # type: ignore[call-arg]
+
+
+def test_rules_are_given_by_name_and_held_as_rules() -> None:
+    opt = mo.MetaOptimize(base="adamw", meta={"name": "fast_start", "rule": "adam"})
+    assert_type(opt.base, Rule | Mapping[str, Rule])
+    assert_type(opt.meta, Rule)
+    mo.MetaOptimize(base={"*.bias": "sgd", "*": mo.Lion()})
 
 
 def test_a_run_is_typed() -> None:

@@ -1,4 +1,4 @@
-"""Handwritten digits: a network of two hidden layers."""
+"""Handwritten digits: a network of two hidden layers, and an autoencoder."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,7 +11,7 @@ from benchmarks.training.layers import Linear, rows
 from benchmarks.training.tasks.task import Measures, Task
 from metaopt.demo.data import load_digits
 
-__all__ = ["DigitsNetwork", "OneBatchFirst"]
+__all__ = ["Autoencoder", "DigitsNetwork", "OneBatchFirst"]
 
 
 class DigitsNetwork(Task):
@@ -87,3 +87,51 @@ class OneBatchFirst(DigitsNetwork):
             x = layer(x).relu()
             dead.append((x == 0.0).all(1))
         return super().evaluate() | {"dead": torch.cat(dead, 1).float().mean(1)}
+
+
+class Autoencoder(Task):
+    """A 64-64-32-8-32-64-64 network with tanh that reproduces scikit-learn's digits.
+
+    The code of eight numbers and the outputs are linear; the loss is the squared error, summed over
+    pixels. Batches of 64.
+
+    Parameters
+    ----------
+    seeds : sequence of int
+    """
+
+    steps: ClassVar[int] = 3000
+    every: ClassVar[int] = 100
+    metric: ClassVar[str] = "test.loss"
+    more_is_better: ClassVar[bool] = False
+    judged_by: ClassVar[str] = "squared error of a test image at the end"
+    target: ClassVar[float] = 1.1
+    weight_decay: ClassVar[float] = 0.1
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "encoder": ("0.*", "1.*", "2.*"),
+        "decoder": ("3.*", "4.*", "5.*"),
+    }
+    size: ClassVar[int] = 64
+
+    def __init__(self, seeds: Sequence[int], **_: Any) -> None:
+        super().__init__(seeds)
+        digits = load_digits()
+        self._train = torch.from_numpy(digits.train_images)
+        self._test = torch.from_numpy(digits.test_images)
+        widths = (64, 64, 32, 8, 32, 64, 64)
+        for layer, (inputs, outputs) in enumerate(pairwise(widths)):
+            self.add_module(str(layer), Linear(seeds, inputs, outputs, layer))
+
+    def _error(self, images: Tensor) -> Tensor:
+        x = images
+        for name, layer in self.named_children():
+            x = layer(x) if name in ("2", "5") else layer(x).tanh()
+        return (x - images).square().sum(2).mean(1)
+
+    def forward(self, step: int) -> Measures:
+        """Return the squared error of an image on a batch."""
+        return {"loss": self._error(self._train[self.batch(step, self.size, len(self._train))])}
+
+    def evaluate(self) -> Measures:
+        """Return the squared error of an image on the test images."""
+        return {"loss": self._error(self._test.expand(len(self.seeds), -1, -1))}

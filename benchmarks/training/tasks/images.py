@@ -1,6 +1,7 @@
-"""A small convolutional network on CIFAR-10, and continual learning on CIFAR-100."""
+"""A small convolutional network on CIFAR-10, fine-tuned, and continual learning on CIFAR-100."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training.data import cifar
+from benchmarks.training.data import Split, cifar, coarse
 from benchmarks.training.layers import Linear, convolved, rows
 from benchmarks.training.tasks.task import Measures, Task
 
-__all__ = ["ContinualAsReleased", "ContinualCifar100", "ConvolutionalCifar10"]
+__all__ = ["ContinualAsReleased", "ContinualCifar100", "ConvolutionalCifar10", "FineTuning"]
 
 
 class ConvolutionalCifar10(Task):
@@ -40,23 +41,26 @@ class ConvolutionalCifar10(Task):
         "output": ("3.*",),
     }
     size: ClassVar[int] = 64
-    tested: ClassVar[int] = 2000
 
     def __init__(self, seeds: Sequence[int], data: Path | None = None, **_: Any) -> None:
         super().__init__(seeds)
-        sets = cifar(data, 10)
+        sets = self.sets(data)
         self._images, self._labels = sets["train"]
-        images, labels = sets["test"]
-        chosen = np.random.default_rng(0).permutation(len(labels))[: self.tested]
-        self._test_images, self._test_labels = images[chosen], labels[chosen]
+        self._test = sample(*sets["test"])
         widths = (3, 8, 16, 32)
         for layer, (inputs, outputs) in enumerate(pairwise(widths)):
             self.add_module(str(layer), Linear(seeds, 9 * inputs, outputs, layer))
         self.add_module("3", Linear(seeds, 32 * 4 * 4, 10, 3))
 
-    def _values(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def sets(data: Path | None) -> dict[str, Split]:
+        """Return the images and labels to train on and to test on."""
+        return cifar(data, 10)
+
+    def _values(self, images: Tensor) -> Tensor:
         layers: list[Any] = list(self.children())
         *convolutions, last = layers
+        x = scaled(images)
         for layer in convolutions:
             x = convolved(layer, x, 3, stride=2).relu()
         return last(x.flatten(2))
@@ -64,19 +68,77 @@ class ConvolutionalCifar10(Task):
     def forward(self, step: int) -> Measures:
         """Return cross entropy and accuracy on a batch."""
         index = self.batch(step, self.size, len(self._labels))
-        loss, accuracy = rows(self._values(scaled(self._images[index])), self._labels[index])
+        loss, accuracy = rows(self._values(self._images[index]), self._labels[index])
         return {"loss": loss, "accuracy": accuracy}
 
     def evaluate(self) -> Measures:
         """Return cross entropy and accuracy on the test images, in parts."""
-        runs, losses, hits = len(self.seeds), [], []
-        for start in range(0, self.tested, 250):
-            images = scaled(self._test_images[start : start + 250]).expand(runs, -1, -1, -1, -1)
-            labels = self._test_labels[start : start + 250].expand(runs, -1)
-            loss, accuracy = rows(self._values(images), labels)
-            losses.append(loss)
-            hits.append(accuracy)
-        return {"loss": torch.stack(losses).mean(0), "accuracy": torch.stack(hits).mean(0)}
+        return evaluated(self._values, *self._test, len(self.seeds))
+
+
+class FineTuning(ConvolutionalCifar10):
+    """The network for CIFAR-10, trained on ten coarse classes of CIFAR-100, learns the ten others.
+
+    Before: 1000 steps on the first ten with AdamW and a cosine from 3e-3, for each seed. Then the
+    last layer is drawn anew, and all weights are trained on 10,000 images of the others.
+
+    Parameters
+    ----------
+    seeds : sequence of int
+    data : Path
+        Folder with CIFAR-100, see `benchmarks.training.data.cifar`.
+    """
+
+    steps: ClassVar[int] = 500
+    every: ClassVar[int] = 50
+    target: ClassVar[float] = 0.4
+    #: Steps before, and images to learn from after.
+    before: ClassVar[int] = 1000
+    images: ClassVar[int] = 10_000
+
+    def __init__(self, seeds: Sequence[int], data: Path | None = None, **_: Any) -> None:
+        super().__init__(seeds, data)
+        self._images, self._labels = sample(self._images, self._labels, self.images)
+        learned = [_pretrained(seed, data, self.before) for seed in seeds]
+        with torch.no_grad():
+            for name, param in self.named_parameters():
+                if not name.startswith("3."):
+                    param.copy_(torch.cat([of_seed[name] for of_seed in learned]))
+
+    @staticmethod
+    def sets(data: Path | None) -> dict[str, Split]:
+        """Return the images of the last ten coarse classes."""
+        return _of_classes(data, 10)
+
+
+class _Pretraining(ConvolutionalCifar10):
+    @staticmethod
+    def sets(data: Path | None) -> dict[str, Split]:
+        """Return the images of the first ten coarse classes."""
+        return _of_classes(data, 0)
+
+
+def _of_classes(data: Path | None, first: int) -> dict[str, Split]:
+    """Return CIFAR-100's images of ten coarse classes, which become 0 to 9."""
+    found = {}
+    for split, (images, labels) in coarse(data).items():
+        chosen = (labels >= first) & (labels < first + 10)
+        found[split] = images[chosen], labels[chosen] - first
+    return found
+
+
+@lru_cache(maxsize=8)
+def _pretrained(seed: int, data: Path | None, steps: int) -> dict[str, Tensor]:
+    """Return the weights of a network that has learned the first ten coarse classes."""
+    task = _Pretraining((seed,), data)
+    opt = torch.optim.AdamW(task.parameters(), lr=3e-3, weight_decay=task.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+    for step in range(steps):
+        opt.zero_grad()
+        task(step)["loss"].sum().backward()
+        opt.step()
+        schedule.step()
+    return {name: param.detach() for name, param in task.named_parameters()}
 
 
 class ContinualCifar100(Task):
@@ -184,6 +246,34 @@ def _order(seed: int, labels: Any) -> tuple[Any, Any]:
         index.append(found)
         within.append(np.argmax(labels[found][:, None] == chosen, axis=1))
     return np.concatenate(index), np.concatenate(within)
+
+
+def sample(images: Tensor, labels: Tensor, n: int = 2000) -> tuple[Tensor, Tensor]:
+    """Return n of the images and their labels, always the same ones."""
+    chosen = np.random.default_rng(0).permutation(len(labels))[:n]
+    return images[chosen], labels[chosen]
+
+
+def evaluated(
+    values: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, runs: int
+) -> Measures:
+    """Return cross entropy and accuracy of all runs on the same images, looked at in parts.
+
+    Parameters
+    ----------
+    values : callable
+        From images (runs, n, 3, height, width) to scores (runs, n, classes).
+    images : tensor (n, 3, height, width)
+    labels : integer tensor (n,)
+    runs : int
+    """
+    losses, hits = torch.zeros(runs), torch.zeros(runs)
+    for some, of_some in zip(images.split(250), labels.split(250), strict=True):
+        scores = values(some.expand(runs, -1, -1, -1, -1))
+        loss, accuracy = rows(scores, of_some.expand(runs, -1))
+        losses += len(some) / len(images) * loss
+        hits += len(some) / len(images) * accuracy
+    return {"loss": losses, "accuracy": hits}
 
 
 def scaled(images: Tensor) -> Tensor:

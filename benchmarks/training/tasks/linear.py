@@ -1,4 +1,4 @@
-"""Two convex tasks: a linear regression whose target drifts, and logistic regression."""
+"""Convex tasks: linear regressions whose target drifts or shifts, and logistic regression."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.training.layers import drawn
 from benchmarks.training.tasks.task import CHUNK, Measures, Task
 
-__all__ = ["DriftingRegression", "LogisticRegression"]
+__all__ = ["DriftingRegression", "LogisticRegression", "ShiftingRegression"]
 
 
 class DriftingRegression(Task):
@@ -39,23 +39,23 @@ class DriftingRegression(Task):
     def __init__(self, seeds: Sequence[int], **_: Any) -> None:
         super().__init__(seeds)
         self.weight = nn.Parameter(torch.zeros(len(seeds), self.inputs))
-        self._drawn: tuple[int, Tensor, Tensor] | None = None
+        self._drawn: tuple[int, list[Tensor]] | None = None
         self._inputs: Tensor = torch.zeros(len(seeds), self.inputs)
 
-    def _examples(self, step: int) -> tuple[Tensor, Tensor]:
+    def _examples(self, step: int) -> list[Tensor]:
         chunk, within = divmod(step, CHUNK)
         if self._drawn is None or self._drawn[0] != chunk:
             made = {seed: self._stretch(seed, chunk) for seed in set(self.seeds)}
-            x, y = (np.stack([made[seed][part] for seed in self.seeds], axis=1) for part in (0, 1))
-            self._drawn = (chunk, torch.from_numpy(x), torch.from_numpy(y))
-        return self._drawn[1][within], self._drawn[2][within]
+            parts = zip(*(made[seed] for seed in self.seeds), strict=True)
+            self._drawn = (chunk, [torch.from_numpy(np.stack(part, axis=1)) for part in parts])
+        return [part[within] for part in self._drawn[1]]
 
-    def _stretch(self, seed: int, chunk: int) -> tuple[Any, Any]:
+    def _stretch(self, seed: int, chunk: int) -> tuple[Any, ...]:
         """Return the inputs and targets of a chunk of steps, as float32."""
         x = np.random.default_rng((seed, chunk)).standard_normal((CHUNK, self.inputs))
         steps = chunk * CHUNK + np.arange(CHUNK)
         flips = np.random.default_rng((seed, 2**31)).integers(
-            self.relevant, size=(self.steps + CHUNK) // self.period + 1
+            self.relevant, size=int(steps[-1]) // self.period + 1
         )
         flipped = np.cumsum(np.eye(self.relevant, dtype=np.int64)[flips], axis=0)
         weights = 1.0 - 2.0 * (flipped[steps // self.period] % 2)
@@ -70,6 +70,60 @@ class DriftingRegression(Task):
     def hessian_diagonal(self) -> dict[str, Tensor]:
         """Return the squared inputs."""
         return {"weight": self._inputs.square()}
+
+
+class ShiftingRegression(DriftingRegression):
+    """A linear regression whose target drifts and shifts, with noise of heavy tails.
+
+    20 inputs, standard normal, an example a step. The weights of the target are drawn anew every
+    500 steps, standard normal, and in between make a random walk of 0.01 a step. The noise of the
+    target has Student's distribution of 3 degrees of freedom. Trained on half the squared error,
+    judged by half the squared distance of predictions from the target without noise.
+
+    Parameters
+    ----------
+    seeds : sequence of int
+    """
+
+    steps: ClassVar[int] = 5000
+    every: ClassVar[int] = 500
+    metric: ClassVar[str] = "train.error"
+    judged_by: ClassVar[str] = "half the squared error but for the noise, over the second half"
+    target: ClassVar[float] = 2.5
+    #: Weights that stand still may be far from a new target where the first was learned.
+    worse: ClassVar[float] = 30.0
+
+    period: ClassVar[int] = 500
+    walk: ClassVar[float] = 0.01
+    degrees: ClassVar[float] = 3.0
+
+    def _stretch(self, seed: int, chunk: int) -> tuple[Any, ...]:
+        """Return the inputs of a chunk of steps, and targets with and without noise."""
+        rng = np.random.default_rng((seed, chunk))
+        x = rng.standard_normal((CHUNK, self.inputs))
+        noise = rng.standard_t(self.degrees, CHUNK)
+        steps = chunk * CHUNK + np.arange(CHUNK)
+        weights = self._path(seed)[steps]
+        y = np.sum(x * weights, axis=1)
+        return tuple(part.astype(np.float32) for part in (x, y + noise, y))
+
+    def _path(self, seed: int) -> Any:
+        """Return the weights of the target at every step."""
+        stretches = -(-(self.steps + CHUNK) // self.period)
+        moves = np.random.default_rng((seed, 2**31)).standard_normal(
+            (stretches, self.period, self.inputs)
+        )
+        moves[:, 1:] *= self.walk
+        return np.cumsum(moves, axis=1).reshape(-1, self.inputs)
+
+    def forward(self, step: int) -> Measures:
+        """Return half the squared error as "loss", and as "error" that without noise."""
+        self._inputs, noisy, clean = self._examples(step)
+        prediction = (self._inputs * self.weight).sum(1)
+        return {
+            "loss": 0.5 * (prediction - noisy).square(),
+            "error": 0.5 * (prediction.detach() - clean).square(),
+        }
 
 
 class LogisticRegression(Task):

@@ -38,6 +38,8 @@ class Task(nn.Module, ABC):
     judged_by: ClassVar[str]
     #: What counts as having arrived.
     target: ClassVar[float]
+    #: A run has diverged where it ends with a loss this many times that of its start.
+    worse: ClassVar[float] = 1.5
     #: Decoupled weight decay of AdamW, Lion and RMSprop; SGD has none.
     weight_decay: ClassVar[float] = 0.0
     #: Whether optimizers are compiled: worth its seconds for long runs of large networks.

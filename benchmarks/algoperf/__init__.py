@@ -1,0 +1,1 @@
+"""Submissions to AlgoPerf's self-tuning ruleset."""
