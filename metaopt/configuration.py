@@ -227,6 +227,10 @@ class Configuration:
             if option.init
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle consists of: plans, made of modules, are made anew."""
+        return self.__dict__ | {"_plans": {}}
+
     def _bounds_of(self, key: str | None) -> dict[str, Any]:
         """Return the bounds by name that hold for a block; for all blocks where `key` is None."""
         if not isinstance(self.bounds, Mapping):

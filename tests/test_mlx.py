@@ -1,7 +1,9 @@
 """metaopt_mlx: steps of the core on MLX's arrays, in an optimizer that is at home in MLX."""
 
+import copy
 import doctest
 import importlib
+import pickle
 import re
 from functools import partial
 from pathlib import Path
@@ -162,6 +164,35 @@ def test_a_schedule_multiplies_what_is_learned() -> None:
         MetaOptimizer(lr=1e-3)
     with pytest.raises(ValueError, match="`lr` must be a finite number"):
         MetaOptimizer(lr=-1.0)
+
+
+def test_what_multiplies_is_checked_where_it_is_set() -> None:
+    opt = MetaOptimizer(lr=0.5)
+    for wrong in (-1, float("nan"), float("inf"), [1.0, 2.0], "fast", mx.ones(2)):
+        with pytest.raises(ValueError, match="`learning_rate` must be a"):
+            opt.learning_rate = wrong
+    assert opt.learning_rate.item() == 0.5
+    for right in (1, mx.array(0.25)):
+        opt.learning_rate = right
+        assert opt.learning_rate.dtype == mx.float32
+        assert opt.learning_rate.item() == float(right)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+@pytest.mark.parametrize("base", ["adamw", mo.AdamW(weight_decay=mo.Learned(0.1))])
+def test_a_copy_goes_on_as_the_optimizer_does(way: Any, base: Any) -> None:
+    model, opt = network(), MetaOptimizer(base=base, blocks="tensor", lr=0.5)
+    trained(model, opt, 6)
+    other = network()
+    other.update(tree_map(mx.array, model.parameters()))
+    copied = way(opt)
+    assert copied.config == opt.config
+    trained(model, opt, skip=6)
+    kept = arrays(copied.state)
+    assert kept["step"] == 6, "it has a state of its own"
+    trained(other, copied, skip=6)
+    same(other.parameters(), model.parameters())
+    same(copied.state, opt.state)
 
 
 def test_a_run_goes_on_from_files(tmp_path: Path) -> None:

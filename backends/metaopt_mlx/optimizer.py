@@ -9,7 +9,7 @@ import mlx.optimizers
 
 import metaopt as mo
 from metaopt.configuration import BASE, META, META_LR, STEP_SIZE, RuleLike
-from metaopt.inputs import check_formulas, multipliers, taken_for_step_size
+from metaopt.inputs import check_formulas, multiplier, taken_for_step_size
 from metaopt.metaoptimize import check_config
 from metaopt.warning import warn
 from metaopt_mlx.state import from_tree, named, to_tree, tree_like
@@ -98,12 +98,28 @@ class MetaOptimizer(mlx.optimizers.Optimizer):
             "`unit_steps`.",
         )
         if not callable(lr):
-            lr = multipliers(lr, {"lr": lr})["lr"]  # type: ignore[arg-type]
+            lr = multiplier("lr", lr)
             advice = taken_for_step_size([lr])
             if advice is not None:
                 warn(advice)
         self._like: mo.State | None = None
         self._maybe_schedule("learning_rate", lr)
+
+    @property
+    def learning_rate(self) -> Any:
+        """The multiplier `lr`, an array of shape (); it may be set between steps.
+
+        Raises
+        ------
+        ValueError
+            If it is set to what `lr` cannot be: a number that is negative or not finite, or an
+            array of another shape.
+        """
+        return self.state["learning_rate"]
+
+    @learning_rate.setter
+    def learning_rate(self, lr: Any) -> None:
+        self.state["learning_rate"] = mx.array(multiplier("learning_rate", lr))
 
     def init(self, parameters: Any) -> None:
         """Make the state for these parameters, and keep what there is of it.
