@@ -228,7 +228,8 @@ class Configuration:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle consists of: plans, made of modules, are made anew."""
+        """Return what a copy or a pickle consists of; plans are made anew."""
+        # they hold dtypes, and those of MLX cannot be copied
         return self.__dict__ | {"_plans": {}}
 
     def _bounds_of(self, key: str | None) -> dict[str, Any]:

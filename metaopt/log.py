@@ -1,6 +1,7 @@
 """What a run's step sizes did: collected while it trains, and shown on one page."""
 
 import inspect
+import itertools
 import math
 import operator
 import os
@@ -105,7 +106,8 @@ class Log:
         dict of str to float
             As "step_size/all", "effective_lr/all" (times `lr`, in torch and JAX), "restarts/all",
             "loss": the median of a block that has several step sizes. Names are of letters, digits
-            and ``_-./`` alone.
+            and ``_-./`` alone, others become ``_``; where two would be equal, the second ends in
+            "_2".
 
         Raises
         ------
@@ -281,11 +283,28 @@ def _per_discount(function: Any, array: Any, *, several: bool) -> list[float]:
 
 
 def _scalars(entry: Mapping[str, Any]) -> dict[str, float]:
-    found = {name: entry[name] for name in ("loss", "averaged_loss") if name in entry}
-    found |= {f"step_size/{block}": of[1] for block, of in entry["step_sizes"].items()}
-    found |= {f"effective_lr/{name}": of[1] for name, of in entry["effective_lr"].items()}
+    found = [(name, entry[name]) for name in ("loss", "averaged_loss") if name in entry]
+    found += [
+        (f"step_size/{block}", median) for block, (_, median, _) in entry["step_sizes"].items()
+    ]
+    found += [
+        (f"effective_lr/{name}", median) for name, (_, median, _) in entry["effective_lr"].items()
+    ]
     for name in ("restarts", "recoveries", *FLAGS):
-        found |= {f"{name}/{block}": float(n) for block, n in entry.get(name, {}).items()}
+        found += [(f"{name}/{block}", float(n)) for block, n in entry.get(name, {}).items()]
     for name, blocks in entry.get("learned", {}).items():
-        found |= {f"{name}/{block}": spread[1] for block, spread in blocks.items()}
-    return {re.sub(r"[^\w\-./]", "_", name, flags=re.ASCII): of for name, of in found.items()}
+        found += [(f"{name}/{block}", median) for block, (_, median, _) in blocks.items()]
+    return _under_names(found)
+
+
+def _under_names(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Return values under names that every logger takes; equal ones are numbered."""
+    result: dict[str, float] = {}
+    for given, value in pairs:
+        plain = name = re.sub(r"[^\w\-./]", "_", given, flags=re.ASCII)
+        for number in itertools.count(2):
+            if name not in result:
+                break
+            name = f"{plain}_{number}"
+        result[name] = value
+    return result

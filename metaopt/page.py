@@ -204,12 +204,12 @@ def _learned(entries: Sequence[Entry]) -> Iterator[str]:
     names = dict.fromkeys(name for entry in entries for name in entry.get("learned", {}))
     for name in names:
         own = [
-            {"step": entry["step"], name: entry["learned"][name]}
+            {"step": entry["step"], "learned": entry["learned"][name]}
             for entry in entries
             if name in entry.get("learned", {})
         ]
-        blocks = [*own[-1][name]][:LINES]
-        x, found = _spread_lines(own, name, blocks)
+        blocks = [*own[-1]["learned"]][:LINES]
+        x, found = _spread_lines(own, "learned", blocks)
         chart = lines(x, found, alt=f"{name} by block. {_ends(found)}")
         yield _section(escape(name), "A number of the base rule, learned.", chart, _legend(blocks))
 

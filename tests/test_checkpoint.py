@@ -4,10 +4,8 @@ And a file that cannot be that run is refused with the reason, and a write that 
 leaves the file before it.
 """
 
-import copy
 import json
 import os
-import pickle
 import random
 import signal
 import subprocess
@@ -122,16 +120,6 @@ def assert_resumes(name: str, start: Any, path: Path, before: int, after: int) -
     want = run(opt, params, state, range(before, before + after))
     got = run(loaded_opt, params, loaded, range(before, before + after))
     assert [contents(tree) for tree in got] == [contents(tree) for tree in want]
-
-
-def test_a_configuration_that_has_made_steps_is_copied() -> None:
-    for options in CONFIGURATIONS.values():
-        config = mo.MetaOptimize(**options)
-        config.init({name: np.ones(shape) for name, shape in SHAPES.items()})
-        assert copy.deepcopy(config) == config
-    learned = mo.MetaOptimize(base=mo.AdamW(weight_decay=mo.Learned(0.1)))
-    learned.init({"w": np.ones(3)})
-    assert pickle.loads(pickle.dumps(learned)) == learned
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

@@ -102,6 +102,20 @@ def test_learned_numbers_are_logged_under_names_that_loggers_take() -> None:
     assert "ends at" in chart(page, "weight_decay by block").attrib["aria-label"]
 
 
+@pytest.mark.parametrize("called", ["step_size", "restarts", "step"])
+def test_no_name_stands_for_two_numbers(called: str) -> None:
+    blocks = {"a b": "w", "a_b": "b"}
+    base = mo.AdamW(weight_decay=mo.Learned(0.1, name=called), eps=1e-3)
+    log, opt, state, params = run(base=base, blocks=blocks, step_size={"a b": 1e-3, "a_b": 1e-2})
+    scalars, entry = log.add(opt, state, params), log.entries[-1]
+    by_block = ("step_sizes", "restarts", "pinned", "collapsed", "asleep")
+    assert len(scalars) == 2 * (len(by_block) + 1)
+    assert scalars["step_size/a_b"] == entry["step_sizes"]["a b"][1]
+    assert scalars["step_size/a_b_2"] == entry["step_sizes"]["a_b"][1]
+    assert {spread[1] for spread in entry["learned"][called].values()} < {*scalars.values()}
+    assert f"<h2>{called}</h2>" in log.html()
+
+
 def test_recoveries_are_counted() -> None:
     log, opt, state, params = run(recover=True)
     assert log.add(opt, state, params)["recoveries/all"] == 0.0

@@ -149,6 +149,24 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.parametrize("partly", [False, True])
+def test_a_loss_of_ones_own_model_is_refused_and_leaves_its_gradients(partly: bool) -> None:
+    model = network()
+    loss(model, batches()[0]).backward()
+    grads = [param.grad for param in model.parameters()]
+    before = copy.deepcopy(grads)
+
+    def of_mine(handed: Any, batch: Any) -> Any:
+        return loss(torch.nn.Sequential(*handed[:3], model[3]) if partly else model, batch)
+
+    with pytest.raises(ValueError, match=r"that it is handed, .*; it used '.*weight' of yours"):
+        find_lr(model, of_mine, batches())
+    find_lr(model, loss, batches(), steps=10)
+    for param, grad, old in zip(model.parameters(), grads, before, strict=True):
+        assert param.grad is grad
+        assert torch.equal(grad, old)
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_bad_arguments_are_refused(case: str) -> None:
     change, error, message = WRONG[case]

@@ -90,6 +90,36 @@ def test_a_state_dict_goes_on_bit_for_bit(blocks: str) -> None:
     assert_same(other.hyperparameters(), opt.hyperparameters())
 
 
+@every_partition
+@pytest.mark.parametrize("values", BLOCKS)
+def test_a_state_goes_on_whatever_groups_said_before_it_came(blocks: str, values: str) -> None:
+    """A group may stop to learn weight decay, or begin to, in mid-run; what is loaded says it."""
+    base = mo.AdamW(weight_decay=Learned(0.1, blocks=values))
+
+    def by_group() -> tuple[Any, MetaOptimizer]:
+        pairs = named()
+        return pairs, made([{"params": [pair]} for pair in pairs], base, blocks=blocks)
+
+    pairs, opt = by_group()
+    go(opt, 3)
+    before = copy.deepcopy(opt.state_dict())
+    opt.param_groups[0]["weight_decay"] = 0.3
+    go(opt, 2, 3)
+    others, other = by_group()
+    go(other, 1)
+    with torch.no_grad():
+        for (_, param), (_, old) in zip(others, pairs, strict=True):
+            param.copy_(old)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert_same(other.state_dict(), opt.state_dict())
+    go(opt, 2, 5)
+    go(other, 2, 5)
+    assert_same(other.state_dict(), opt.state_dict())
+    other.load_state_dict(before)
+    assert_same(other.state_dict(), before)
+    go(other, 1)
+
+
 def test_a_copy_goes_on_bit_for_bit() -> None:
     opt = made(named())
     go(opt, 3)
@@ -332,6 +362,40 @@ SAID = [
     ("eps", 0.5, mo.AdamW(eps=Learned(1e-3))),
     ("momentum", 0.5, mo.Averaged(mo.SGD(momentum=Learned(0.9)))),
 ]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("weight_decay", Learned(0.1), mo.SGD()),
+        ("momentum", Learned(0.9), mo.Averaged(mo.SGD(momentum=0.5))),
+        ("betas", (0.9, Learned(0.9)), mo.AdamW()),
+        ("betas", [Learned(0.9), 0.9], mo.AdamW(weight_decay=Learned(0.1))),
+    ],
+)
+def test_what_is_learned_is_said_in_the_rule(option: str, value: Any, rule: Any) -> None:
+    w, b = named()
+    message = f"`{option}` of parameters must be numbers; .* in the rule, as `base="
+    with pytest.raises(ValueError, match=message):
+        made([{"params": [w]}, {"params": [b], option: value}], rule)
+    opt = made([{"params": [w]}], rule)
+    with pytest.raises(ValueError, match=message):
+        opt.add_param_group({"params": [b], option: value})
+    assert len(opt.param_groups) == 1
+    go(opt, 2)
+    before, saved = w[1].detach().clone(), opt.param_groups[0][option]
+    opt.param_groups[0][option] = value
+    for call in (opt.step, lambda: go(opt, 1), opt.diagnostics):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert torch.equal(w[1].detach(), before)
+    opt.param_groups[0][option] = saved
+    go(opt, 1)
+
+
+def test_the_constructor_takes_no_learned_weight_decay() -> None:
+    with pytest.raises(ValueError, match="`weight_decay` of parameters must be numbers"):
+        made(named(), mo.SGD(), weight_decay=Learned(0.1))
 
 
 @pytest.mark.parametrize(("option", "value", "base"), SAID, ids=[one[0] for one in SAID])

@@ -91,6 +91,43 @@ def test_groups_schedules_and_state_dicts_are_torchs_own() -> None:
     assert not torch.equal(before, net[0].weight)
 
 
+def test_keys_of_ones_own_stay_in_the_groups() -> None:
+    net = network()
+    own: dict[str, Any] = {"name": "first", "depth": 3, "amsgrad": True}
+    groups = [{"params": net[0].parameters(), **own}, {"params": net[2].parameters()}]
+    opt = MetaOptimizer(groups, blocks="tensor", compile=False)
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda _: 1.0)
+    trained(net, opt, range(1))
+    plain = opt.to_plain()
+    usual = set(torch.optim.AdamW([torch.ones(1)]).param_groups[0]) | {"param_names"}
+    assert [set(group) - usual for group in plain.param_groups] == [{"name", "depth"}] * 2 + [
+        set()
+    ] * 2
+    assert (plain.param_groups[1]["name"], plain.param_groups[1]["depth"]) == ("first", 3)
+    assert not plain.param_groups[0]["amsgrad"], "it is the option of another optimizer"
+
+
+def test_it_is_refused_where_parameters_or_gradients_are_others() -> None:
+    net = network()
+    opt = MetaOptimizer(net.parameters(), held_out=True, compile=False)
+    with opt.meta_gradients():
+        net(torch.ones(2, 4).double()).sum().backward()
+        with pytest.raises(RuntimeError, match="`to_plain` must not be called inside"):
+            opt.to_plain()
+    trained(net, opt, range(1))
+    with (
+        opt.averaged_params(),
+        pytest.raises(RuntimeError, match=r"Inside `with opt\.averaged_params"),
+    ):
+        opt.to_plain()
+    opt.to_plain()
+    one = MetaOptimizer(net.parameters(), compile=False)
+    one.step_in_backward()
+    net(torch.ones(2, 4).double()).sum().backward()
+    with pytest.raises(RuntimeError, match="call `step` first"):
+        one.to_plain()
+
+
 def test_before_the_first_step_there_are_no_moments() -> None:
     net = network()
     plain = MetaOptimizer(net.parameters(), step_size=0.1, compile=False).to_plain()

@@ -306,12 +306,12 @@ class BaseOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
             return
         before = {"param_groups": self.param_groups, "state": self.state}
-        built, found = self._built, []
+        leaves, found = [*self._built.leaves.values()], []
 
         def look(_: Any, given: dict[str, Any]) -> dict[str, Any]:  # at what other hooks make of it
             options = dict.fromkeys(OPTIONS) | self.defaults
             given = aligned(given, self.param_groups, self._given, options)
-            check_fits(given, built, self.param_groups, self._given, self._rounding, options)
+            check_fits(given, leaves, self.param_groups, self._given, self._rounding, options)
             found.append(given)
             return given
 
@@ -320,12 +320,12 @@ class BaseOptimizer(torch.optim.Optimizer):
         try:
             super().load_state_dict(state_dict)
             numbers = [n for group in found[0]["param_groups"] for n in group["params"]]
-            for number, leaf in zip(numbers, built.leaves.values(), strict=True):
+            for number, leaf in zip(numbers, leaves, strict=True):
                 # torch casts to the parameter's dtype, which would lose half of a trace
                 self.state[leaf.param] = {
                     key: torch.as_tensor(value).detach().to(leaf.param.device, copy=True)
                     for key, value in found[0]["state"].get(number, {}).items()
-                    if key in leaf.state or key in leaf.exchanged or not leaf.state
+                    if key != "compensation" or key in leaf.state or not leaf.state
                 }
             self._build()
         except Exception:

@@ -18,7 +18,7 @@ from metaopt.inputs import multiplier, taken_for_step_size
 from metaopt.plan import rules_by_leaf
 from metaopt.rules import Rule
 from metaopt.warning import warn
-from metaopt_torch.hyperparameters import adjusted
+from metaopt_torch.hyperparameters import adjusted, check_not_learned
 from metaopt_torch.leaf import Group
 from metaopt_torch.memory import check_memory
 
@@ -246,6 +246,7 @@ def check_numbers(group: Group) -> None:
         multiplier("lr", float(lr))  # what lies on a device would have to be waited for
     elif not isinstance(lr, Tensor):
         multiplier("lr", lr)
+    check_not_learned("weight_decay", decay)
     if decay is not None and not (isinstance(decay, Real) and 0.0 <= float(decay) < float("inf")):
         msg = f"`weight_decay` must be a finite number, not negative; got {decay!r}."
         raise ValueError(msg)

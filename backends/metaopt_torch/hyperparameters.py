@@ -19,6 +19,7 @@ __all__ = [
     "agreed",
     "arguments",
     "as_numbers",
+    "check_not_learned",
     "hyperparameters",
     "overrides",
     "said_in_vain",
@@ -66,7 +67,10 @@ def agreed(rules: Iterable[Rule]) -> dict[str, Number]:
 
 
 def overrides(own: Mapping[str, Number], group: Mapping[str, Any]) -> dict[str, Number]:
-    """Return what a group says of the hyperparameters `own` of a rule, where it differs."""
+    """Return what a group says of the hyperparameters `own` of a rule, where it differs.
+
+    ValueError is raised where that is to be learned.
+    """
     found = {}
     # a learned weight decay is none of `own`; what a group says stands in its place
     names: dict[str, Any] = {**own, **({} if "weight_decay" in own else {"weight_decay": None})}
@@ -74,8 +78,20 @@ def overrides(own: Mapping[str, Number], group: Mapping[str, Any]) -> dict[str, 
         said = group.get(name)
         said = tuple(said) if isinstance(said, list) else said
         if said is not None and said != value:
+            check_not_learned(name, said)
             found[name] = said
     return found
+
+
+def check_not_learned(name: str, said: Any) -> None:
+    """Raise ValueError where a group, or the constructor, says a number that is to be learned."""
+    if any(isinstance(number, mo.Learned) for number in (said if type(said) is tuple else (said,))):
+        msg = (
+            f"`{name}` of parameters must be numbers; got {said!r}. Give what is to be learned in "
+            "the rule, as `base=metaopt.AdamW(weight_decay=metaopt.Learned(0.1))`; for some "
+            "parameters alone, in a rule by a pattern of `base`."
+        )
+        raise ValueError(msg)
 
 
 def said_in_vain(rule: Rule, group: Mapping[str, Any]) -> str | None:

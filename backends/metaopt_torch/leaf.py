@@ -172,8 +172,13 @@ class Leaf:
             msg = f"{what} must lie in its storage, which has been resized to less memory."
             raise ValueError(msg)
 
-    def mismatch(self, state: Mapping[str, Any]) -> str | None:
-        """Return what in a state that was saved does not fit, None if everything does."""
+    def mismatch(
+        self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    ) -> str | None:
+        """Return what in a state that was saved does not fit, None if everything does.
+
+        `shapes` are those of what it may have that is not here yet.
+        """
         if not self.state:  # frozen here: what it may have is known from the rule alone
             for key in (*self.rule.slots, *self.exchanged):
                 shape = tuple(getattr(state.get(key), "shape", self.param.shape))
@@ -187,10 +192,10 @@ class Leaf:
                 continue  # of a run with another rounding
             if key not in self.state:
                 key = self.exchanged.get(key, key)  # of parameters of another dtype
-            if key not in self.state:
+            if key not in self.state and key not in shapes:
                 return f"{self.name!r} has {key!r}, which is not of {type(self.rule).__name__}"
             shape = () if isinstance(value, int | float) else tuple(getattr(value, "shape", (-1,)))
-            expected = tuple(self.state[key].shape)
+            expected = tuple(self.state[key].shape) if key in self.state else shapes[key]
             if shape != expected:
                 return f"{key!r} of {self.name!r} has shape {shape}; expected {expected}"
         return None

@@ -1,5 +1,6 @@
 """A state dict that is loaded: brought into an optimizer's order by names, and checked."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,11 @@ import metaopt as mo
 from metaopt.blocks import Blocks
 from metaopt.plan import Plan
 from metaopt_torch.block_state import BlockState
-from metaopt_torch.build import Built
 from metaopt_torch.changes import Continued, Index, blocks_of, copy_entries
 from metaopt_torch.groups import MADE_WITH, check_groups, check_rounding, configured, named
-from metaopt_torch.leaf import Group
+from metaopt_torch.leaf import Group, Leaf
 from metaopt_torch.shards import local
+from metaopt_torch.state_keys import places
 
 __all__ = ["aligned", "check_fits"]
 
@@ -139,31 +140,46 @@ def _reordered(value: Any, param: Tensor, blocks: Index) -> Any:
 
 def check_fits(
     state_dict: Mapping[str, Any],
-    built: Built,
+    leaves: Sequence[Leaf],
     groups: Sequence[Group],
     config: mo.MetaOptimize,
     rounding: str,
     defaults: Mapping[str, Any],
 ) -> None:
-    """Raise where a state's arrays have not the shapes that they have here, or its groups."""
-    given, leaves = state_dict["param_groups"], list(built.leaves.values())
+    """Raise where a state's groups, or the shapes of its arrays, are not those of these leaves.
+
+    What is learned, and so what there has to be, is as the groups that are loaded say.
+    """
+    given = state_dict["param_groups"]
     if [len(group["params"]) for group in given] != [len(group["params"]) for group in groups]:
         return  # torch says so
-    mismatch = built.block_state.mismatch(given)
-    numbers = [number for group in given for number in group["params"]]
-    for number, leaf in zip(numbers, leaves, strict=True):
-        mismatch = leaf.mismatch(state_dict["state"].get(number, {})) or mismatch
-    for own, group in zip(groups, given, strict=True):  # which says most
+    for own, group in zip(groups, given, strict=True):
         kept, expected = group.get(MADE_WITH), own[MADE_WITH]
         if kept is not None and kept != expected:
-            mismatch = f"it was made with {kept}; expected {expected}"
-    if mismatch is not None:
-        msg = f"`state_dict` does not fit this optimizer: {mismatch}."
-        raise ValueError(msg)
+            made_with = f"it was made with {kept}; expected {expected}"
+            raise _misfit(made_with)
     full = [
         {**defaults, **group, "params": own["params"]}
         for group, own in zip(given, groups, strict=True)
     ]
     check_groups(full)
     check_rounding(rounding, full)
-    configured(config, full)
+    members = named(full)
+    names = [[name for name, _, of in members if of is group] for group in full]
+    params = {name: param for name, param, _ in members}
+    plan, block_state = _block_state(given, names, params, config, defaults)
+    specs: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for place in places(plan, per_leaf=block_state.per_leaf).values():
+        specs[place.leaf or ""] |= dict.fromkeys(place.keys, place.spec.shape)
+    numbers = [number for group in given for number in group["params"]]
+    found = (
+        leaf.mismatch(state_dict["state"].get(number, {}), specs[leaf.name])
+        for number, leaf in zip(numbers, leaves, strict=True)
+    )
+    mismatch = next((one for one in found if one is not None), block_state.mismatch(given))
+    if mismatch is not None:
+        raise _misfit(mismatch)
+
+
+def _misfit(why: str) -> ValueError:
+    return ValueError(f"`state_dict` does not fit this optimizer: {why}.")

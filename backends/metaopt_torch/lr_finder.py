@@ -90,8 +90,8 @@ def find_lr(
     the last `steps` steps, the answer is the geometric mean of the two. Where they differ by more
     than a factor of 1.5 both go on for `steps` more, up to five times in all.
 
-    The model and its buffers are not touched, and the random states of Python, NumPy and torch are
-    afterwards what they were.
+    The model and its buffers are not touched; its gradients, and the random states of Python, NumPy
+    and torch, are afterwards what they were.
 
     Parameters
     ----------
@@ -116,8 +116,9 @@ def find_lr(
     Raises
     ------
     ValueError
-        If nothing can be trained, a loss is not finite or `loader` has no batch, or has them once
-        only; from `MetaOptimizer`, if an option does not fit.
+        If nothing can be trained, a loss is not finite or is that of another model than it was
+        handed, `loader` has no batch, or has them once only; from `MetaOptimizer`, if an option
+        does not fit.
     TypeError
         If an argument is of another kind.
 
@@ -131,7 +132,7 @@ def find_lr(
     >>> opt = torch.optim.AdamW(model.parameters(), lr=found.lr)
     """
     _check(model, loss, loader, steps)
-    with _random_states_kept(model):
+    with _random_states_kept(model), _grads_kept(model):
         runs = [_Run(model, loss, loader, start, base, blocks) for start in STARTS]
         weights = runs[0].weights
         total = sum(weights.values())
@@ -164,7 +165,8 @@ class _Run:
         base: RuleLike,
         blocks: Any,
     ) -> None:
-        self._model, self._loss, self._batches = copy.deepcopy(model), loss, _cycled(loader)
+        self._given, self._model = model, copy.deepcopy(model)
+        self._loss, self._batches = loss, _cycled(loader)
         named = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
         self._opt = MetaOptimizer(named, base=base, blocks=blocks, step_size=start, compile=False)
         plan = self._opt.config.plan(cast("dict[str, Any]", dict(named)))
@@ -206,8 +208,11 @@ class _Run:
             msg = f"`loss` must be finite; got {value.item()} in step {self._made}."
             raise ValueError(msg)
         value.backward()
-        if all(param.grad is None for param in self._model.parameters()):
-            msg = "`loss` must use the model that it is handed, a copy of yours; it used another."
+        own, given = self._model.parameters(), self._given.named_parameters()
+        reached = [name for name, param in given if param.grad is not None]
+        if reached or all(param.grad is None for param in own):
+            of_whom = f"used {reached[0]!r} of yours" if reached else "used another"
+            msg = f"`loss` must use the model that it is handed, a copy of yours; it {of_whom}."
             raise ValueError(msg)
         self._opt.step()
         self._made += 1
@@ -264,3 +269,16 @@ def _random_states_kept(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+@contextmanager
+def _grads_kept(model: nn.Module) -> Iterator[None]:
+    """Take the gradients away inside, so that new ones are seen, and put them back."""
+    before = [(param, param.grad) for param in model.parameters()]
+    try:
+        for param, _ in before:
+            param.grad = None
+        yield
+    finally:
+        for param, grad in before:
+            param.grad = grad

@@ -317,8 +317,8 @@ class MetaOptimizer(TunedOptimizer):
 
         Nothing is learned any more. It has a group for each block of each group here, with the
         step size times `lr` as its `lr`, the moments and their counts, in tensors of their own: so
-        that traces and all else that learning takes are freed with this optimizer. Schedulers are
-        made anew, for the plain one.
+        that traces and all else that learning takes are freed with this optimizer. What else groups
+        hold, keys of your own, is in its groups too. Schedulers are made anew, for the plain one.
 
         Returns
         -------
@@ -335,7 +335,8 @@ class MetaOptimizer(TunedOptimizer):
             If torch has no such optimizer, or rules are of several; if a parameter has several
             step sizes, or a number of a rule is learned.
         RuntimeError
-            Inside `averaged_params`.
+            Inside `averaged_params` or `meta_gradients`; with `step_in_backward`, between the
+            backward pass and `step`.
 
         Examples
         --------

@@ -10,8 +10,9 @@ import metaopt as mo
 from metaopt.rules import Rule
 from metaopt.rules.rule import decay_step_size, weight_decay_at
 from metaopt_torch.build import Built
-from metaopt_torch.groups import multiplier_of
-from metaopt_torch.leaf import Leaf
+from metaopt_torch.groups import MADE_WITH, OPTIONS, multiplier_of
+from metaopt_torch.hyperparameters import hyperparameters
+from metaopt_torch.leaf import Group, Leaf
 
 __all__ = ["plain"]
 
@@ -21,6 +22,8 @@ SLOTS: Mapping[type[torch.optim.Optimizer], Mapping[str, str]] = {
     torch.optim.RMSprop: {"exp_avg_sq": "square_avg"},
     torch.optim.SGD: {"exp_avg": "momentum_buffer"},
 }
+#: Key under which schedulers remember the multiplier; new ones would begin with it.
+OF_SCHEDULERS = "initial_lr"
 
 
 def plain(built: Built) -> torch.optim.Optimizer:
@@ -28,10 +31,12 @@ def plain(built: Built) -> torch.optim.Optimizer:
     _check(built)
     sizes = {name: float(size) for name, size in built.step_sizes().items()}
     groups: dict[tuple[int, str], dict[str, Any]] = {}
+    sources: dict[tuple[int, str], Group] = {}
     kinds: dict[str, type[torch.optim.Optimizer]] = {}
     for name, leaf in built.leaves.items():
         block, rule = built.plan.blocks.family_of[name], built.plan.rules[name]
         kinds[name], options = _counterpart(name, rule)
+        sources[id(leaf.group), block] = leaf.group
         known = groups.setdefault((id(leaf.group), block), {"params": []})
         known["params"].append((name, leaf.param))
         known |= options
@@ -53,6 +58,12 @@ def plain(built: Built) -> torch.optim.Optimizer:
         raise ValueError(msg)
     kind: Any = next(iter(kinds.values()))
     optimizer: torch.optim.Optimizer = kind(list(groups.values()), lr=0.0)
+    ours = {*OPTIONS, *built.block_state.keys(), MADE_WITH, OF_SCHEDULERS}
+    ours |= {option for rule in built.plan.rules.values() for option in hyperparameters(rule)}
+    for group, source in zip(optimizer.param_groups, sources.values(), strict=True):
+        for key, value in source.items():
+            if key not in ours:  # the user's own
+                group.setdefault(key, value)
     for leaf in built.leaves.values():
         if leaf.state and int(leaf.state["step"]):
             optimizer.state[leaf.param] = _state(leaf, SLOTS[kind])
