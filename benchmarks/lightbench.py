@@ -18,7 +18,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -286,7 +286,7 @@ def train(path: Path, minutes: float) -> None:
             if task not in costs:
                 costs[task] = {"task": task, **cost(name, tier)}
                 write(costs[task])
-        quick = [line for line in costs.values() if line["cost"] and line["cost"] < SECONDS]
+        quick = _quick(costs.values())
         quick.sort(key=lambda line: line["cost"])
         for seed, line, method in product(SEEDS, quick, METHODS):
             key = {"task": line["task"], "method": method, "seed": seed}
@@ -302,11 +302,16 @@ def train(path: Path, minutes: float) -> None:
             write({**key, **found})
 
 
+def _quick(costs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the tasks that are run; one that takes no time to speak of costs 0."""
+    return [line for line in costs if line["cost"] is not None and line["cost"] < SECONDS]
+
+
 Runs = Mapping[tuple[str, int, str], Mapping[str, Any]]
 Pairs = Sequence[tuple[str, int]]
 
 
-def report(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def report(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines of the page."""
     runs = {(line["task"], line["seed"], line["method"]): line for line in lines if "seed" in line}
     pairs = [
@@ -334,12 +339,12 @@ def report(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"| {name} | {sum(task == name for task, _ in pairs)} | {' | '.join(cells)} |"
 
 
-def _how(lines: Sequence[Mapping[str, Any]], pairs: Pairs) -> Iterator[str]:
+def _how(lines: Sequence[dict[str, Any]], pairs: Pairs) -> Iterator[str]:
     """Yield what was run, with what, and what was not."""
     costs = {line["task"]: line for line in lines if "cost" in line}
     failed = [task for task, line in costs.items() if line["cost"] is None]
     slow = [task for task, line in costs.items() if line["cost"] and line["cost"] >= SECONDS]
-    quick = [line for line in costs.values() if line["cost"] and line["cost"] < SECONDS]
+    quick = _quick(costs.values())
     yield (
         f"Made by `python -m benchmarks.lightbench`: {len({task for task, _ in pairs})} of the "
         f"{len(quick)} tasks of LightBench's tiers {', '.join(TIERS)} that take less than a "
@@ -427,7 +432,10 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.logs / "lightbench.jsonl"
     if not options.report:
         train(path, options.minutes)
-    text = "\n".join(report([json.loads(line) for line in path.read_text().splitlines()])) + "\n"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    if not lines:
+        parser.error(f"there are no runs to report: no {path.name} in {options.logs}.")
+    text = "\n".join(report([json.loads(line) for line in lines])) + "\n"
     print(text)
     if options.output is not None:
         (options.output / "lightbench.md").write_text(text, encoding="utf-8")

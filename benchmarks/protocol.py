@@ -11,22 +11,27 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import safe_open
-
 import metaopt as mo
-from benchmarks.training.methods import METAS
-from benchmarks.training.studies import CHOOSING, DEFAULT, FAR_STARTS, GRIDS, JUDGING, SEEDS
+from benchmarks.training.defaults import configuration, digest
+from benchmarks.training.loop import Job
+from benchmarks.training.methods import METAS, Method
+from benchmarks.training.studies import (
+    CHOOSING,
+    DEFAULT,
+    FAR_STARTS,
+    GRIDS,
+    JUDGING,
+    SEEDS,
+    comparison,
+)
 from benchmarks.training.tasks import TASKS
 from metaopt.configuration import META
 
-__all__ = ["FROZEN", "ProtocolError", "check", "current", "main"]
+__all__ = ["FROZEN", "ProtocolError", "check", "current", "main", "unlike"]
 
 FROZEN = Path(__file__).with_name("frozen.json")
 
@@ -38,7 +43,7 @@ class ProtocolError(RuntimeError):
 def current() -> dict[str, Any]:
     """Return what is to be frozen, as it is now, and its digest."""
     content = {
-        "configuration": _configuration(),
+        "configuration": configuration(),
         "method": asdict(DEFAULT),
         "starts": FAR_STARTS,
         "seeds": SEEDS,
@@ -46,18 +51,7 @@ def current() -> dict[str, Any]:
         "scored": {name: [TASKS[name].steps, TASKS[name].target] for name in JUDGING},
         "search": {"base": "AdamW", "step sizes": GRIDS["AdamW"], "fixed": True, "cosine": True},
     }
-    text = json.dumps(content, sort_keys=True)
-    return {**json.loads(text), "sha256": sha256(text.encode()).hexdigest()}
-
-
-def _configuration() -> Any:
-    """Return `MetaOptimize()`, without any option, as files of a state have it."""
-    opt = mo.MetaOptimize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "state.safetensors"
-        mo.save(path, opt, opt.init({"w": np.zeros(1)}))
-        with safe_open(path, framework="numpy") as file:
-            return json.loads(file.metadata()["metaopt"])["config"]
+    return {**json.loads(json.dumps(content)), "sha256": digest(content)}
 
 
 def check(seeds: int = len(SEEDS), frozen: Path = FROZEN) -> None:
@@ -100,6 +94,40 @@ def check(seeds: int = len(SEEDS), frozen: Path = FROZEN) -> None:
     if _edited(frozen):
         msg = f"{frozen.name} is not committed: it is to be, before scored runs are made."
         raise ProtocolError(msg)
+
+
+def unlike(log: Path, task: str, frozen: Path = FROZEN) -> str | None:
+    """Return why the runs of a log are none that count as scored; None where they are.
+
+    Parameters
+    ----------
+    log : Path
+        A complete one.
+    task : str
+        One that judges.
+    frozen : Path
+        What `--freeze` wrote.
+    """
+    if not frozen.is_file():
+        return f"nothing is frozen: there is no {frozen.name}"
+    now, then = current(), json.loads(frozen.read_text(encoding="utf-8"))
+    for name in ("method", "starts", "seeds", "search"):
+        if now[name] != then.get(name):
+            return f"{name} is not what {frozen.name} has"
+    jobs = {job.name: job for job in comparison(task)}
+    if log.stem not in jobs:
+        return "it is of other settings, starts or seeds than scored runs have"
+    head = json.loads(log.read_text(encoding="utf-8").splitlines()[0])
+    steps = then["scored"][task][0]
+    if head["steps"] != steps:
+        return f"it has {head['steps']} steps; scored runs have {steps}"
+    if _is_ours(jobs[log.stem]) and head.get("defaults") != [digest(then["configuration"])]:
+        return f"it was made with other defaults of the library than {frozen.name} has"
+    return None
+
+
+def _is_ours(job: Job) -> bool:
+    return isinstance(job.method, Method) and job.method.meta is not None
 
 
 def _edited(path: Path) -> bool:

@@ -77,6 +77,22 @@ def test_a_run_goes_on_where_it_was_and_says_what_was_solved(tmp_path: Path) -> 
     assert "fails (broken trivial)" in page
 
 
+def test_a_report_needs_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        lightbench.main(["--logs", str(tmp_path), "--report"])
+    assert "there are no runs to report: no lightbench.jsonl in" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("package")
+def test_a_task_that_takes_no_time_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lightbench, "cost", lambda *_: {"cost": 0.0, "seeds": (0,)})
+    monkeypatch.setattr(lightbench, "tasks", lambda: [("still", "trivial")])
+    assert lightbench.main(["--logs", str(tmp_path), "--output", str(tmp_path)]) == 0
+    page = (tmp_path / "lightbench.md").read_text()
+    assert "1 of the 1 tasks" in page
+    assert "1 of 1 pairs of task and seed" in page
+
+
 @pytest.mark.usefixtures("package")
 def test_a_run_follows_from_its_seed_and_is_of_the_tasks_dtype() -> None:
     task = lightbench.problem("noisy", "trivial", 0)

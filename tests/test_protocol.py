@@ -21,9 +21,11 @@ pytest.importorskip("PIL")
 from benchmarks import learning, protocol
 from benchmarks.training import profile
 from benchmarks.training.cells import Cell
+from benchmarks.training.defaults import configuration, digest
+from benchmarks.training.loop import Job, run
 from benchmarks.training.methods import Method, Peer
 from benchmarks.training.results import archive
-from benchmarks.training.studies import DEFAULT, GRIDS
+from benchmarks.training.studies import DEFAULT, GRIDS, comparison
 from benchmarks.training.tasks import TASKS
 
 
@@ -48,7 +50,7 @@ def test_scored_runs_are_refused_where_something_is_not_as_it_was(
 ) -> None:
     if changed == "configuration":
         other = protocol.current()[changed] | {"held_out": True}
-        monkeypatch.setattr(protocol, "_configuration", lambda: other)
+        monkeypatch.setattr(protocol, "configuration", lambda: other)
     elif changed == "scored":
         monkeypatch.setattr(TASKS["adding"], "target", 1.0)
     else:
@@ -168,6 +170,25 @@ def test_the_page_has_all_of_it_and_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "profile.png").stat().st_size > 1000
 
 
+def test_odd_results_are_shown_as_they_are() -> None:
+    def page(table: list[Cell]) -> str:
+        return "\n".join(profile.report({"adding": table}))
+
+    at_once = [replace(one, arrivals=(0.0,) * len(one.arrivals)) for one in TABLE]
+    assert profile.rows({"adding": at_once})["AdamW, best cosine"].ratios == [1.0]
+    assert "| metaopt, worst start | 1.00 |" in page(at_once)
+    lost = [replace(one, mean=math.inf, diverged=5, arrivals=()) for one in TABLE]
+    assert "| AdamW, fixed and cosine | 4 | diverged | diverged | diverged |" in page(lost)
+    assert "geometric mean of" not in page(lost).split("###")[1]
+    whole = page([*TABLE[:-1], replace(TABLE[-1], mean=0.0)])
+    assert "| peers | 1 | 0 | 0 | 0 |" in whole
+    assert "| geometric mean of 1 | peers |" not in whole
+    assert "| geometric mean of 1 | AdamW, fixed and cosine |" in whole
+    for none in ([], TABLE[:2]):
+        assert "There is no task yet with results" in page(none)
+        assert "profile.png" not in page(none)
+
+
 def test_logs_of_scored_runs_are_kept_whole_and_added_to(tmp_path: Path) -> None:
     def log(name: str, *lines: dict[str, Any]) -> None:
         (tmp_path / name).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -179,18 +200,57 @@ def test_logs_of_scored_runs_are_kept_whole_and_added_to(tmp_path: Path) -> None
                 name: part.read().decode().splitlines() for name, part in members.items() if part
             }
 
+    def unlike(path: Path, task: str) -> str | None:
+        assert task == "adding"
+        return "it is short" if path.stem == "adding-short" else None
+
     path = tmp_path / "scored_adding.tar.xz"
-    archive(tmp_path, "adding", path)
+    assert archive(tmp_path, "adding", path, unlike) == []
     assert not path.exists()
     log("adding-one.jsonl", {"step": 1}, {"finished": True})
     log("adding-two.jsonl", {"step": 1})
     log("drift-one.jsonl", {"step": 1}, {"finished": True})
-    archive(tmp_path, "adding", path)
+    log("adding-short.jsonl", {"finished": True})
+    left_out = ["adding-short.jsonl is not archived: it is short."]
+    assert archive(tmp_path, "adding", path, unlike) == left_out
     assert list(kept()) == ["adding-one.jsonl"]
     (tmp_path / "adding-one.jsonl").unlink()
     log("adding-two.jsonl", {"step": 1}, {"step": 2}, {"finished": True})
-    archive(tmp_path, "adding", path)
+    archive(tmp_path, "adding", path, unlike)
     assert {name: len(lines) for name, lines in kept().items()} == {
         "adding-one.jsonl": 2,
         "adding-two.jsonl": 3,
     }
+
+
+def test_logs_of_other_runs_than_were_frozen_are_no_scored_ones(
+    frozen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = [digest(json.loads(frozen.read_text())["configuration"])]
+
+    def why(job: Job, **head: Any) -> str | None:
+        whole = {"job": job.settings, "steps": TASKS["adding"].steps, "defaults": defaults} | head
+        path = tmp_path / f"{job.name}.jsonl"
+        path.write_text(f"{json.dumps(whole)}\n{json.dumps({'finished': True})}\n")
+        return protocol.unlike(path, "adding", frozen)
+
+    jobs = {job.method: job for job in comparison("adding")}
+    ours, baseline = jobs[DEFAULT], jobs[Method(base="AdamW")]
+    assert [why(job) for job in jobs.values()] == [None] * len(jobs)
+    assert why(baseline, defaults=[]) is None, "it has none of ours"
+    for other in ([], ["0"], ["0", *defaults]):
+        assert "other defaults of the library" in str(why(ours, defaults=other))
+    assert "it has 3 steps" in str(why(ours, steps=3))
+    few = {"starts": (1e-3,)}, {"seeds": (0,)}, {"smoke": True}, {"precision": "bf16"}
+    method = {"method": replace(DEFAULT, meta_lr=1e-3)}
+    for change in (*few, {"steps": 3}, method):
+        assert "other settings" in str(why(replace(ours, **change)))
+    monkeypatch.setitem(GRIDS, "AdamW", (1e-3,))
+    assert "search is not what frozen.json has" in str(why(ours))
+    assert "nothing is frozen" in str(protocol.unlike(tmp_path / "a", "adding", tmp_path / "b"))
+
+
+def test_a_log_has_the_defaults_of_the_library_that_made_it(tmp_path: Path) -> None:
+    job = Job(task="drift", method=DEFAULT, starts=(1e-3,), seeds=(0,), steps=1, smoke=True)
+    head = json.loads(run(job, tmp_path).read_text().splitlines()[0])
+    assert head["defaults"] == [digest(configuration())]

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 import metaopt as mo
+from benchmarks.training.defaults import digest_of_defaults
 from benchmarks.training.methods import Method, Peer, Updater, updater
 from benchmarks.training.tasks import TASKS, Measures, Task
 
@@ -232,10 +233,11 @@ class _Training:
         """Write into the head of the log with what the run is made, or goes on."""
         head = json.loads(self._lines[0])
         with_this = f"{COMMIT}, {MACHINE}, {torch.get_num_threads()} threads"
-        made_with = head.setdefault("made_with", [])
-        if with_this not in made_with:
-            made_with.append(with_this)
-            self._lines[0] = json.dumps(head)
+        for key, value in (("made_with", with_this), ("defaults", digest_of_defaults())):
+            known = head.setdefault(key, [])
+            if value not in known:
+                known.append(value)
+        self._lines[0] = json.dumps(head)
 
     def go(self, progress: Callable[[int, int], object], checkpoint_every: float) -> None:
         """Train to the end."""

@@ -63,11 +63,12 @@ def _searched(table: Sequence[Cell], schedule: str, base: str = "AdamW") -> list
 def time_of(cell: Cell) -> float:
     """Return the median of steps to the target; infinite for a run that is not there at its end.
 
+    One that is there before its first step counts as one of a step: times are divided.
     Which of the arrivals were those of runs that went away again is not known: they are taken to be
     the earliest.
     """
     gone = min(cell.lost + cell.diverged, len(cell.arrivals))
-    arrived = cell.arrivals[gone:]
+    arrived = [max(step, 1.0) for step in cell.arrivals[gone:]]
     return float(statistics.median_high([*arrived, *[math.inf] * (cell.seeds - len(arrived))]))
 
 
@@ -144,12 +145,15 @@ def families(table: Sequence[Cell]) -> dict[str, list[Cell]]:
 def best_of_tries(some: Sequence[Cell], tries: int) -> float:
     """Return the expected best result of so many tries.
 
-    One that diverged counts as the worst of those that did not.
+    One that diverged counts as the worst of those that did not; where all did the result is
+    infinite.
     """
     merits = [cell.merit for cell in some if not cell.diverged]
+    if not merits:
+        return some[0].mean
     merits += [min(merits)] * (len(some) - len(merits))
     best = expected_best(merits, tries)
-    return best if some[0].kind.more_is_better else -best
+    return best if some[0].kind.more_is_better else 0.0 - best  # a loss of 0 is none of -0
 
 
 def error_of(value: float, table: Sequence[Cell]) -> float:
@@ -207,6 +211,9 @@ def report(tables: Tables) -> Iterator[str]:
         "frozen. No constant was chosen on them, but this is no test yet."
     )
     yield ""
+    if not times(tables):
+        yield "There is no task yet with results of ours and of the search of the baseline."
+        return
     yield "![Performance profiles](profile.png)"
     for title, role in (("Tasks that judge", JUDGING), ("Tasks that choose", CHOOSING)):
         of_role = {task: table for task, table in tables.items() if task in role}
@@ -247,9 +254,9 @@ def _section(title: str, tables: Tables, role: Sequence[str]) -> Iterator[str]:
         least = error_of(best_of_tries(found[SEARCH], len(found[SEARCH])), table)
         for name, some in found.items():
             best = [best_of_tries(some, tries) for tries in TRIES]
-            logs.setdefault(name, []).append(
-                [math.log(error_of(value, table) / least) for value in best]
-            )
+            errors = [error_of(value, table) for value in best]
+            if all(0.0 < error < math.inf for error in (least, *errors)):  # else it has no mean
+                logs.setdefault(name, []).append([math.log(error / least) for error in errors])
             cells = " | ".join(shown(value, some[0].kind) for value in best)
             yield f"| {NAMES[task]} | {name} | {len(some)} | {cells} |"
     for name, own in logs.items():

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.protocol import unlike
 from benchmarks.training import figures, profile
 from benchmarks.training.cells import Cell, best_of, cells, keep, kept, merged, shown, worst_of
 from benchmarks.training.goals import NAMES, ROLES, advised, learned, misses, of_base
@@ -65,7 +66,8 @@ def report(logs: Path, output: Path | None) -> None:
     output.mkdir(parents=True, exist_ok=True)
     keep(everything, output / KEPT)
     for name in JUDGING:
-        archive(logs, name, output / f"scored_{name}.tar.xz")
+        for left_out in archive(logs, name, output / f"scored_{name}.tar.xz", unlike):
+            print(left_out)
     (output / "learning.md").write_text(summary, encoding="utf-8")
     for name, table in tables.items():
         text = "\n".join(_everything(name, table, times[name])) + "\n"

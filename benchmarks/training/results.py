@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,12 @@ def read(folder: Path) -> Iterator[Result]:
             yield from _runs(head, entries)
 
 
-def archive(folder: Path, task: str, path: Path) -> None:
+def archive(
+    folder: Path, task: str, path: Path, unlike: Callable[[Path, str], str | None]
+) -> list[str]:
     """Add the complete logs of a task to a tar.xz file, in place of those of the same name.
+
+    Returns a sentence on each that is left out.
 
     Parameters
     ----------
@@ -118,10 +122,20 @@ def archive(folder: Path, task: str, path: Path) -> None:
     task : str
     path : Path
         Left as it is, or not made, where there is nothing to add.
+    unlike : callable
+        As `benchmarks.protocol.unlike`.
     """
-    logs = {log.name: log.read_bytes() for log in folder.glob(f"{task}-*.jsonl") if finished(log)}
+    logs, left_out = {}, []
+    for log in sorted(folder.glob(f"{task}-*.jsonl")):
+        if not finished(log):
+            continue
+        why = unlike(log, task)
+        if why is None:
+            logs[log.name] = log.read_bytes()
+        else:
+            left_out.append(f"{log.name} is not archived: {why}.")
     if not logs:
-        return
+        return left_out
     if path.is_file():
         with tarfile.open(path) as older:
             kept = {member.name: older.extractfile(member) for member in older}
@@ -133,6 +147,7 @@ def archive(folder: Path, task: str, path: Path) -> None:
             member.size = len(logs[name])
             file.addfile(member, io.BytesIO(logs[name]))
     replace_file(path, packed.getvalue())
+    return left_out
 
 
 def _runs(head: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[Result]:
