@@ -16,13 +16,19 @@ OLDEST = .venv-oldest/bin/python -m pip install --quiet --disable-pip-version-ch
 OLDEST_TESTS = tests/test_rules.py tests/test_blocks.py tests/test_checkpoint.py tests/test_laws.py \
 	tests/test_torch_optimizer.py tests/test_torch_compiled.py tests/test_jax_transformation.py tests/test_jax_wrapped.py
 
-.PHONY: demo test newest oldest lint docs gpu release clean
+.PHONY: demo test slow newest oldest lint docs gpu release clean
+
+# as many processes as there are cores, with one thread each: more would wait for each other
+test slow newest oldest: export OMP_NUM_THREADS = 1
 
 demo: .venv-demo/ready ## train on handwritten digits from step sizes that are far too small
 	.venv-demo/bin/python -m metaopt demo
 
-test: .venv/ready ## run all tests
-	.venv/bin/python -m pytest -n auto
+test: .venv/ready ## run all tests but those that are slow
+	.venv/bin/python -m pytest -n auto --durations 25
+
+slow: .venv/ready ## run the tests that are slow
+	.venv/bin/python -m pytest -n auto -m slow
 
 newest: ## run tests of the adapters on the newest PyTorch and JAX, those newer than the pinned ones
 	$(PYTHON) -m venv .venv-newest

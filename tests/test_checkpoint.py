@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import metaopt as mo
+from tests.on_demand import slow_but
 
 ROOT = Path(__file__).parents[1]
 SHAPES: dict[str, tuple[int, ...]] = {"w": (4, 3), "b": (3,), "s": ()}
@@ -127,7 +128,9 @@ def test_resumed_run_is_the_run(name: str, tmp_path: Path) -> None:
     assert_resumes(name, start(), tmp_path / "state", 5, 5)
 
 
-@pytest.mark.parametrize("name", ["scalar", "node", "weight", "exact 2x2"])
+@pytest.mark.parametrize(
+    "name", slow_but(["scalar", "weight"], ["scalar", "node", "weight", "exact 2x2"])
+)
 def test_resumed_run_is_the_run_on_every_library(name: str, backend: Any, tmp_path: Path) -> None:
     if backend.name == "dask" and name == "exact 2x2":
         pytest.skip("a matrix product that is computed late is rounded otherwise")

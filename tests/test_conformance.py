@@ -20,11 +20,12 @@ from metaopt_conformance.oracle_runs import config, oracle_run
 from metaopt_conformance.suite import ADAPTED, run
 from metaopt_conformance.table import BASES, METAS
 
+from tests.on_demand import slow_but
+
 NUMPY = find("numpy")
 
 
-#: Minutes of compiling: in every run of the tests JAX has the families below, on demand all.
-ALL_OF_JAX = pytest.param("jax", marks=pytest.mark.slow)
+#: Minutes of compiling: in every run of the tests JAX has these, on demand all.
 SOME = ("jets", "special", "laws", "optimizer")
 
 
@@ -38,7 +39,7 @@ def test_some_families_pass_on_jax(tmp_path: Path, capsys: Any) -> None:
     assert passed == set(SOME)
 
 
-@pytest.mark.parametrize("name", ["numpy", "strict", "torch", ALL_OF_JAX])
+@pytest.mark.parametrize("name", slow_but(["numpy", "torch"], ["numpy", "strict", "torch", "jax"]))
 def test_the_quick_part_passes(name: str, tmp_path: Path, capsys: Any) -> None:
     try:
         find(name)

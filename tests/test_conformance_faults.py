@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import FAULTS, Fault, plant
+from tests.on_demand import slow_but
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,6 +50,12 @@ def test_the_copy_without_a_fault_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_has_its_place(name: str, tmp_path: Path) -> None:
+    plant(FAULTS[name], copied(tmp_path))
+
+
+#: A run of the suite takes seconds: some always, all of them on demand.
+@pytest.mark.parametrize("name", slow_but([*FAULTS][::5], FAULTS))
 def test_a_planted_fault_is_caught(name: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
     plant(fault, copied(tmp_path))

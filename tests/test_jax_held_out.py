@@ -16,6 +16,7 @@ from metaopt_conformance import tolerances  # noqa: E402
 from metaopt_jax import metaoptimize, wrap  # noqa: E402
 
 import metaopt as mo  # noqa: E402
+from tests.on_demand import slow_but  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"step_size": 0.02, "meta_lr": 0.05}
 STEPS = 6
@@ -65,20 +66,24 @@ def close(one: Any, other: Any) -> None:
     assert max(jax.tree.leaves(errors)) < allowed
 
 
+def by_name(tx: Any, tree: Any) -> dict[str, Any]:
+    return {name: np.asarray(leaf) for name, leaf in tx.named(tree).items()}
+
+
 def test_a_run_is_the_cores() -> None:
     tx = metaoptimize(held_out=True, **OPTIONS)
     params, state = run(tx, every_third)
     opt = mo.MetaOptimize(held_out=True, **OPTIONS)
-    names = tx.named(start())
+    names = by_name(tx, start())
     own_state = opt.init(names)
     for t in range(STEPS):
         tree = {"layer": {"w": names["layer.w"]}, "b": names["b"]}
         grads, judge = jax.grad(loss)(tree, t), every_third(tree, t)
         names, own_state = opt.step(
             names,
-            tx.named(grads),
+            by_name(tx, grads),
             own_state,
-            meta_grads=None if judge is None else tx.named(judge),
+            meta_grads=None if judge is None else by_name(tx, judge),
         )
     close(tx.named(params), names)
     close(tx.step_sizes(state), opt.step_sizes(own_state))
@@ -103,7 +108,7 @@ def test_zeros_are_rest_so_that_a_traced_condition_can_choose() -> None:
     close(tx.step_sizes(one[1]), tx.step_sizes(other[1]))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", slow_but([True], [False, True]))
 def test_a_leaf_that_is_none_adds_nothing(compiled: bool) -> None:
     tx = metaoptimize(held_out=True, blocks="tensor", **OPTIONS)
 
@@ -124,7 +129,7 @@ def test_within_a_chain() -> None:
     assert float(alone.step_sizes(state)["all"]) != pytest.approx(0.02)
 
 
-@pytest.mark.parametrize("blocks", ["scalar", "tensor"])
+@pytest.mark.parametrize("blocks", slow_but(["tensor"], ["scalar", "tensor"]))
 def test_a_wrapped_transformation_takes_them(blocks: str) -> None:
     options = OPTIONS | {"discount": 1.0, "blocks": blocks, "held_out": True}
     wrapped = wrap(optax.adamw(1.0, weight_decay=0.0), **options)

@@ -40,13 +40,13 @@ def test_a_compiled_update_is_the_cores_step(blocks: str) -> None:
     options: dict[str, Any] = {"base": BASE, "step_size": 0.02, "blocks": blocks}
     tx, opt = metaoptimize(**options), mo.MetaOptimize(**options)
     params: Any = arrays(0)
-    state, own, kept = tx.init(params), params, opt.init(params)
-    update = jax.jit(tx.update)
+    state, own = tx.init(params), jax.tree.map(np.asarray, params)
+    kept, update = opt.init(own), jax.jit(tx.update)
     for t in range(4):
         grads = arrays(t + 1)
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        own, kept = opt.step(own, grads, kept)
+        own, kept = opt.step(own, jax.tree.map(np.asarray, grads), kept)
     close(params, own)
     found, want = tx.hyperparameters(state), opt.hyperparameters(kept)
     assert [*found] == [*want] == ["momentum", "weight_decay", "beta2", "eps"]

@@ -16,6 +16,7 @@ from metaopt_conformance.tolerances import relative_error, rounding  # noqa: E40
 from metaopt_jax import from_config, metaoptimize  # noqa: E402
 
 import metaopt as mo  # noqa: E402
+from tests.on_demand import slow_but  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the order of loops is chosen for CPUs"
@@ -137,7 +138,7 @@ def loops(program: Any) -> tuple[int, int]:
     return len(calls), len({bodies[name] for name in calls})
 
 
-@pytest.mark.parametrize("blocks", ["scalar", "tensor"])
+@pytest.mark.parametrize("blocks", slow_but(["tensor"], ["scalar", "tensor"]))
 def test_more_leaves_of_a_shape_take_few_loops_and_almost_none_of_their_own(blocks: str) -> None:
     """A leaf has its five arrays' loops, of the sum, moments, trace and step; one more cuts out
     its numbers, and one ties its step to its trace. With a step size each there are four more.
@@ -151,7 +152,9 @@ def test_more_leaves_of_a_shape_take_few_loops_and_almost_none_of_their_own(bloc
     assert kinds_of_48 - kinds_of_16 < 20
 
 
-@pytest.mark.parametrize("blocks", ["scalar", "tensor", {"one": "w0*", "rest": "*"}])
+@pytest.mark.parametrize(
+    "blocks", slow_but(["tensor"], ["scalar", "tensor", {"one": "w0*", "rest": "*"}])
+)
 def test_leaves_in_one_vector_make_the_steps_of_each_by_itself(
     blocks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

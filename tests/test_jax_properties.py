@@ -16,6 +16,7 @@ from metaopt_conformance.table import RULES  # noqa: E402
 from metaopt_jax import metaoptimize  # noqa: E402
 
 import metaopt as mo  # noqa: E402
+from tests.on_demand import slow_but  # noqa: E402
 
 jnp = jax.numpy
 
@@ -75,7 +76,7 @@ def nested(dtype: str = "float32") -> Any:
     return [-jnp.ones((2, 3), dtype), {"w": jnp.ones((2, 5, 2), dtype)}]
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("problem", slow_but(["mixed", "rosenbrock"], PROBLEMS))
 @pytest.mark.parametrize("meta", METAS)
 @pytest.mark.parametrize("base", BASES)
 def test_it_solves_it(base: str, meta: str, problem: str) -> None:

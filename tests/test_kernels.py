@@ -25,6 +25,7 @@ from metaopt_kernels.sharing import shared
 
 import metaopt as mo
 from metaopt.arrays import map_leaves, namespace
+from tests.on_demand import slow_but
 
 ROOT = Path(__file__).parents[1]
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -178,7 +179,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @needs_numba
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", slow_but(["float32"], ["float64", "float32"]))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_equal_the_core(name: str, dtype: str) -> None:
     options = configured(base=BASES["AdamW"]) | OPTIONS[name]

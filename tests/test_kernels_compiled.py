@@ -29,6 +29,7 @@ from metaopt_kernels.programs import Spec, trace
 import metaopt as mo
 from metaopt.arrays import map_leaves
 from metaopt.inputs import multipliers
+from tests.on_demand import slow_but
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is found")
@@ -230,7 +231,7 @@ def compare(opt: mo.MetaOptimize, dtype: str, *, engine: Any = HOST, grad: Any =
 
 @needs_compiler
 @pytest.mark.parametrize("blocks", ["tensor", "weight"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", slow_but(["AdamW", "SGDm, delayed", "Lion"], RULES))
 def test_every_rule_on_the_host_equals_the_core(rule: str, blocks: str) -> None:
     opt = mo.MetaOptimize(
         base=RULES[rule], meta=mo.AdamW(), step_size=0.05, blocks=blocks, discount=1.0
@@ -239,7 +240,7 @@ def test_every_rule_on_the_host_equals_the_core(rule: str, blocks: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("grad", [None, "float32", "float64"])
+@pytest.mark.parametrize("grad", slow_but(["float32"], [None, "float32", "float64"]))
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_every_dtype_on_the_host_equals_the_core(dtype: str, grad: Any) -> None:
     compare(
@@ -275,7 +276,7 @@ def test_options_on_the_host_equal_the_core(name: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("blocks", ["scalar", "node"])
+@pytest.mark.parametrize("blocks", slow_but(["node"], ["scalar", "node"]))
 def test_many_leaves_and_chunks(blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More leaves than a launch takes, more chunks than threads, leaves without any."""
     monkeypatch.setattr(gpu.Gpu, "chunk", 16)

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import metaopt as mo  # noqa: E402
 from metaopt.arrays import map_leaves, to_numpy  # noqa: E402
+from tests.on_demand import slow_but  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
@@ -83,7 +84,7 @@ def options_of(name: str) -> dict[str, Any]:
     return defaults | OPTIONS[name]
 
 
-@pytest.mark.parametrize("small", [0, 2**16], ids=["direct", "packed"])
+@pytest.mark.parametrize("small", slow_but([0], [0, 2**16]))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_compiled_and_eager_steps_agree(name: str, small: int, monkeypatch: Any) -> None:
     monkeypatch.setitem(buckets.SMALL, "cpu", small)
