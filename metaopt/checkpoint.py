@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from metaopt.metaoptimize import MetaOptimize
 from metaopt.rules.learned import Learned
 from metaopt.state import State
 
-__all__ = ["load", "save"]
+__all__ = ["decode", "encode", "load", "save"]
 
 _FORMAT = "metaopt.state"
 _VERSION = 1
@@ -236,66 +236,106 @@ def _config(opt: MetaOptimize) -> tuple[dict[str, Any], dict[str, np.ndarray[Any
     """Return the configuration as JSON can hold it, and its arrays by key of the file."""
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     config = {
-        option.name: _encode(getattr(opt, option.name), f"{_CONFIG}{option.name}", arrays)
+        option.name: encode(getattr(opt, option.name), f"{_CONFIG}{option.name}", arrays)
         for option in dataclasses.fields(MetaOptimize)
         if option.init
     }
     return config, arrays
 
 
-def _encode(value: Any, key: str, arrays: dict[str, np.ndarray[Any, Any]]) -> Any:
-    """Return `value` as JSON can hold it; an object of an unknown class by its name and repr."""
+def encode(
+    value: Any,
+    key: str,
+    arrays: dict[str, np.ndarray[Any, Any]],
+    foreign: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Return a part of a configuration as JSON can hold it.
+
+    Parameters
+    ----------
+    value : object
+        An option of `metaopt.MetaOptimize`.
+    key : str
+        What its arrays are called.
+    arrays : dict
+        Takes them.
+    foreign : callable, optional
+        From an object of an unknown class to what JSON can hold, a dict with the key "foreign"; by
+        default its name and repr.
+    """
+
+    def inner(item: Any, name: Any) -> Any:
+        return encode(item, f"{key}/{name}", arrays, foreign)
+
     if isinstance(value, Mapping):
-        return {
-            "mapping": [
-                [name, _encode(item, f"{key}/{name}", arrays)] for name, item in value.items()
-            ]
-        }
+        return {"mapping": [[name, inner(item, name)] for name, item in value.items()]}
     if isinstance(value, tuple | list):
-        return [_encode(item, f"{key}/{index}", arrays) for index, item in enumerate(value)]
+        return [inner(item, index) for index, item in enumerate(value)]
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if type(value) is _TYPES.get(type(value).__name__):
-        return {
-            "type": type(value).__name__,
-            "options": {
-                option.name: _encode(getattr(value, option.name), f"{key}/{option.name}", arrays)
-                for option in dataclasses.fields(value)
-                if option.init
-            },
-        }
+        own = [option.name for option in dataclasses.fields(value) if option.init]
+        options = {name: inner(getattr(value, name), name) for name in own}
+        return {"type": type(value).__name__, "options": options}
     if isinstance(value, np.ndarray):
         arrays[key] = value
         return {"array": key}
     if hasattr(value, "dtype") and getattr(value, "shape", None) == () and at_hand(value):
         return float(to_numpy(value))  # a hyperparameter that is an array of another library
+    return _shown(value) if foreign is None else foreign(value)
+
+
+def _shown(value: Any) -> dict[str, str]:
+    """Return the name and the repr of an object of an unknown class."""
     cls: Any = type(value)
     # the default repr holds an address, which no other process has
     shown = cls.__qualname__ if cls.__repr__ is object.__repr__ else repr(value)
     return {"foreign": f"{cls.__module__}.{cls.__qualname__}", "repr": shown}
 
 
-def _decode(value: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Any:
+def decode(
+    value: Any,
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    foreign: Callable[[Mapping[str, Any]], Any] | None = None,
+) -> Any:
+    """Return what `encode` was given; by default an error for objects of unknown classes.
+
+    Parameters
+    ----------
+    value : object
+        What `encode` returned.
+    arrays : mapping of key to array
+    foreign : callable, optional
+        The inverse of that of `encode`.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError, AttributeError
+        If it is nothing that `encode` returns.
+    """
     if isinstance(value, list):
-        return tuple(_decode(item, arrays) for item in value)
+        return tuple(decode(item, arrays, foreign) for item in value)
     if not isinstance(value, dict):
         return value
     if "mapping" in value:
-        return {name: _decode(item, arrays) for name, item in value["mapping"]}
+        return {name: decode(item, arrays, foreign) for name, item in value["mapping"]}
     if "array" in value:
         return arrays[value["array"]]
     if "foreign" in value:
+        if foreign is not None:
+            return foreign(value)
         msg = f"holds {value['repr']} of the class {value['foreign']}; pass `opt` to load it"
         raise ValueError(msg)
     cls = _TYPES[value["type"]]
-    return cls(**{name: _decode(item, arrays) for name, item in value["options"].items()})
+    options = value["options"].items()
+    return cls(**{name: decode(item, arrays, foreign) for name, item in options})
 
 
 def _build(
     path: str | os.PathLike[str], config: Any, arrays: Mapping[str, np.ndarray[Any, Any]]
 ) -> MetaOptimize:
     try:
-        options = {name: _decode(value, arrays) for name, value in config.items()}
+        options = {name: decode(value, arrays) for name, value in config.items()}
         _check_made(options)
         return MetaOptimize(**options)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
