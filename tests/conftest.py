@@ -1,5 +1,6 @@
 """The array libraries that the core is tested on: one fixture, the same tests on each."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 from metaopt_conformance import backends
 
 from metaopt.arrays import map_leaves
+
+os.environ.setdefault("KERAS_BACKEND", "torch")  # before anything imports Keras
 
 
 @dataclass(frozen=True)

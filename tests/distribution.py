@@ -17,6 +17,7 @@ PACKAGES = {
     "metaopt",
     "metaopt_conformance",
     "metaopt_jax",
+    "metaopt_keras",
     "metaopt_kernels",
     "metaopt_mlx",
     "metaopt_torch",

@@ -44,6 +44,7 @@ def run(program: str, *first: str) -> "subprocess.CompletedProcess[str]":
         ("metaopt_jax", ["jax"], "metaopt_jax needs JAX and optax: pip install jax optax"),
         ("metaopt_jax", ["optax"], "metaopt_jax needs JAX and optax: pip install jax optax"),
         ("metaopt_mlx", ["mlx"], "metaopt_mlx needs MLX: pip install mlx, or mlx[cpu] on Linux"),
+        ("metaopt_keras", ["keras"], "metaopt_keras needs Keras 3: pip install keras"),
         (
             "metaopt_conformance",
             ["hypothesis"],

@@ -314,7 +314,7 @@ def test_the_recipe_for_conda_says_what_the_project_does() -> None:
     needs = dict(re.findall(r"^    - ([\w-]+) >=([\d.]+)$", recipe, re.MULTILINE))
     needs["torch"] = needs.pop("pytorch")  # as conda calls it
     assert f">={needs.pop('python')}" == project()["requires-python"]
-    assert needs == bounds("torch", "jax", "cupy", "mlx")
+    assert needs == bounds("torch", "jax", "cupy", "mlx", "keras")
     assert project()["description"] in recipe
 
 

@@ -18,6 +18,12 @@ ADAPTERS: dict[str, tuple[set[str], set[str]]] = {
     "metaopt_jax.metaoptimize": ({"recover"}, {"lr", "axis_name"}),
     "metaopt_kernels.MetaOptimizer": (set(), {"fused"}),
     "metaopt_mlx.MetaOptimizer": (set(), {"lr"}),
+    "metaopt_keras.MetaOptimizer": (
+        set(),
+        {"lr", "weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "name"}
+        | {"use_ema", "ema_momentum", "ema_overwrite_frequency"}
+        | {"loss_scale_factor", "gradient_accumulation_steps"},
+    ),
 }
 #: An optimizer that is known by its steps alone has no formula.
 FORMULA = {"base", "sigma", "approximation", "curvature", "recover"}
@@ -29,7 +35,12 @@ WRAPPERS: dict[str, tuple[set[str], set[str]]] = {
 
 def found(path: str) -> Callable[..., Any]:
     package, _, name = path.partition(".")
-    needs = {"metaopt_torch": ["torch"], "metaopt_jax": ["jax", "optax"], "metaopt_mlx": ["mlx"]}
+    needs = {
+        "metaopt_torch": ["torch"],
+        "metaopt_jax": ["jax", "optax"],
+        "metaopt_mlx": ["mlx"],
+        "metaopt_keras": ["keras"],
+    }
     for needed in needs.get(package, []):
         pytest.importorskip(needed)
     return getattr(importlib.import_module(package), name)
@@ -60,7 +71,12 @@ def test_options_of_the_core_have_its_names_and_defaults_everywhere(path: str) -
 def test_only_what_is_optimized_may_be_passed_by_position(path: str) -> None:
     parameters = inspect.signature(found(path)).parameters.values()
     before = [one.name for one in parameters if one.kind is not one.KEYWORD_ONLY]
-    assert len(before) == (path not in ("metaopt_jax.metaoptimize", "metaopt_mlx.MetaOptimizer"))
+    without = (
+        "metaopt_jax.metaoptimize",
+        "metaopt_mlx.MetaOptimizer",
+        "metaopt_keras.MetaOptimizer",
+    )
+    assert len(before) == (path not in without)
 
 
 @pytest.mark.parametrize("path", ADAPTERS)

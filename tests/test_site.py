@@ -28,6 +28,8 @@ PACKAGES = (
     "metaopt.rules",
     "metaopt.step_sizes",
     "metaopt_jax",
+    "metaopt_keras",
+    "metaopt_keras.callbacks",
     "metaopt_kernels",
     "metaopt_mlx",
     "metaopt_torch",

@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -350,6 +350,24 @@ def _mlx() -> Backend:
     )
 
 
+def _keras() -> Backend:
+    os.environ.setdefault("KERAS_BACKEND", "torch")  # for as long as Keras is not imported
+    keras = _imported("keras", "keras")
+    name = keras.backend.backend()
+    if name not in ("torch", "jax"):
+        msg = f"KERAS_BACKEND must be torch or jax; Keras has {name}"
+        raise UnavailableError(msg)
+    # the arrays are those of its backend, whose core and optimizers have columns of their own
+    return replace(
+        BACKENDS[name](),
+        name="keras",
+        optimizer=_adapter("keras_adapter", "Optimizer"),
+        slow_optimizer=name == "jax",
+        wrapped=None,
+        plain=None,
+    )
+
+
 def _imported(module: str, distribution: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -366,4 +384,5 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "cupy": _cupy,
     "dask": _dask,
     "mlx": _mlx,
+    "keras": _keras,
 }
