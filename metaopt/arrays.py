@@ -5,7 +5,7 @@ and the functions of the namespace an array belongs to.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
@@ -22,7 +22,7 @@ __all__ = [
     "cast",
     "compute_dtype",
     "device",
-    "filled",
+    "full",
     "home",
     "is_narrow",
     "is_number",
@@ -184,7 +184,7 @@ def home(array: Any) -> Any:
     return found if spec is None else type(found)(found.mesh, type(spec)())
 
 
-def filled(like: Any, shape: Shape, value: float, dtype: Any = None) -> Any:
+def full(like: Any, shape: Shape, value: float, dtype: Any = None) -> Any:
     """Return an array of one value, on the device of `like` and by default in its dtype."""
     dtype = like.dtype if dtype is None else dtype
     return namespace(like).full(shape, value, dtype=dtype, device=home(like))
@@ -211,13 +211,18 @@ def at_hand(value: Any) -> bool:
 
 
 def map_leaves(function: Callable[..., ResultT], *trees: Any) -> Any:
-    """Apply `function` to arrays in parallel: to each value of mappings, or to the trees."""
+    """Apply `function` to arrays in parallel: to each value of mappings, or to the trees.
+
+    What is no mapping, where the first tree is one, goes with each of its values.
+    """
     first = trees[0]
-    if isinstance(first, Mapping):
-        return OrderedDict(
-            (key, map_leaves(function, *(tree[key] for tree in trees))) for key in first
-        )
-    return function(*trees)
+    if not isinstance(first, Mapping):
+        return function(*trees)
+
+    def at(key: Any) -> Iterator[Any]:
+        return (tree[key] if isinstance(tree, Mapping) else tree for tree in trees)
+
+    return OrderedDict((key, map_leaves(function, *at(key))) for key in first)
 
 
 def solid(array: Any) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from metaopt.arrays import Array, Leaves, Namespace, Shape, cast, filled, namespace
+from metaopt.arrays import Array, Leaves, Namespace, Shape, cast, full, namespace
 
 __all__ = [
     "Blocks",
@@ -216,7 +216,7 @@ class Blocks:
         some = next(iter(partials.values()))
         if self.partition.per_leaf:
             return OrderedDict(
-                (name, partials[name] if name in partials else filled(some, shape, 0))
+                (name, partials[name] if name in partials else full(some, shape, 0))
                 for name, shape in self.views.items()
             )
         xp = namespace(some)
@@ -226,7 +226,7 @@ class Blocks:
             flat = xp.reshape(part, (-1,))
             sums[key] = sums[key] + flat if key in sums else flat
         segments = [
-            sums[key] if key in sums else filled(some, (family.size,), 0)
+            sums[key] if key in sums else full(some, (family.size,), 0)
             for key, family in self.families.items()
         ]
         return segments[0] if len(segments) == 1 else xp.concat(segments)

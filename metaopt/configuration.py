@@ -12,7 +12,7 @@ from metaopt.arrays import (
     Array,
     Leaves,
     at_hand,
-    filled,
+    full,
     map_leaves,
     namespace,
     per_leaf,
@@ -250,7 +250,7 @@ class Configuration:
         return tuple(
             blocks.from_names(
                 {
-                    key: filled(like, (), self._beta_bounds.get(key, self._sigma.beta_range)[end])
+                    key: full(like, (), self._beta_bounds.get(key, self._sigma.beta_range)[end])
                     for key in blocks.families
                 }
             )
@@ -374,7 +374,7 @@ class Configuration:
         """Return what is learned at `beta`, values per block; its start where it is fixed."""
 
         def value(beta: Any) -> Any:
-            return filled(beta, beta.shape, self.start) if self.fixed else self._sigma.value(beta)
+            return full(beta, beta.shape, self.start) if self.fixed else self._sigma.value(beta)
 
         return map_leaves(value, beta)
 

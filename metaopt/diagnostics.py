@@ -66,7 +66,7 @@ def _of_blocks(
         "beta": named(blocks, state.beta),
         "meta_grad": each_horizon(plan, by_block, state.meta_grad),
         "trace_norm": each_horizon(plan, by_block, norms),
-        "pinned": named(blocks, _pinned(config, blocks, state.beta)),
+        "pinned": named(blocks, map_leaves(pinned, state.beta, *config.limits(blocks, state.beta))),
         "collapsed": named(blocks, collapsed),
         "asleep": named(blocks, rests),
         "restarts": {name: solid(array) for name, array in restarts.items()},
@@ -81,14 +81,3 @@ def _of_blocks(
 def named(blocks: Blocks, values: Any) -> dict[str, Any]:
     """Return values per block by the names of blocks, as arrays."""
     return {name: solid(array) for name, array in blocks.by_name(values).items()}
-
-
-def _pinned(config: Configuration, blocks: Blocks, beta: Any) -> Any:
-    """Say which blocks are at a bound."""
-    lo, hi = config.limits(blocks, beta)
-    if not isinstance(beta, Mapping):
-        return pinned(beta, lo, hi)
-    return {
-        name: pinned(piece, *(end[name] if isinstance(end, Mapping) else end for end in (lo, hi)))
-        for name, piece in beta.items()
-    }

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt.arrays import cast, filled, namespace
+from metaopt.arrays import cast, full, namespace
 from metaopt.jets import Jet, lift, scaled, total
 from metaopt.rules.learned import bound
 from metaopt.rules.rule import Rule, decay_step_size, direction_of, is_opaque
@@ -389,7 +389,7 @@ def discount_where(active: Any, discount: Any, dtype: Any) -> Any:
     if active is True or (isinstance(discount, float) and discount == 1.0):
         return discount if isinstance(discount, float) else cast(discount, dtype)
     if isinstance(discount, float):
-        discount = filled(active, (), discount, dtype)
+        discount = full(active, (), discount, dtype)
     discount = cast(discount, dtype)
     return namespace(discount).where(active, discount, namespace(discount).ones_like(discount))
 

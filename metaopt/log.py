@@ -17,9 +17,9 @@ from metaopt.page import page
 
 __all__ = ["Log"]
 
-#: Of `diagnostics`, what is true or false of a block.
+#: Keys of `diagnostics` whose values are booleans.
 FLAGS = ("pinned", "collapsed", "asleep")
-#: What every entry has.
+#: Keys that every entry has.
 NEEDED = {"step", "discounts", "step_sizes", "restarts", "longer", "distance"}
 
 
@@ -131,7 +131,7 @@ class Log:
         self._check_discounts(entry["discounts"])
         for name, value in (("loss", loss), ("averaged_loss", averaged_loss)):
             if value is not None:
-                entry[name] = _one(name, value)
+                entry[name] = _single(name, value)
         entry["step_sizes"] = {block: _spread(size) for block, size in opt.step_sizes(*own).items()}
         entry["effective_lr"] = _effective(opt, *own)
         entry |= _of_diagnostics(opt.diagnostics(*given))
@@ -145,7 +145,7 @@ class Log:
         return _scalars(entry)
 
     def _check_discounts(self, discounts: Sequence[float]) -> None:
-        """Raise where these are not as many as those before: a page is of one kind of run."""
+        """Raise unless earlier entries have as many discounts: a page shows them by position."""
         if self.entries and len(discounts) != len(self.entries[0]["discounts"]):
             msg = (
                 f"`entries` have {len(self.entries[0]['discounts'])} discounts, and `discount` is "
@@ -190,7 +190,7 @@ class Log:
 
 
 def _given(opt: Any, state: Any, params: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return what `opt.step_sizes` is to be called with, and what `opt.diagnostics` is."""
+    """Return the arguments of `opt.step_sizes`, and those of `opt.diagnostics`."""
     if not all(hasattr(opt, name) for name in ("step_sizes", "diagnostics", "hyperparameters")):
         msg = (
             "`opt` must be an optimizer of metaopt's or one of its adapters; got "
@@ -206,8 +206,8 @@ def _given(opt: Any, state: Any, params: Any) -> tuple[tuple[Any, ...], tuple[An
         if name not in takes and value is not None:
             msg = f"`{name}` must be left out: {type(opt).__name__} has its own."
             raise ValueError(msg)
-    of = {name: (value,) for name, value in handed.items() if name in takes}
-    return of.get("state", ()), (*of.get("state", ()), *of.get("params", ()))
+    own = () if state is None else (state,)
+    return own, own if params is None else (*own, params)
 
 
 def _discounts(opt: Any) -> list[float]:
@@ -217,7 +217,10 @@ def _discounts(opt: Any) -> list[float]:
 
 
 def _effective(opt: Any, *state: Any) -> dict[str, list[float]]:
-    """Return the step sizes times `lr`, where `opt` knows it; of several groups by their number."""
+    """Return the step sizes times `lr` by block; none where `opt` has no multiplier.
+
+    Names of blocks begin with the number of the group if there are several groups.
+    """
     found = opt.effective_lr(*state) if hasattr(opt, "effective_lr") else {}
     if isinstance(found, list):
         several = len(found) > 1
@@ -229,7 +232,7 @@ def _effective(opt: Any, *state: Any) -> dict[str, list[float]]:
     return {name: _spread(size) for name, size in found.items()}
 
 
-def _one(name: str, value: Any) -> float:
+def _single(name: str, value: Any) -> float:
     array = to_numpy(value)
     if array.size != 1:
         msg = f"`{name}` must be one number; got an array of shape {array.shape}."
@@ -246,7 +249,7 @@ def _spread(array: Any) -> list[float]:
 
 
 def _of_diagnostics(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of `diagnostics` is kept, as numbers per block or per discount."""
+    """Return the part of an entry that comes from `diagnostics`: sums or means by block."""
     entry: dict[str, Any] = {"restarts": _sums(found["restarts"])}
     for name in FLAGS:
         entry[name] = {

@@ -10,7 +10,7 @@ from metaopt.arrays import (
     Array,
     Leaves,
     cast,
-    filled,
+    full,
     kind_of,
     map_leaves,
     namespace,
@@ -204,18 +204,9 @@ class MetaOptimize(Configuration):
             If names, shapes or dtypes do not fit, `lr` is negative, what `curvature` needs is not
             given, or `meta_grads` are without `held_out`. Nothing is changed then, nor ever.
         """
+        derivatives, across = (hvp, third, hessian_diagonal), parts.Across(reduce, copies or {})
         plan, given = self._given(
-            params,
-            grads,
-            state,
-            lr,
-            hvp,
-            third,
-            hessian_diagonal,
-            unit_steps,
-            meta_grads,
-            reduce,
-            copies,
+            params, grads, state, lr, derivatives, unit_steps, meta_grads, across
         )
         _, moved, new_state, finite = parts.make_step(self, plan, state, given)
 
@@ -282,18 +273,9 @@ class MetaOptimize(Configuration):
                 "bring them back to 1. Call `step`."
             )
             raise ValueError(msg)
+        derivatives, across = (hvp, third, hessian_diagonal), parts.Across(reduce, copies or {})
         plan, given = self._given(
-            params,
-            grads,
-            state,
-            lr,
-            hvp,
-            third,
-            hessian_diagonal,
-            unit_steps,
-            meta_grads,
-            reduce,
-            copies,
+            params, grads, state, lr, derivatives, unit_steps, meta_grads, across
         )
         deltas, _, new_state, finite = parts.make_step(self, plan, state, given)
         if finite is not None:
@@ -312,39 +294,28 @@ class MetaOptimize(Configuration):
         grads: Mapping[str, Any],
         state: State,
         lr: Any,
-        hvp: Any,
-        third: Any,
-        hessian_diagonal: Any,
+        derivatives: tuple[Any, Any, Any],
         unit_steps: Mapping[str, Any] | None,
         meta_grads: Mapping[str, Any] | None,
-        reduce: parts.Reduce | None,
-        copies: Mapping[str, int] | None,
+        across: parts.Across,
     ) -> tuple[Plan, parts.Given]:
         """Return the plan and what a step is handed, or raise where these do not fit."""
         plan = self._plan_for(params, state)
         inputs.check_grads(grads, params, plan.shapes)
-        inputs.check_curvature(hvp, third, hessian_diagonal, grads, params, plan)
+        inputs.check_curvature(*derivatives, grads, params, plan)
         inputs.check_unit_steps(unit_steps, grads, params, plan)
         inputs.check_meta_grads(meta_grads, params, plan.shapes, held_out=self.held_out)
-        inputs.check_copies(copies or {}, plan.shapes)
-        if reduce is not None:
-            inputs.check_callable("reduce", reduce)
+        inputs.check_copies(across.copies, plan.shapes)
+        if across.reduce is not None:
+            inputs.check_callable("reduce", across.reduce)
         xp = namespace(state.step)
         lrs = per_leaf(
             (name, lr if isinstance(lr, float) else cast(xp.asarray(lr), plan.dtypes[name]))
             for name, lr in inputs.multipliers(lr, plan.shapes).items()
         )
-        across = parts.Across(reduce, copies or {})
+        deciding = (meta_grads or {}) if self.held_out else grads
         return plan, parts.Given(
-            params,
-            grads,
-            lrs,
-            hvp,
-            third,
-            hessian_diagonal,
-            unit_steps or {},
-            (meta_grads or {}) if self.held_out else grads,
-            across,
+            params, grads, lrs, *derivatives, unit_steps or {}, deciding, across
         )
 
     def _plan_for(self, params: Mapping[str, Array], state: State) -> Plan:
@@ -480,14 +451,6 @@ class MetaOptimize(Configuration):
         """
         return averaged_params(self, self._plan_for(params, state), params, state)
 
-    def slopes(self, beta: Any) -> tuple[Any, Any]:
-        """Return the step sizes and their derivative at `beta`, values per block (section 8).
-
-        The second is the very object of the first where the two are equal.
-        """
-        sizes = parts.sizes_of(self.sigma_map, beta)
-        return sizes.value, sizes.first
-
     def meta_step(self, plan: Plan, state: State, z: Any, names: Iterable[str]) -> State:
         """Return `state` after the meta update of a step without curvature.
 
@@ -590,7 +553,7 @@ def _pushed_again(jvp: JVP, plan: Plan, weights: Leaves[Any], traces: Leaves[Any
     def tangent(name: str, weight: Any) -> Any:
         if name in traces:
             return traces[name]
-        return filled(weight, columns + tuple(weight.shape), 0.0)
+        return full(weight, columns + tuple(weight.shape), 0.0)
 
     tangents = per_leaf((name, tangent(name, weight)) for name, weight in weights.items())
     _, found = pushed(jvp, plan, weights, tangents)

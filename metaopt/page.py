@@ -12,11 +12,11 @@ __all__ = ["page"]
 
 Entry = Mapping[str, Any]
 
-#: Points of a line; more are not seen on a screen.
+#: A line has at most so many points.
 POINTS = 300
-#: Stretches of time, over which votes and events are counted.
-STRETCHES = 40
-#: Blocks that have a line, and those that have a row of events.
+#: Intervals of steps into which a run is cut to count votes and events.
+INTERVALS = 40
+#: At most so many blocks have a line, and so many a row of events.
 LINES, ROWS = 8, 24
 
 EVENTS = {"restarted": "#d55e00", "pinned": "#0072b2", "collapsed": "#b8860b", "asleep": "#999999"}
@@ -87,7 +87,7 @@ def _legend(names: Sequence[str], *, dashed: bool = True) -> str:
 
 
 def _thinned(entries: Sequence[Entry], most: int = POINTS) -> Iterator[Sequence[Entry]]:
-    """Yield the entries in at most so many stretches of equal length, each as a list."""
+    """Cut the entries into intervals of equal length, at most so many."""
     each = math.ceil(len(entries) / most)
     return (entries[at : at + each] for at in range(0, len(entries), each))
 
@@ -110,11 +110,11 @@ def _losses(entries: Sequence[Entry]) -> Iterator[str]:
         return
     x: list[float] = []
     y: dict[str, list[float | None]] = {name: [] for name, _, _ in found}
-    for stretch in _thinned(entries):
-        x.append(stretch[-1]["step"])
+    for interval in _thinned(entries):
+        x.append(interval[-1]["step"])
         for name, _, key in found:
-            y[name].append(_mean([entry.get(key) for entry in stretch]))
-    for name in y:  # averages may be looked at now and then: their line goes on between
+            y[name].append(_mean([entry.get(key) for entry in interval]))
+    for name in y:  # averages may be evaluated less often: join their points
         y[name] = _bridged(y[name]) if name == names["averaged_loss"] else y[name]
     values = [v for line in y.values() for v in line if v is not None]
     log = bool(values) and min(values) > 0.0 and max(values) > 10.0 * min(values)
@@ -134,14 +134,14 @@ def _bridged(values: Sequence[float | None]) -> list[float | None]:
 
 
 def _moved(entries: Sequence[Entry], block: str) -> float:
-    """Return by how much a block's step size has changed, the largest factor."""
+    """Return the largest step size that a block has had, over the smallest."""
     sizes = [entry["step_sizes"][block][1] for entry in entries if block in entry["step_sizes"]]
     sizes = [size for size in sizes if size > 0.0 and math.isfinite(size)]
     return max(sizes) / min(sizes) if sizes else 1.0
 
 
 def _blocks(entries: Sequence[Entry]) -> list[str]:
-    """Return the blocks in order of appearance, those of all entries."""
+    """Return the blocks of all entries, in order of appearance."""
     return list(dict.fromkeys(block for entry in entries for block in entry["step_sizes"]))
 
 
@@ -149,7 +149,7 @@ def _spread_lines(
     entries: Sequence[Entry], key: str, blocks: Sequence[str]
 ) -> tuple[list[float], list[Line]]:
     """Return the medians of blocks over time, with bands where they hold several numbers."""
-    some = [stretch[-1] for stretch in _thinned(entries)]
+    some = [interval[-1] for interval in _thinned(entries)]
     found = []
     for block in blocks:
         spreads = [entry.get(key, {}).get(block) for entry in some]
@@ -227,12 +227,12 @@ def _decided(entries: Sequence[Entry]) -> Iterator[str]:
     x: list[float] = []
     shares: list[list[float]] = []
     before = _totals(some[0]["decided"], len(names))
-    for stretch in _thinned(some[1:], STRETCHES):
-        now = _totals(stretch[-1]["decided"], len(names))
+    for interval in _thinned(some[1:], INTERVALS):
+        now = _totals(interval[-1]["decided"], len(names))
         new = [max(a - b, 0.0) for a, b in zip(now, before, strict=True)]
         before = now
         if sum(new) > 0.0:
-            x.append(stretch[-1]["step"])
+            x.append(interval[-1]["step"])
             shares.append([value / sum(new) for value in new])
     if len(x) < 2:
         return
@@ -255,11 +255,11 @@ def _longer(entries: Sequence[Entry]) -> Iterator[str]:
     names = _names(entries)
     x: list[float] = []
     votes: list[list[float]] = []
-    for stretch in _thinned(entries, STRETCHES):
-        x.append(stretch[-1]["step"])
+    for interval in _thinned(entries, INTERVALS):
+        x.append(interval[-1]["step"])
         votes.append(
             [
-                _mean([of[at] for entry in stretch for of in entry["longer"].values()]) or 0.0
+                _mean([of[at] for entry in interval for of in entry["longer"].values()]) or 0.0
                 for at in range(len(names))
             ]
         )
@@ -275,7 +275,7 @@ def _longer(entries: Sequence[Entry]) -> Iterator[str]:
 def _distances(entries: Sequence[Entry]) -> Iterator[str]:
     """Show how far the weights are from their averages."""
     names = _names(entries)
-    some = [stretch[-1] for stretch in _thinned(entries)]
+    some = [interval[-1] for interval in _thinned(entries)]
     found = [Line(name, [e["distance"][at] for e in some]) for at, name in enumerate(names)]
     log = any(value and value > 0.0 for line in found for value in line.y)
     text = (
@@ -287,10 +287,10 @@ def _distances(entries: Sequence[Entry]) -> Iterator[str]:
     yield _section("Distance from the average", text, chart, _legend(names))
 
 
-def _condition(stretch: Sequence[Entry], block: str) -> str | None:
-    """Return what most of a block was in most of a stretch of time."""
+def _condition(interval: Sequence[Entry], block: str) -> str | None:
+    """Return the condition that most of a block was in, on average over an interval."""
     for name in ("pinned", "collapsed", "asleep"):
-        if (_mean([entry[name].get(block) for entry in stretch]) or 0.0) >= 0.5:
+        if (_mean([entry[name].get(block) for entry in interval]) or 0.0) >= 0.5:
             return name
     return None
 
@@ -302,9 +302,9 @@ def _events(entries: Sequence[Entry]) -> Iterator[str]:
     for block in _blocks(entries):
         kinds: list[str | None] = []
         before = 0
-        for stretch in _thinned(entries, STRETCHES):
-            now = stretch[-1]["restarts"].get(block, before)
-            condition = _condition([entry for entry in stretch if entry is not first], block)
+        for interval in _thinned(entries, INTERVALS):
+            now = interval[-1]["restarts"].get(block, before)
+            condition = _condition([entry for entry in interval if entry is not first], block)
             kinds.append("restarted" if now > before else condition)
             before = now
         if any(kinds):

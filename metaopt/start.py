@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from metaopt import inputs
-from metaopt.arrays import Array, at_hand, cast, filled, home, namespace, per_leaf, solid, to_numpy
+from metaopt.arrays import Array, at_hand, cast, full, home, namespace, per_leaf, solid, to_numpy
 from metaopt.configuration import Configuration
 from metaopt.plan import Plan
 from metaopt.state import State
@@ -57,7 +57,7 @@ def beta(config: Configuration, plan: Plan, params: Mapping[str, Array]) -> Any:
         zeros = (
             xp.zeros_like(like, dtype=plan.beta_dtype)
             if blocks.partition.per_leaf
-            else filled(like, shape, 0.0, plan.beta_dtype)
+            else full(like, shape, 0.0, plan.beta_dtype)
         )
         start: Any = config.sigma_map.inverse(size)
         if known:  # a number is sent nowhere, an array to the device
@@ -76,11 +76,11 @@ def _zeros(spec: Any, like: Any, params: Mapping[str, Any], leaf: Any = None) ->
             for key, part in spec.items()
         )
     if leaf is None:
-        return filled(like, spec.shape, 0, spec.dtype)
+        return full(like, spec.shape, 0, spec.dtype)
     columns = spec.shape[: len(spec.shape) - leaf.ndim]
     if columns + tuple(leaf.shape) != spec.shape:  # a count, or a slot of a shape of its own
-        return filled(leaf, spec.shape, 0, spec.dtype)
+        return full(leaf, spec.shape, 0, spec.dtype)
     zeros = cast(namespace(leaf).zeros_like(leaf), spec.dtype)  # keeps order and sharding
     if columns == ():
         return zeros
-    return zeros + filled(leaf, columns + (1,) * leaf.ndim, 0, spec.dtype)
+    return zeros + full(leaf, columns + (1,) * leaf.ndim, 0, spec.dtype)

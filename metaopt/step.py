@@ -12,7 +12,7 @@ from functools import partial
 from operator import sub
 from typing import Any, TypeAlias
 
-from metaopt.arrays import Leaves, cast, filled, kind_of, map_leaves, namespace, per_leaf, solid
+from metaopt.arrays import Leaves, cast, full, kind_of, map_leaves, namespace, per_leaf, solid
 from metaopt.configuration import Configuration
 from metaopt.inputs import check_products
 from metaopt.jets import Jet, scaled
@@ -149,7 +149,7 @@ def make_step(
         units = {name: given.unit_steps[name] for name in present if name in given.unit_steps}
         lost = not_finite(plan, values, units, *([sources] if config.held_out else []))
     if config.skip_nonfinite and lost is None and given.across.reduce is not None:
-        lost = filled(state.step, (), 0, plan.beta_dtype)  # those of other devices count
+        lost = full(state.step, (), 0, plan.beta_dtype)  # those of other devices count
     plans = [side.plan for side in sides]
     found, lost = given.across.sums(plans, found, lost)
     sides = [side.given(z) for side, z in zip(sides, found, strict=True)]
@@ -529,7 +529,7 @@ def block_rows(plan: Plan, state: State, start: Any, mask: Any) -> dict[str | No
     The traces Y are restarted, to `start` (E), in columns outside the mask.
     """
     feeding = plan.beta_feeding
-    keep = plan.layout.beta_columns(mask) if feeding else None
+    columns = plan.layout.beta_columns(mask) if feeding else None
 
     def jet(key: str | None, slot: str, values: Any) -> Any:
         value = _piece(key, values)
@@ -537,7 +537,9 @@ def block_rows(plan: Plan, state: State, start: Any, mask: Any) -> dict[str | No
             return Jet(value)
         xp, target = namespace(value), _piece(key, start)
         target = target if slot == "beta" else xp.zeros_like(target)
-        return Jet(value, xp.where(_piece(key, keep), _piece(key, state.beta_trace[slot]), target))
+        return Jet(
+            value, xp.where(_piece(key, columns), _piece(key, state.beta_trace[slot]), target)
+        )
 
     return {
         key: BlockRow(
@@ -615,7 +617,7 @@ def _column(discounts: Any, leaf: Leaf) -> Any:
         return discounts
     assert trace is not None  # so only in the middle of a step
     xp, dtype = namespace(like), like.dtype
-    column = [filled(like, (), d, dtype) if isinstance(d, float) else d for d in discounts]
+    column = [full(like, (), d, dtype) if isinstance(d, float) else d for d in discounts]
     return xp.reshape(xp.stack(column), (-1,) + (1,) * (trace.ndim - 1))
 
 
@@ -639,7 +641,7 @@ def blocks_present(plan: Plan, names: Iterable[str], like: Any) -> Any:
         return None
     kind = namespace(like).bool
     return plan.blocks.from_names(
-        {key: filled(like, (), key in present, kind) for key in plan.blocks.families}
+        {key: full(like, (), key in present, kind) for key in plan.blocks.families}
     )
 
 
@@ -707,9 +709,9 @@ def discounted_rows(
         if moves is not True:  # its overflow, no part of z, would spread through the Hessian
             finite = partial(_finite_traces, moves)
             leaf = leaf._replace(param=finite(leaf.param), slots=map_leaves(finite, leaf.slots))
-        keep = plan.layout.columns(mask, name, len(plan.shapes[name]))
+        columns = plan.layout.columns(mask, name, len(plan.shapes[name]))
         factor = _column(discounts(plan, name, moves, discount), leaf)
-        result[name] = discounted(leaf, factor, keep)
+        result[name] = discounted(leaf, factor, columns)
     return result
 
 
@@ -735,8 +737,8 @@ def _finite_traces(moves: Any, jet: Jet[Any]) -> Jet[Any]:
         if trace is None:
             return None
         xp = namespace(trace)
-        keep = xp.isfinite(trace)
-        return xp.where(keep if moves is False else keep | moves, trace, 0.0)
+        is_finite = xp.isfinite(trace)
+        return xp.where(is_finite if moves is False else is_finite | moves, trace, 0.0)
 
     return Jet(jet.value, finite(jet.first), finite(jet.second), jet.order)
 

@@ -7,7 +7,7 @@ from html import escape
 
 __all__ = ["COLORS", "Line", "Strip", "areas", "lines", "number", "strips"]
 
-#: Told apart by eyes that see no red or no green, too (Okabe and Ito).
+#: Most are those of Okabe and Ito, which readers who are color-blind can tell apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#8a2be2", "#777777")
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2", "1 4", "6 6")
 
@@ -27,7 +27,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Strip:
-    """One row of marks: for each stretch of time a kind, or None."""
+    """One row of marks: for each interval of time a kind, or None."""
 
     name: str
     kinds: Sequence[str | None]
@@ -35,7 +35,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Maps values to places, linearly or by their logarithm."""
+    """Maps values to coordinates of the picture, linearly or by their logarithm."""
 
     lo: float
     hi: float
@@ -44,7 +44,7 @@ class _Scale:
     log: bool = False
 
     def __call__(self, value: float | None) -> float | None:
-        """Return the place of a value; None where there is none."""
+        """Return the coordinate of a value; None where it has none."""
         if value is None or not math.isfinite(value) or (self.log and value <= 0.0):
             return None
         lo, hi, value = (math.log10(v) if self.log else v for v in (self.lo, self.hi, value))

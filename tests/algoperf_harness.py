@@ -88,6 +88,17 @@ class Digits:
         """Return a batch as arrays of the framework."""
         raise NotImplementedError
 
+    def losses(self, logits: Any, labels: Any) -> Any:
+        """Return the loss of each example."""
+        raise NotImplementedError
+
+    def loss_fn(
+        self, label_batch: Any, logits_batch: Any, mask_batch: Any = None, **_: Any
+    ) -> dict[str, Any]:
+        """Return the sum over examples that are not masked, and how many there are."""
+        each = self.losses(logits_batch, label_batch)
+        return {"summed": (each * mask_batch).sum(), "n_valid_examples": mask_batch.sum()}
+
 
 class TorchDigits(Digits):
     """The workload in PyTorch."""
@@ -126,14 +137,11 @@ class TorchDigits(Digits):
         params.train(mode == TRAIN)
         return params(augmented_and_preprocessed_input_batch["inputs"]), None
 
-    def loss_fn(
-        self, label_batch: Any, logits_batch: Any, mask_batch: Any = None, **_: Any
-    ) -> dict[str, Any]:
-        """Return the sum over examples that are not masked, and how many there are."""
+    def losses(self, logits: Any, labels: Any) -> Any:
+        """Return the cross entropy of each example."""
         from torch.nn.functional import cross_entropy
 
-        each = cross_entropy(logits_batch, label_batch, reduction="none")
-        return {"summed": (each * mask_batch).sum(), "n_valid_examples": mask_batch.sum()}
+        return cross_entropy(logits, labels, reduction="none")
 
     def accuracy(self, params: Any, model_state: Any) -> float:
         """Return the accuracy on the test images."""
@@ -189,14 +197,11 @@ class JaxDigits(Digits):
             model_state = {"batch_stats": stats}
         return jnp.tanh(x + params["shift"]["w"]) @ params["out"]["w"], model_state
 
-    def loss_fn(
-        self, label_batch: Any, logits_batch: Any, mask_batch: Any = None, **_: Any
-    ) -> dict[str, Any]:
-        """Return the sum over examples that are not masked, and how many there are."""
+    def losses(self, logits: Any, labels: Any) -> Any:
+        """Return the cross entropy of each example."""
         import optax
 
-        each = optax.softmax_cross_entropy_with_integer_labels(logits_batch, label_batch)
-        return {"summed": (each * mask_batch).sum(), "n_valid_examples": mask_batch.sum()}
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     def accuracy(self, params: Any, model_state: Any) -> float:
         """Return the accuracy on the test images."""

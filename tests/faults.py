@@ -370,7 +370,7 @@ FAULTS = {
     ),
     "no restart of Y": Fault(
         "step.block_rows.jet",
-        "xp.where(_piece(key, keep), _piece(key, state.beta_trace[slot]), target)",
+        "xp.where(_piece(key, columns), _piece(key, state.beta_trace[slot]), target)",
         "_piece(key, state.beta_trace[slot])",
     ),
     "discount once in the third trace": Fault(
@@ -417,7 +417,7 @@ FAULTS = {
     ),
     "overflow of a leaf at rest in the tangents": Fault(
         "step._finite_traces.finite",
-        "xp.where(keep if moves is False else keep | moves, trace, 0.0)",
+        "xp.where(is_finite if moves is False else is_finite | moves, trace, 0.0)",
         "trace",
     ),
     "sums in the order of the gradients": Fault(

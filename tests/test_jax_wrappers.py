@@ -14,6 +14,7 @@ import metaopt_jax  # noqa: E402
 from metaopt_conformance.tolerances import relative_error, rounding  # noqa: E402
 
 import metaopt as mo  # noqa: E402
+from metaopt.step import sizes_of  # noqa: E402
 from tests.jax_problem import (  # noqa: E402
     CONFIGURATIONS,
     close,
@@ -92,7 +93,7 @@ def test_step_sizes_are_found_by_name_in_every_configuration(name: str) -> None:
     _, state = update(wrapped, params, wrapped.init(params))
     core = tx.core_state(state, params)
     for field, want in (
-        ("learned_step_sizes", tx.opt.slopes(core.beta)[0]),
+        ("learned_step_sizes", sizes_of(tx.opt.sigma_map, core.beta).value),
         ("beta", core.beta),
         ("meta_grad", core.meta_grad),
         ("trace_or_average", core.trace or core.average),

@@ -14,6 +14,13 @@ torch = pytest.importorskip("torch")
 from metaopt_torch import MetaOptimizer, from_config, wrap  # noqa: E402
 
 import metaopt as mo  # noqa: E402
+from tests.trainers import (  # noqa: E402
+    ABOUT_THEMSELVES,
+    QUIET,
+    lightning_module,
+    network,
+    transformers_trainer,
+)
 
 #: What a file may say, and what it means.
 PLAIN: dict[str, Any] = {
@@ -30,18 +37,7 @@ MEANT = mo.MetaOptimize(
     discount=(0.9, 1.0),
 )
 
-pytestmark = [
-    # of the frameworks, about themselves
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
-    pytest.mark.filterwarnings("ignore::ImportWarning"),
-]
-
-
-def network() -> Any:
-    torch.manual_seed(0)
-    return torch.nn.Linear(3, 1)
+pytestmark = ABOUT_THEMSELVES
 
 
 def made(net: Any = None, **options: Any) -> MetaOptimizer:
@@ -115,34 +111,17 @@ def test_hydra_instantiates() -> None:
 
 def test_the_command_line_of_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("jsonargparse")
-    lightning = pytest.importorskip("lightning.pytorch")
+    pytest.importorskip("lightning.pytorch")
     cli = pytest.importorskip("lightning.pytorch.cli")
     monkeypatch.chdir(tmp_path)
 
-    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = network()
-
-        def training_step(self, batch: Any, _: int) -> Any:
-            return self.net(batch).square().mean()
-
-        def train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(torch.ones(8, 3), batch_size=4)
-
     config = {
         "optimizer": {"class_path": "metaopt_torch.MetaOptimizer", "init_args": PLAIN},
-        "trainer": {
-            "max_epochs": 1,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        },
+        "trainer": {"max_epochs": 1, "logger": False, **QUIET},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(config))
-    found = cli.LightningCLI(Module, args=["fit", "--config", "run.yaml"])
+    model = lightning_module(examples=8)
+    found = cli.LightningCLI(model, args=["fit", "--config", "run.yaml"])
     assert is_meant(found.trainer.optimizers[0])
 
 
@@ -190,33 +169,10 @@ def test_the_container_of_torchtitan() -> None:
 
 
 def test_the_trainer_of_transformers_by_class_and_options(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-
-    class Regression(torch.nn.Module):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = network()
-
-        def forward(self, x: Any, labels: Any) -> dict[str, Any]:
-            return {"loss": (self.net(x) - labels).square().mean()}
-
-    data = [{"x": torch.ones(3), "labels": torch.ones(1)} for _ in range(8)]
-    trainer = transformers.Trainer(
-        Regression(),
-        transformers.TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=2,
-            warmup_steps=1,
-            weight_decay=0.1,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        train_dataset=data,
-        optimizer_cls_and_kwargs=(MetaOptimizer, PLAIN),
-    )
+    options = {"max_steps": 2, "warmup_steps": 1, "weight_decay": 0.1}
+    trainer = transformers_trainer(tmp_path, (MetaOptimizer, PLAIN), **options)
     trainer.train()
     opt = trainer.optimizer.optimizer
     assert opt.config.meta == MEANT.meta

@@ -476,3 +476,12 @@ def test_one_of_a_parameter_that_has_changed_is_refused_once() -> None:
     with pytest.raises(ValueError, match=r"held-out gradient of `params\['gain'\]` must have"):
         opt.step()
     opt.step()
+
+
+def test_what_is_no_scaler_is_refused_before_anything_is_done() -> None:
+    net = torch.nn.Linear(3, 1)
+    opt = MetaOptimizer(net.parameters(), held_out=True, compile=False)
+    with pytest.raises(TypeError, match=r"`scaler` must be a torch\.amp\.GradScaler; got 3"):
+        opt.meta_gradients(scaler=3)
+    with opt.meta_gradients(scaler=torch.amp.GradScaler("cpu", enabled=False)):
+        net(torch.ones(2, 3)).sum().backward()

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from metaopt_conformance.tolerances import relative_error  # noqa: E402
-from metaopt_torch import MetaOptimizer  # noqa: E402
+from metaopt_torch import MetaOptimizer, wrap  # noqa: E402
 from torch.optim import Optimizer  # noqa: E402
 from torch.optim import lr_scheduler as schedulers  # noqa: E402
 
@@ -189,6 +189,15 @@ REFUSED = {
     "beta": "'beta', a name of this optimizer's state",
     "made_with": "'made_with', a name of this optimizer's state",
 }
+
+
+@pytest.mark.parametrize("value", ["yes", "default", 2, [True]])
+def test_compile_is_a_choice_between_three(value: Any) -> None:
+    with pytest.raises(TypeError, match="`compile` must be True, False or None; got"):
+        MetaOptimizer([torch.zeros(2, requires_grad=True)], compile=value)
+    inner = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0)
+    with pytest.raises(TypeError, match="`compile` must be True, False or None; got"):
+        wrap(inner, compile=value)
 
 
 @pytest.mark.parametrize("key", REFUSED)

@@ -883,5 +883,23 @@ def test_parameters_that_a_wrapped_optimizer_got_by_itself_are_told() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="`param_groups` lacks a parameter"):
             opt.step(lambda: calls.append(0))
+    for call in (opt.state_dict, opt.diagnostics, lambda: opt.load_state_dict({})):
+        with pytest.raises(ValueError, match="`param_groups` lacks a parameter"):
+            call()
     assert calls == []
     assert bits(net.state_dict()) == before
+
+
+def test_parameters_that_a_wrapped_optimizer_has_lost_are_told() -> None:
+    """Nothing would step them, and their step sizes would learn from it."""
+    net = model()
+    opt = wrap(adamw(net.named_parameters()), **META)
+    train(net, opt, range(2))
+    kept = opt.inner[0].param_groups[:]
+    opt.inner[0].param_groups.clear()
+    backward(net, 2)
+    for call in (opt.step, opt.step, opt.state_dict):
+        with pytest.raises(ValueError, match=r"`param_groups` has '0\.weight', which no wrapped"):
+            call()
+    opt.inner[0].param_groups += kept
+    train(net, opt, range(2, 4))

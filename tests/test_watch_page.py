@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 
 import metaopt as mo
+from tests.trainers import (
+    ABOUT_THEMSELVES,
+    QUIET,
+    lightning_module,
+    network,
+    transformers_trainer,
+)
 
 PAGE = (Path(__file__).parents[1] / "docs" / "watch.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 pytestmark = [
-    # of the frameworks, about themselves
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
+    *ABOUT_THEMSELVES,
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore::ImportWarning"),
 ]
 
 
@@ -100,16 +103,10 @@ def test_tensorboard_takes_what_add_returns(tmp_path: Path) -> None:
 # --- callbacks
 
 
-def network() -> Any:
-    torch = importlib.import_module("torch")
-    torch.manual_seed(0)
-    return torch.nn.Linear(3, 1)
-
-
 def test_lightning_logs_and_goes_on_from_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     lightning = pytest.importorskip("lightning.pytorch")
     callbacks = importlib.import_module("metaopt_torch.lightning")
     adapter = importlib.import_module("metaopt_torch")
@@ -121,32 +118,14 @@ def test_lightning_logs_and_goes_on_from_a_checkpoint(
         def log_metrics(self, metrics: Any, step: Any = None) -> None:
             self.seen.append((metrics, step))
 
-    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = network()
-
-        def training_step(self, batch: Any, _: int) -> Any:
-            return self.net(batch).square().mean()
-
+    class Module(lightning_module(examples=24)):  # type: ignore[misc]
         def configure_optimizers(self) -> Any:
             return adapter.MetaOptimizer(self.net.named_parameters(), lr=0.5, compile=False)
-
-        def train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(torch.ones(24, 3), batch_size=4)
 
     def fitted(callback: Any, steps: int, start: str | None = None) -> Any:
         logger = Logger(str(tmp_path))
         logger.seen = []
-        trainer = lightning.Trainer(
-            max_steps=steps,
-            accelerator="cpu",
-            logger=logger,
-            callbacks=[callback],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = lightning.Trainer(max_steps=steps, logger=logger, callbacks=[callback], **QUIET)
         trainer.fit(Module(), ckpt_path=start)
         return trainer, logger
 
@@ -173,35 +152,14 @@ def test_lightning_logs_and_goes_on_from_a_checkpoint(
 
 def test_the_trainer_of_transformers_logs(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     callbacks = importlib.import_module("metaopt_torch.transformers")
     adapter = importlib.import_module("metaopt_torch")
 
-    class Regression(torch.nn.Module):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = network()
-
-        def forward(self, x: Any, labels: Any) -> dict[str, Any]:
-            return {"loss": (self.net(x) - labels).square().mean()}
-
     callback = callbacks.LogCallback(tmp_path / "run.html")
-    trainer = transformers.Trainer(
-        Regression(),
-        transformers.TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=6,
-            logging_steps=2,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        train_dataset=[{"x": torch.ones(3), "labels": torch.ones(1)} for _ in range(8)],
-        optimizer_cls_and_kwargs=(adapter.MetaOptimizer, {"compile": False}),
-        callbacks=[callback],
-    )
+    optimizer = adapter.MetaOptimizer, {"compile": False}
+    trainer = transformers_trainer(tmp_path, optimizer, callback, max_steps=6, logging_steps=2)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in history] == [2, 4, 6]

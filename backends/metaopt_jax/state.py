@@ -11,6 +11,7 @@ from metaopt.arrays import map_leaves, per_leaf
 from metaopt.configuration import Configuration
 from metaopt.meta import COMPENSATION, DECIDED, PEAK
 from metaopt.plan import OF_NUMBER, Plan
+from metaopt.step import sizes_of
 from metaopt_jax.leaves import Structure
 from metaopt_jax.sharded import on_each, spelled_out
 
@@ -137,7 +138,7 @@ def from_core(
         # a copy where it is beta itself: no two arrays of a state may share memory to be donated
         learned_step_sizes=jax.tree.map(
             lambda size, beta: jnp.copy(size) if size is beta else size,
-            blocks(opt.slopes(state.beta)[0]),
+            blocks(sizes_of(opt.sigma_map, state.beta).value),
             blocks(state.beta),
         ),
         beta=blocks(state.beta),

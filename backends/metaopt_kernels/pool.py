@@ -19,7 +19,7 @@ from metaopt.leaf import Leaf, one_pass
 from metaopt.meta import carried
 from metaopt.plan import Plan
 from metaopt.rules.rule import scope_of
-from metaopt.step import each_horizon
+from metaopt.step import each_horizon, sizes_of
 from metaopt.tracer import UntraceableError
 from metaopt_kernels.chunks import cut, lies_per_weight
 from metaopt_kernels.memory import Occupied, address, contiguous
@@ -219,7 +219,8 @@ class Pool:
         """
         plan, state = self._plan, self.state
         lrs = _rounded(lrs, plan.dtypes)
-        value, rate = (map_leaves(solid, part) for part in self._config.slopes(state.beta))
+        sizes = sizes_of(self._config.sigma_map, state.beta)
+        value, rate = (map_leaves(solid, part) for part in (sizes.value, sizes.first))
         mask = map_leaves(lambda *z: solid(carried(*z)), state.meta_grad, state.meta_count)
         of_blocks = {"value": value, "rate": rate, "mask": mask}
         work = [self._work(group, grads, lrs, of_blocks) for group in self._groups]

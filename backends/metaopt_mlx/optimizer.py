@@ -102,6 +102,7 @@ class MetaOptimizer(mlx.optimizers.Optimizer):
             advice = taken_for_step_size([lr])
             if advice is not None:
                 warn(advice)
+        #: A state of the parameters, of which names, shapes and dtypes count.
         self._like: mo.State | None = None
         self._maybe_schedule("learning_rate", lr)
 
@@ -136,7 +137,7 @@ class MetaOptimizer(mlx.optimizers.Optimizer):
             As `metaopt.MetaOptimize.init`; if a state that was set is not one of these parameters.
         """
         like = self.config.init(named(parameters))
-        if "metaopt" in self._state:  # of a file
+        if "metaopt" in self._state:  # loaded from a file
             from_tree(self._state["metaopt"], like)
         else:
             self._state["metaopt"] = to_tree(like)

@@ -48,13 +48,13 @@ def from_tree(tree: Any, like: mo.State) -> mo.State:
             raise ValueError(msg)
         return value
 
-    def filled(value: Any, path: tuple[str, ...]) -> Any:
-        if isinstance(value, Mapping):
-            return OrderedDict((key, filled(part, (*path, key))) for key, part in value.items())
-        return array(path, value)
+    def read(path: tuple[str, ...], other: Any) -> Any:
+        if isinstance(other, Mapping):
+            return OrderedDict((key, read((*path, key), part)) for key, part in other.items())
+        return array(path, other)
 
     return mo.State(
-        **{one.name: filled(getattr(like, one.name), (one.name,)) for one in fields(like)}
+        **{one.name: read((one.name,), getattr(like, one.name)) for one in fields(like)}
     )
 
 

@@ -73,6 +73,9 @@ class BaseOptimizer(torch.optim.Optimizer):
             if value not in choices:
                 msg = f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}."
                 raise ValueError(msg)
+        if compile not in (True, False, None):
+            msg = f"`compile` must be True, False or None; got {compile!r}."
+            raise TypeError(msg)
         self._given = config
         self._hvp, self._rounding, self._compile = hvp, rounding, compile
         check_group(process_group)

@@ -28,13 +28,13 @@ class BlockUpdate:
     Parameters
     ----------
     built : Built
-    config : MetaOptimize
-        In which the values are step sizes.
+    config : Configuration
+        The optimizer's, or that of the learned number.
     blocks : Blocks
     slots : sequence of str
-        Of the meta update.
+        Those of the meta update's rule.
     number : str, optional
-        The name of a learned number.
+        The name of the learned number.
     """
 
     update: Compiled | Eager
@@ -80,24 +80,24 @@ class BlockUpdate:
         )
 
     def sizes(self) -> tuple[Any, Any]:
-        """Return the values and their derivatives at beta, which may be beta itself."""
-        sizes = sizes_of(self.config.sigma_map, self["beta"])
+        """Return the values and their derivatives; with sigma="identity" these are beta itself."""
+        return self._sizes_at(self["beta"])
+
+    def _sizes_at(self, beta: Tensor) -> tuple[Any, Any]:
+        sizes = sizes_of(self.config.sigma_map, beta)
         return sizes.value, sizes.first
 
-    def inputs(self, sizes: tuple[Tensor, Tensor], keep: Tensor) -> OfNumber:
-        """Return what passes take of a learned number."""
-        return sizes, keep, self.config.discounts[-1]
+    def inputs(self, sizes: tuple[Tensor, Tensor], mask: Tensor) -> OfNumber:
+        """Return what passes take of a learned number; `mask` is of blocks whose traces go on."""
+        return sizes, mask, self.config.discounts[-1]
 
     def moved(self, z: Tensor, accepted: Tensor | None) -> tuple[tuple[Any, Any], Tensor]:
-        """Make the meta update; return the values to step with, and whose traces go on."""
-        # of a copy, for with sigma="identity" step sizes are beta itself
-        before = sizes_of(self.config.sigma_map, self["beta"].clone())
+        """Make the meta update; return the values to step with, and where traces go on."""
+        before = self._sizes_at(self["beta"].clone())
         z = begun(z, self["meta_count"])
-        keep = carried(z, self["meta_count"])
+        mask = carried(z, self["meta_count"])
         self.move(z, accepted)
-        if self.config.meta_first:
-            return self.sizes(), keep
-        return (before.value, before.first), keep
+        return (self.sizes() if self.config.meta_first else before), mask
 
     def move(self, z: Tensor, accepted: Tensor | None) -> None:
         """Make the meta update with a meta-gradient that counts."""
@@ -120,9 +120,9 @@ class BlockUpdate:
 
 
 def _meta(config: Configuration, blocks: Blocks, slots: Sequence[str]) -> Pass:
-    """Return what writes the meta update of all blocks, where the step is accepted.
+    """Return the pass that writes the meta update of all blocks, where the step is accepted.
 
-    It outlives the optimizer's state, so it holds none of it.
+    It holds no array of the state: once compiled it is used again when that has been replaced.
     """
 
     def run(rule: Rule, arrays: Arrays) -> None:

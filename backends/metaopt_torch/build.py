@@ -12,12 +12,13 @@ from torch import Tensor
 
 import metaopt as mo
 from metaopt import start
-from metaopt.arrays import per_leaf
+from metaopt.arrays import map_leaves, per_leaf
 from metaopt.blocks import Blocks
 from metaopt.plan import Plan, Spec
 from metaopt.rules import Rule
 from metaopt.rules.learned import field_of, learned_in, within
 from metaopt.rules.rule import is_opaque, scope_of
+from metaopt.step import sizes_of
 from metaopt_torch.block_state import BlockState
 from metaopt_torch.changes import Continued, Index, blocks_of, continued
 from metaopt_torch.containers import Containers
@@ -81,9 +82,9 @@ class Built:
         leaves = [leaf for leaf in self.leaves.values() if leaf.state]
         if self.block_state.per_leaf:
             betas = per_leaf((leaf.name, leaf.state["beta"].clone()) for leaf in leaves)
-            return dict(self.config.slopes(betas)[0])
-        sizes, _ = self.config.slopes(self.block_state["beta"].clone())
-        return dict(self.plan.blocks.by_name(sizes))
+            return dict(sizes_of(self.config.sigma_map, betas).value)
+        sizes = sizes_of(self.config.sigma_map, self.block_state["beta"].clone())
+        return dict(self.plan.blocks.by_name(sizes.value))
 
     def blocks_of_groups(self) -> list[list[str]]:
         """Return the blocks of each group, in order of appearance."""
@@ -417,9 +418,7 @@ def _clamp(
         betas = {"": block_state["beta"]}
     if config.bounds is None or not betas:
         return
-    limits = config.limits(blocks, next(iter(betas.values())))
-    for name, beta in betas.items():
-        beta.clamp_(*(end[name] if isinstance(end, Mapping) else end for end in limits))
+    map_leaves(Tensor.clamp_, betas, *config.limits(blocks, next(iter(betas.values()))))
 
 
 def _kind(rule: Any) -> str:

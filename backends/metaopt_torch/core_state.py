@@ -73,14 +73,14 @@ def going_on(built: Built) -> Tensor | None:
 
 def whole(built: Built) -> mo.State:
     """Return the state of whole parameters, copied; of those that a group holds, this shard's."""
-    keep = going_on(built)
+    mask = going_on(built)
 
     def of_leaf(leaf: Leaf, key: str, spec: Spec) -> Tensor:
         if key not in leaf.state:
             return torch.zeros(spec.shape, dtype=spec.dtype, device=leaf.param.device)
         value = gathered(leaf.state[key])
-        if key in leaf.exchanged and keep is not None:
-            columns = built.plan.layout.columns(keep, leaf.name, len(spec.shape)).to(value.device)
+        if key in leaf.exchanged and mask is not None:
+            columns = built.plan.layout.columns(mask, leaf.name, len(spec.shape)).to(value.device)
             begin = gathered(leaf.param.detach()) if key in leaf.averages else 0.0
             value = torch.where(columns, value, begin)
         return value

@@ -168,8 +168,8 @@ class HessianFree:
     def _inputs_of_one_pass(self) -> Inputs:
         state = self._block_state
         # z is not known before the traces are written: they restart by that of the last step
-        keep = carried(state["meta_grad"], state["meta_count"])
-        return self._inputs.of_step(self._blocks.sizes(), keep)
+        mask = carried(state["meta_grad"], state["meta_count"])
+        return self._inputs.of_step(self._blocks.sizes(), mask)
 
     def _pass(self, bucket: Bucket, grads: Mapping[str, Tensor], inputs: Inputs) -> Partial:
         """Step a bucket, and return what it has for z."""
@@ -195,12 +195,12 @@ class HessianFree:
         others = [(self._numbers[name].meta_gradient, of_numbers[name]) for name in self._numbers]
         (z, *zs), lost = self._blocks.meta_gradient.total(grads, partials, others, count_lost=skips)
         accepted = None if lost is None else lost == 0.0
-        sizes, keep = self._blocks.moved(z, accepted)
+        sizes, mask = self._blocks.moved(z, accepted)
         numbers = {
             name: number.inputs(*number.moved(own, accepted))
             for (name, number), own in zip(self._numbers.items(), zs, strict=True)
         }
-        inputs = self._inputs.of_step(sizes, keep, numbers)
+        inputs = self._inputs.of_step(sizes, mask, numbers)
         for bucket in self._buckets:
             param, grad = self._buffers(bucket, grads)
             arrays = _of_move(bucket, param, grad, inputs, accepted)

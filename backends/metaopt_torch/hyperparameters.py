@@ -28,7 +28,7 @@ __all__ = [
 
 #: The hyperparameter that the multiplier `lr` multiplies as it does the step size.
 DECAY_STEP_SIZE = "decay_step_size"
-#: What names of arrays begin with that stand for hyperparameters in a pass.
+#: Prefix of the names of those arguments of a pass that are hyperparameters.
 PREFIX = "rule."
 
 Number: TypeAlias = float | tuple[float, ...]
@@ -72,7 +72,7 @@ def overrides(own: Mapping[str, Number], group: Mapping[str, Any]) -> dict[str, 
     ValueError is raised where that is to be learned.
     """
     found = {}
-    # a learned weight decay is none of `own`; what a group says stands in its place
+    # where weight decay is learned it is not in `own`, and a group may say a number instead
     names: dict[str, Any] = {**own, **({} if "weight_decay" in own else {"weight_decay": None})}
     for name, value in names.items():
         said = group.get(name)
@@ -95,16 +95,19 @@ def check_not_learned(name: str, said: Any) -> None:
 
 
 def said_in_vain(rule: Rule, group: Mapping[str, Any]) -> str | None:
-    """Return what a group says that its rule learns, None for nothing; weight decay counts."""
+    """Return a hyperparameter that a group says although its rule learns it, None without one.
+
+    Weight decay may be said: it takes the place of the learned one.
+    """
     names = {field_of(place): None for place in learned_in(rule)}
     return next((n for n in names if n != "weight_decay" and group.get(n) is not None), None)
 
 
 def arguments(own: Mapping[str, Number], group: Mapping[str, Any]) -> dict[str, Number]:
-    """Return the hyperparameters that a pass is handed, the rule's `own` being constants in it.
+    """Return the hyperparameters that are arguments of a pass; others of `own` are constants in it.
 
-    Weight decay is among them wherever there is any, and so is its step size, which `lr`
-    multiplies: they may have schedules, and what is constant is compiled anew when it changes.
+    These are what the group says otherwise, and weight decay and its step size wherever there are
+    any. Schedules may change those, and a pass is compiled anew when a constant changes.
     """
     decay = own.get("weight_decay") if group["weight_decay"] is None else group["weight_decay"]
     found = {"weight_decay": decay} if decay else {}
@@ -151,7 +154,7 @@ def adjusted(rule: Rule, group: Mapping[str, Any], made: dict[Any, Rule]) -> Rul
 
 
 def _unlike(rule: Rule, group: Mapping[str, Any]) -> bool:
-    """Say whether a group has a step size for weight decay, and its rule could but does not."""
+    """Return whether a group says `decay_step_size`, which its rule has as a field that is None."""
     *_, inner = layers(rule)
     known = is_dataclass(inner) and any(field.name == DECAY_STEP_SIZE for field in fields(inner))
     return known and decay_step_size(inner) is None and group.get(DECAY_STEP_SIZE) is not None

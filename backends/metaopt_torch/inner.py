@@ -15,6 +15,7 @@ from metaopt_torch.leaf import Group, Leaf
 
 __all__ = [
     "Piece",
+    "check_all_held",
     "check_options_kept",
     "check_schedulers",
     "check_wrapped",
@@ -215,6 +216,18 @@ def split(optimizer: Any, built: Built) -> list[Piece]:
             pieces.append(Piece(part, leaves, block))
     optimizer.param_groups[:] = groups
     return pieces
+
+
+def check_all_held(built: Built, pieces: Collection[Piece]) -> None:
+    """Raise ValueError where our groups have a parameter that no wrapped optimizer has."""
+    held = {leaf.name for piece in pieces for leaf in piece.leaves}
+    for name in built.leaves:
+        if name not in held:
+            msg = (
+                f"`param_groups` has {name!r}, which no wrapped optimizer has any more, so nothing "
+                "would step it. Put it back into a group of `inner`, or take it out of both."
+            )
+            raise ValueError(msg)
 
 
 def separate_lrs(optimizers: Collection[Any]) -> None:

@@ -17,9 +17,10 @@ from metaopt_torch.optimizer import MetaOptimizer
 
 __all__ = ["FoundLR", "find_lr"]
 
-#: Where the two runs start.
+#: Step sizes that the two runs start from.
 STARTS = (STEP_SIZE, 10.0 * STEP_SIZE)
-#: Within which factor the two have to come for an answer, and for how many rounds they may try.
+#: The runs agree if their step sizes differ by at most this factor; they go on for at most so many
+#: rounds until they do.
 AGREES, ROUNDS = 1.5, 5
 
 
@@ -139,11 +140,11 @@ def find_lr(
         made, settled = 0, False
         while not settled and made < ROUNDS * steps:
             made += steps
-            said = [run.median(steps) for run in runs]
-            means = [math.fsum(weights[b] * log[b] for b in weights) / total for log in said]
+            medians = [run.median(steps) for run in runs]  # logarithms by block
+            means = [math.fsum(weights[b] * log[b] for b in weights) / total for log in medians]
             settled = abs(means[0] - means[1]) <= math.log(AGREES)
     middle = math.fsum(means) / len(means)
-    logs = {block: math.fsum(log[block] for log in said) / len(said) for block in weights}
+    logs = {block: math.fsum(log[block] for log in medians) / len(medians) for block in weights}
     return FoundLR(
         lr=math.exp(middle),
         ratios={block: math.exp(log - middle) for block, log in logs.items()},
@@ -176,7 +177,7 @@ class _Run:
                 f'do: "scalar", "tensor" or names; got {blocks!r}.'
             )
             raise ValueError(msg)
-        #: By parameter, its block; and by block, how many weights it has.
+        #: The block of each parameter, and the number of weights of each block.
         self.blocks: dict[str, str] = dict(plan.blocks.family_of)
         self.weights = dict.fromkeys(self.blocks.values(), 0)
         for name, param in named:

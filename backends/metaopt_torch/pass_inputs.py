@@ -68,12 +68,12 @@ class PassInputs:
     def of_step(
         self,
         sizes: tuple[Tensor, Tensor],
-        keep: Tensor,
+        mask: Tensor,
         numbers: Mapping[str, OfNumber] | None = None,
     ) -> Callable[[Bucket], dict[str, Tensor]]:
         """Return what gives each bucket its inputs.
 
-        `sizes` are the learned step sizes and their derivatives by block, `keep` is where traces go
+        `sizes` are the learned step sizes and their derivatives by block, `mask` is where traces go
         on; `numbers` are the like of numbers that are learned. Each is multiplied by a group's `lr`
         once, and picked once for each block of a group.
         """
@@ -86,7 +86,7 @@ class PassInputs:
             if bucket.flat and (group, bucket.index) in of_blocks:
                 return of_blocks[group, bucket.index]
             if group not in of_groups:
-                of_groups[group] = self._of_group(leaf, sizes, keep, numbers or {})
+                of_groups[group] = self._of_group(leaf, sizes, mask, numbers or {})
             by_block, single = of_groups[group]
             found = {name: bucket.pick(values) for name, values in by_block.items()} | single
             if bucket.flat:
@@ -99,7 +99,7 @@ class PassInputs:
         self,
         leaf: Leaf,
         sizes: tuple[Tensor, Tensor],
-        keep: Tensor,
+        mask: Tensor,
         numbers: Mapping[str, OfNumber],
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the inputs that are values per block, and those that are single numbers."""
@@ -126,7 +126,7 @@ class PassInputs:
                 single[learned.key(of)] = vector.select(-1, block).to(device, dtype)
             single[learned.key("mask")] = goes_on.select(-1, block).to(device)
             single[learned.key("discount")] = self._discount(leaf, active, discount)
-        return by_block | {"mask": keep.to(device)}, single
+        return by_block | {"mask": mask.to(device)}, single
 
     def _discount(self, leaf: Leaf, active: bool | Tensor, number: float) -> Tensor:
         """Return a discount of a leaf's traces, 1 where it is frozen."""

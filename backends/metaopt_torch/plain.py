@@ -16,7 +16,7 @@ from metaopt_torch.leaf import Group, Leaf
 
 __all__ = ["plain"]
 
-#: What torch's optimizers call the slots of our rules.
+#: The slots of our rules, and what torch's optimizers call them.
 SLOTS: Mapping[type[torch.optim.Optimizer], Mapping[str, str]] = {
     torch.optim.AdamW: {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
     torch.optim.RMSprop: {"exp_avg_sq": "square_avg"},
@@ -74,7 +74,7 @@ def plain(built: Built) -> torch.optim.Optimizer:
 
 
 def _check(built: Built) -> None:
-    """Raise where step sizes, or numbers that are learned, are none that a group can have."""
+    """Raise where a parameter has several step sizes, or a number of a rule is learned."""
     if any(built.plan.blocks.views.values()) or built.block_state.per_leaf:
         msg = (
             "`blocks` must give each parameter one step size for a plain optimizer, whose groups "
@@ -108,7 +108,7 @@ def _counterpart(name: str, rule: Rule) -> tuple[type[torch.optim.Optimizer], di
 
 
 def _state(leaf: Leaf, names: Mapping[str, str]) -> dict[str, Any]:
-    """Return what torch's optimizer keeps of a parameter, copied: the rest may be freed."""
+    """Return the state of a parameter in torch's optimizer, copied."""
     state: dict[str, Any] = {"step": torch.tensor(float(leaf.state["step"]))}
     for slot in leaf.rule.slots:
         held: Tensor = leaf.state[slot]

@@ -96,7 +96,7 @@ class TunedOptimizer(BaseOptimizer):
         RuntimeError
             If called inside, if `step` is, or if no gradient has come when it is left.
         TypeError
-            If a gradient is sparse.
+            If a gradient is sparse, or `scaler` is none.
 
         Examples
         --------
@@ -115,6 +115,9 @@ class TunedOptimizer(BaseOptimizer):
         True
         """
         self._held_out.check_outside("meta_gradients")
+        if scaler is not None and not callable(getattr(scaler, "scale", None)):
+            msg = f"`scaler` must be a torch.amp.GradScaler; got {scaler!r}."
+            raise TypeError(msg)
         self._refresh()
         if not self._ready.config.held_out:
             msg = (

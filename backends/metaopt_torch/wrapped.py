@@ -9,12 +9,14 @@ from torch import Tensor
 
 import metaopt as mo
 from metaopt.configuration import META, META_LR, STEP_SIZE, RuleLike
+from metaopt.step import sizes_of
 from metaopt_torch.base import check_training
 from metaopt_torch.build import Built
 from metaopt_torch.core_step import core_step
 from metaopt_torch.groups import OPTIONS
 from metaopt_torch.inner import (
     Piece,
+    check_all_held,
     check_options_kept,
     check_schedulers,
     check_wrapped,
@@ -99,22 +101,31 @@ class WrappedOptimizer(TunedOptimizer):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _build(self, before: Built | None = None) -> None:
-        self._inner_watch = Watch(())  # differs until all is built
+        self._inner_watch: Watch | None = None  # until all is built
         super()._build(before)
         if self._built is None:
             return
-        self._pieces = [
+        pieces = [
             (optimizer, piece)
             for optimizer in self.inner
             for piece in split(optimizer, self._built)
         ]
+        check_all_held(self._built, [piece for _, piece in pieces])
+        self._pieces = pieces
         separate_lrs(self.inner)
         if self._built.in_core:
             _check_units(self._built)
+        self._inner_watch = Watch(())
         self._inner_watch.see(self._inner_groups(), {})
         mark_wrapped(self.inner)
         if not self._read:
             self._read_options()
+
+    def _refresh(self, *, decay: bool = True, evaluating: bool = False) -> None:
+        super()._refresh(decay=decay, evaluating=evaluating)
+        watch = self._inner_watch
+        if not evaluating and (watch is None or watch.differs(self._inner_groups(), {})):
+            self._build(self._built)
 
     def _inner_groups(self) -> list[Group]:
         return [group for optimizer in self.inner for group in optimizer.param_groups]
@@ -144,8 +155,7 @@ class WrappedOptimizer(TunedOptimizer):
         self._held_out.check_outside("step")
         for optimizer in self.inner:
             check_schedulers(optimizer)
-        if self._inner_watch.differs(self._inner_groups(), {}):
-            self._build(self._built)
+        self._refresh(decay=False)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -199,14 +209,14 @@ class WrappedOptimizer(TunedOptimizer):
         assert engine is not None  # it is made with `_ready`
         beta, config = built.block_state["beta"], built.config
         # a copy, for the meta update writes where it lies
-        sizes = config.slopes(beta.clone())[0]
+        sizes = sizes_of(config.sigma_map, beta.clone()).value
         # asked for alone where it is needed: that waits for the device
         skipped = built.block_state["skipped"].clone() if config.skip_nonfinite else None
         if engine.step(grads, meta_grads):  # whose packing is no edit
             self._watch.see(self.param_groups, self.state)
         if skipped is not None and bool(skipped != built.block_state["skipped"]):
             return None
-        return config.slopes(beta.clone())[0] if config.meta_first else sizes
+        return sizes_of(config.sigma_map, beta.clone()).value if config.meta_first else sizes
 
     def _step_in_core(
         self, grads: Mapping[str, Tensor], meta_grads: Mapping[str, Tensor] | None
@@ -273,7 +283,7 @@ class WrappedOptimizer(TunedOptimizer):
             betas = [self._largest_beta(leaf) for leaf in piece.leaves if leaf.state and leaf.size]
             if not betas:
                 continue
-            largest = built.config.slopes(torch.stack(betas).max())[0]
+            largest = sizes_of(built.config.sigma_map, torch.stack(betas).max()).value
             lr = largest * torch.as_tensor(piece.lr).to(largest)
             _, exponent = torch.frexp(torch.where(lr > 0.0, lr, largest))
             one_lr = torch.ldexp(torch.ones_like(largest), exponent)

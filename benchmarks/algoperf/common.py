@@ -5,8 +5,8 @@ from typing import Any
 
 __all__ = ["PASSES", "RECENT", "data_selection", "get_batch_size"]
 
-#: Batches that are kept, and forward passes over them in turn, to make the statistics of batch
-#: normalization anew for averaged weights; models without it keep none.
+#: Averaged weights need statistics of batch normalization of their own: this many of the latest
+#: batches are kept, and so many forward passes are made over them before an evaluation.
 RECENT, PASSES = 8, 32
 #: Of all devices together: those of the benchmark's own NAdamW.
 BATCH_SIZES = {

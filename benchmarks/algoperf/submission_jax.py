@@ -28,7 +28,7 @@ __all__ = [
 
 
 class Compiled(NamedTuple):
-    """What is no array: second of the pair that the harness keeps, and not in checkpoints.
+    """Compiled functions, and batches: the part of `optimizer_state` that is not saved.
 
     Parameters
     ----------
