@@ -41,6 +41,7 @@ from metaopt.rules.rule import (
 from metaopt.state import State
 
 __all__ = [
+    "check_bounds",
     "check_formulas",
     "check_grads",
     "check_meta_grads",

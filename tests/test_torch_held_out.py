@@ -485,3 +485,16 @@ def test_what_is_no_scaler_is_refused_before_anything_is_done() -> None:
         opt.meta_gradients(scaler=3)
     with opt.meta_gradients(scaler=torch.amp.GradScaler("cpu", enabled=False)):
         net(torch.ones(2, 3)).sum().backward()
+
+
+def test_a_context_made_earlier_knows_the_parameters_of_its_entry() -> None:
+    net, late = torch.nn.Linear(3, 1), torch.nn.Parameter(torch.ones(2))
+    opt = MetaOptimizer(net.parameters(), held_out=True, compile=False)
+    made, other = opt.meta_gradients(), opt.meta_gradients()
+    opt.add_param_group({"params": [late]})
+    with made:
+        with pytest.raises(RuntimeError, match="must not be called inside"), other:
+            pass
+        (net(torch.ones(2, 3)).sum() + late.sum()).backward()
+    assert late.grad is None
+    assert late in opt._held_out.grads

@@ -596,3 +596,26 @@ def test_a_group_cannot_have_a_step_size_for_decay_that_its_rule_does_not_know()
     group = {"params": [torch.nn.Parameter(torch.ones(3))], "decay_step_size": 1.0}
     with pytest.raises(ValueError, match=r"`decay_step_size` of a group is 1\.0"):
         MetaOptimizer([group], base=mo.SGD(weight_decay=0.5), compile=False)
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = MetaOptimizer([param], base=mo.SGD(weight_decay=0.5), compile=False)
+    param.grad = torch.ones(3)
+    opt.param_groups[0]["decay_step_size"] = 1.0
+    for call in (opt.step, opt.diagnostics):
+        with pytest.raises(ValueError, match=r"`decay_step_size` of a group is 1\.0"):
+            call()
+    assert param.tolist() == [1.0] * 3
+    del opt.param_groups[0]["decay_step_size"]
+    opt.step()
+
+
+@pytest.mark.parametrize("bounds", [(1.0,), 3, "ab", (1.0, 2.0, 3.0), (2.0, 1.0)])
+def test_bounds_of_a_group_are_checked_whenever_they_come(bounds: Any) -> None:
+    one, other = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = MetaOptimizer([one], blocks="tensor", compile=False)
+    with pytest.raises(ValueError, match=r"`bounds.*` must"):
+        MetaOptimizer([{"params": [other], "bounds": bounds}], compile=False)
+    with pytest.raises(ValueError, match=r"`bounds.*` must"):
+        opt.add_param_group({"params": [other], "bounds": bounds})
+    opt.param_groups[0]["bounds"] = bounds
+    with pytest.raises(ValueError, match=r"`bounds.*` must"):
+        opt.step()

@@ -24,7 +24,7 @@ from metaopt_torch.changes import Continued, Index, blocks_of, continued
 from metaopt_torch.containers import Containers
 from metaopt_torch.counts import Counts
 from metaopt_torch.groups import MADE_WITH, configured, named, same
-from metaopt_torch.hyperparameters import Number, agreed, hyperparameters, overrides, said_in_vain
+from metaopt_torch.hyperparameters import Number, agreed, hyperparameters, misplaced, overrides
 from metaopt_torch.leaf import Followed, Group, Leaf
 from metaopt_torch.leaf_state import check_state, complete, is_stale, restart_rows
 from metaopt_torch.memory import shared
@@ -129,16 +129,19 @@ class Built:
     def outdated(self) -> bool:
         """Return whether groups have other hyperparameters than in `config`, or none they may."""
         return any(
-            overrides(hyperparameters(rule), group) != kept or said_in_vain(rule, group) is not None
+            overrides(hyperparameters(rule), group) != kept or misplaced(rule, group)
             for rule, group, kept in self.overrides
         )
 
     def learns_otherwise(self) -> bool:
-        """Return whether groups say, or no longer say, in the place of what is learned."""
+        """Return whether groups say, or no longer say, in the place of what is learned.
+
+        Or what has no place in their rule, of which a rebuild tells.
+        """
         for rule, group, kept in self.overrides:
             names = set(map(field_of, learned_in(rule)))
             said = group.get("weight_decay") is not None
-            if said_in_vain(rule, group) is not None:
+            if misplaced(rule, group):
                 return True
             if "weight_decay" in names and said != ("weight_decay" in kept):
                 return True

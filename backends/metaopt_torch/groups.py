@@ -14,7 +14,7 @@ from torch import Tensor
 import metaopt as mo
 from metaopt.arrays import per_leaf
 from metaopt.blocks import Blocks, Named, Partition, first_match
-from metaopt.inputs import multiplier, taken_for_step_size
+from metaopt.inputs import check_bounds, multiplier, taken_for_step_size
 from metaopt.plan import rules_by_leaf
 from metaopt.rules import Rule
 from metaopt.warning import warn
@@ -353,6 +353,7 @@ def configured(config: mo.MetaOptimize, groups: Sequence[Group]) -> Configured:
         _check_keys(option, getattr(config, option), family_of)
     starts = _by_block("step_size", config, members, family_of)
     bounds = _by_block("bounds", config, members, family_of)
+    check_bounds(_shared(bounds), config.sigma_map.range)
     sizes = starts
     if started:  # bounds may be newer, and hold for blocks that are still to come too
         sizes = {key: _within(size, bounds[key]) for key, size in starts.items()}

@@ -21,8 +21,8 @@ __all__ = [
     "as_numbers",
     "check_not_learned",
     "hyperparameters",
+    "misplaced",
     "overrides",
-    "said_in_vain",
     "with_arrays",
 ]
 
@@ -94,7 +94,7 @@ def check_not_learned(name: str, said: Any) -> None:
         raise ValueError(msg)
 
 
-def said_in_vain(rule: Rule, group: Mapping[str, Any]) -> str | None:
+def _said_in_vain(rule: Rule, group: Mapping[str, Any]) -> str | None:
     """Return a hyperparameter that a group says although its rule learns it, None without one.
 
     Weight decay may be said: it takes the place of the learned one.
@@ -123,7 +123,7 @@ def adjusted(rule: Rule, group: Mapping[str, Any], made: dict[Any, Rule]) -> Rul
     ValueError or TypeError is raised for a value that the rule cannot have, or with which it would
     keep other state, or in whose place is one that is learned.
     """
-    vain = said_in_vain(rule, group)
+    vain = _said_in_vain(rule, group)
     if vain is not None:
         msg = (
             f"`{vain}` of a group is {group[vain]!r}, but `base` learns it, in {rule!r}: leave it "
@@ -131,7 +131,7 @@ def adjusted(rule: Rule, group: Mapping[str, Any], made: dict[Any, Rule]) -> Rul
         )
         raise ValueError(msg)
     changed = overrides(hyperparameters(rule), group)
-    if DECAY_STEP_SIZE not in changed and _unlike(rule, group):
+    if _lacks_decay_step_size(rule, group):
         msg = (
             f"`{DECAY_STEP_SIZE}` of a group is {group[DECAY_STEP_SIZE]!r}, but that of its rule "
             f"is None, in {rule!r}: say one there, which groups may change then."
@@ -153,11 +153,21 @@ def adjusted(rule: Rule, group: Mapping[str, Any], made: dict[Any, Rule]) -> Rul
     return made[key]
 
 
-def _unlike(rule: Rule, group: Mapping[str, Any]) -> bool:
+def misplaced(rule: Rule, group: Mapping[str, Any]) -> bool:
+    """Return whether a group says a number that its rule learns or has no place for.
+
+    It would have no effect: `adjusted` raises.
+    """
+    return _said_in_vain(rule, group) is not None or _lacks_decay_step_size(rule, group)
+
+
+def _lacks_decay_step_size(rule: Rule, group: Mapping[str, Any]) -> bool:
     """Return whether a group says `decay_step_size`, which its rule has as a field that is None."""
+    if group.get(DECAY_STEP_SIZE) is None:
+        return False
     *_, inner = layers(rule)
     known = is_dataclass(inner) and any(field.name == DECAY_STEP_SIZE for field in fields(inner))
-    return known and decay_step_size(inner) is None and group.get(DECAY_STEP_SIZE) is not None
+    return known and decay_step_size(inner) is None
 
 
 def as_numbers(changed: Mapping[str, Number]) -> dict[str, float]:

@@ -125,7 +125,14 @@ class TunedOptimizer(BaseOptimizer):
                 "learn with the gradients that come inside, and with nothing else."
             )
             raise ValueError(msg)
-        return self._held_out.collected(self._ready, scaler)
+        return self._collecting(scaler)
+
+    @contextmanager
+    def _collecting(self, scaler: Any) -> Iterator[None]:
+        self._held_out.check_outside("meta_gradients")
+        self._refresh()  # parameters may have come since the context was made
+        with self._held_out.collected(self._ready, scaler):
+            yield
 
     @torch._disable_dynamo
     @torch.no_grad()
