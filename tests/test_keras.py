@@ -30,7 +30,7 @@ from metaopt_conformance.suite import run  # noqa: E402
 from metaopt_conformance.tolerances import relative_error, rounding  # noqa: E402
 from metaopt_keras import MetaOptimizer, from_config  # noqa: E402
 from metaopt_keras.callbacks import AverageCallback, LogCallback  # noqa: E402
-from metaopt_keras.state import assign  # noqa: E402
+from metaopt_keras.state import arrays_of, assign  # noqa: E402
 
 import metaopt as mo  # noqa: E402
 from tests.pages import ROOT  # noqa: E402
@@ -320,7 +320,7 @@ def test_callbacks_validate_at_averages_and_write_a_page(tmp_path: Path) -> None
         other = compiled("sgd")
         with pytest.raises(ValueError, match="must be compiled with a metaopt_keras"):
             other.evaluate(x, y, verbose=0, callbacks=[AverageCallback()])
-        with pytest.raises(ValueError, match="`every` must be at least 1; got 0"):
+        with pytest.raises(ValueError, match="`every` must be an integer of at least 1; got 0"):
             LogCallback(every=0)
         fresh = compiled(MetaOptimizer())
         fresh.evaluate(x, y, verbose=0, callbacks=[AverageCallback()])
@@ -403,6 +403,78 @@ def test_nothing_that_a_config_names_is_imported() -> None:
     options = MetaOptimizer(base=Signs()).get_config()
     assert MetaOptimizer.from_config(options, {"Signs": Signs}).config.base == Signs()
     assert MetaOptimizer.from_config({"base": "sgd"}).config.base == mo.SGD()
+
+
+@pytest.mark.parametrize("around", ["averaged", "faststart"])
+def test_nor_is_what_a_rule_within_another_names(around: str, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    inner = {"mapping": [["name", "subprocess.Popen"], ["args", ["touch", str(made)]]]}
+    config = {"mapping": [["name", around], ["rule", inner]]}
+    option = "base" if around == "averaged" else "meta"
+    with pytest.raises(ValueError, match="must not name a class to import, 'subp"):
+        MetaOptimizer.from_config({option: config})
+    assert not made.exists()
+
+
+@both
+def test_a_state_that_is_handed_over_stays_the_callers() -> None:
+    model = compiled(MetaOptimizer(**SMALL))
+    fit(model)
+    opt = model.optimizer
+    state, weights = opt.core_state(), opt.named()
+    opt.load_core_state(state)
+    fit(model)
+    assert int(state.step) == 4
+    assert all(np.isfinite(to_numpy(weight)).all() for weight in weights.values())
+
+
+@both
+def test_steps_within_averages_are_told() -> None:
+    model = compiled(MetaOptimizer(**SMALL | {"discount": 0.9}))
+    fit(model)
+    opt = model.optimizer
+    with pytest.raises(RuntimeError, match="averaged_params"), opt.averaged_params():
+        fit(model)
+    with opt.averaged_params():
+        with pytest.raises(RuntimeError, match="leave `averaged_params"), opt.averaged_params():
+            pass
+        with pytest.raises(RuntimeError, match="leave `averaged_params"):
+            opt.apply([ops.zeros(variable.shape) for variable in model.trainable_variables])
+
+
+def test_an_evaluation_that_failed_leaves_averages_until_training_begins() -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        msg = "no such luck"
+        raise RuntimeError(msg)
+
+    failing = keras.callbacks.LambdaCallback()
+    failing.on_test_batch_begin = fail
+    model = compiled(MetaOptimizer(**SMALL | {"discount": 0.9}))
+    fit(model)
+    x, y = data()
+    averages, last = AverageCallback(), model.get_weights()
+    with pytest.raises(RuntimeError, match="no such luck"):
+        model.evaluate(x, y, callbacks=[averages, failing], verbose=0)
+    averages.restore()
+    same(model.get_weights(), last)
+    with pytest.raises(RuntimeError, match="no such luck"):
+        model.evaluate(x, y, callbacks=[averages, failing], verbose=0)
+    model.fit(x, y, callbacks=[averages], verbose=0)
+
+
+@pytest.mark.parametrize(
+    "other", [{"base": "rmsprop"}, {"sigma": "identity"}, {"blocks": "tensor"}], ids=str
+)
+def test_a_state_of_another_kind_is_not_loaded(other: dict[str, Any], tmp_path: Path) -> None:
+    model = compiled(MetaOptimizer(base="lion", step_size=1e-2))
+    fit(model)
+    model.save_weights(tmp_path / "run.weights.h5")
+    again = compiled(MetaOptimizer(**{"base": "lion", "step_size": 1e-2, **other}))
+    fit(again)
+    before = again.optimizer.core_state()
+    with pytest.warns(UserWarning, match="is not loaded: the file has that of other"):
+        again.load_weights(tmp_path / "run.weights.h5")
+    same(arrays_of(before).values(), arrays_of(again.optimizer.core_state()).values())
 
 
 def test_what_has_no_gradient_rests() -> None:
@@ -489,7 +561,7 @@ def test_bad_calls_are_refused() -> None:
     with pytest.raises(TypeError, match=r"`params\['i'\]` must be real and floating"):
         opt.build([keras.Variable(np.arange(3), trainable=False, dtype="int32", name="i")])
     opt.build([weight])
-    with pytest.raises(ValueError, match=r"`grads\['w'\]` has shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"that of 'w' has \(3,\), and the variable \(2,\)"):
         opt.apply([ops.ones(3)])
     with pytest.raises(ValueError, match="`meta_grads` must be left out without `held_out`"):
         opt.apply([ops.ones(2)], meta_grads=[ops.ones(2)])
@@ -502,9 +574,28 @@ def test_bad_calls_are_refused() -> None:
         MetaOptimizer(base=mo.Opaque())
     with pytest.raises(TypeError, match="`config` must be a metaopt"):
         from_config({"base": "adamw"})  # type: ignore[arg-type]
-    accumulating = MetaOptimizer(held_out=True, gradient_accumulation_steps=2)
-    with pytest.raises(ValueError, match="`meta_grads` must be left out with `gradient_acc"):
-        accumulating.apply([ops.ones(2)], [weight], meta_grads=[ops.ones(2)])
+    for option in ("gradient_accumulation_steps", "loss_scale_factor"):
+        for needs in ({"held_out": True}, {"curvature": "diagonal"}):
+            options: dict[str, Any] = needs | {option: 2}
+            with pytest.raises(ValueError, match=f"`{option}` must be left out with"):
+                MetaOptimizer(**options)
+    with pytest.raises(TypeError, match="`lr` must be a number or a schedule; got the class"):
+        MetaOptimizer(lr=keras.optimizers.schedules.CosineDecay)
+    for wrong in (-1.0, float("nan"), float("inf"), "a"):
+        with pytest.raises((ValueError, TypeError), match="`learning_rate` must be"):
+            opt.learning_rate = wrong
+    assert float(opt.learning_rate) == 1.0
+    scheduled = MetaOptimizer(lr=lambda: 0.5)
+    with pytest.raises(TypeError, match="`learning_rate` must not be set to a number"):
+        scheduled.learning_rate = 0.5
+    with pytest.raises(ValueError, match="for each of the 1 variables; got 2"):
+        opt.apply([ops.ones(2), ops.ones(2)])
+    with pytest.raises(ValueError, match="must be different ones"):
+        opt.apply([ops.ones(2), ops.ones(2)], [weight, weight])
+    with pytest.raises(TypeError, match=r"`state` must be a metaopt.State; got 'x'"):
+        opt.load_core_state("x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`every` must be an integer"):
+        LogCallback(every=2.5)  # type: ignore[arg-type]
     other = MetaOptimizer(discount=1.0)
     other.build([keras.Variable(np.ones(2, "float32"), name="w")])
     with pytest.raises(ValueError, match=r"`state` must have .*another configuration"):

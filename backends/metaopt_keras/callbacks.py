@@ -20,7 +20,8 @@ class LogCallback(keras.callbacks.Callback):
     path : path, optional
         Of an HTML page with the whole run, written when training ends.
     every : int, default 10
-        How many batches lie between two entries, each of which waits for the device.
+        How many batches lie between two entries, each of which waits for the device. With
+        `steps_per_execution`, on JAX, so many executions.
 
     Attributes
     ----------
@@ -35,8 +36,8 @@ class LogCallback(keras.callbacks.Callback):
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, every: int = 10) -> None:
         super().__init__()
-        if every < 1:
-            msg = f"`every` must be at least 1; got {every}."
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            msg = f"`every` must be an integer of at least 1; got {every!r}."
             raise ValueError(msg)
         self.path, self.every, self.run_log, self._batches = path, every, mo.Log(), 0
 
@@ -63,6 +64,8 @@ class AverageCallback(keras.callbacks.Callback):
     """Evaluates, validates and predicts at averaged weights; training goes on from the last ones.
 
     As `MetaOptimizer.averaged_params`. What other callbacks save of the model are the last weights.
+    If an evaluation ends with an exception, the averages stay in the model until `restore`, or
+    until training or an evaluation begins with this callback.
 
     Raises
     ------
@@ -77,8 +80,9 @@ class AverageCallback(keras.callbacks.Callback):
     def on_test_begin(self, logs: Any = None) -> None:
         """Put the averages in place."""
         del logs
+        self.restore()  # of an evaluation that was not finished
         opt = _tuned(self.model)
-        if opt.built and self._averaged is None:
+        if opt.built:
             averaged = opt.averaged_params()
             averaged.__enter__()
             self._averaged = averaged
@@ -86,6 +90,20 @@ class AverageCallback(keras.callbacks.Callback):
     def on_test_end(self, logs: Any = None) -> None:
         """Put the last weights in place."""
         del logs
+        self.restore()
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Put the last weights in place, where an evaluation was not finished."""
+        del logs
+        self.restore()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Put the last weights in place, where an evaluation was not finished."""
+        del epoch, logs
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the last weights in place, where the averages are."""
         averaged, self._averaged = self._averaged, None
         if averaged is not None:
             averaged.__exit__(None, None, None)

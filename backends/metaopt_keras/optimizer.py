@@ -1,5 +1,6 @@
 """MetaOptimizer, an optimizer of Keras whose step sizes tune themselves."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -7,11 +8,13 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import keras
+import numpy as np
 
 import metaopt as mo
 from metaopt.arrays import is_number
 from metaopt.configuration import BASE, META, META_LR, STEP_SIZE, RuleLike
-from metaopt.inputs import check_formulas, multipliers, taken_for_step_size
+from metaopt.curvature import curvature
+from metaopt.inputs import check_formulas, multiplier, taken_for_step_size
 from metaopt.metaoptimize import check_config
 from metaopt.warning import warn
 from metaopt_keras.serialized import options_of, to_options
@@ -21,12 +24,14 @@ __all__ = ["MetaOptimizer", "from_config"]
 
 #: Of a written configuration, the names of leaves.
 LEAVES = "leaves"
+#: Of written variables, what they are the state of.
+MADE_WITH = "made_with"
 
 
 def _eager(function: Callable[..., None]) -> Callable[..., None]:
     """Keep `torch.compile`, of a model with `jit_compile=True`, out of a function.
 
-    It would take minutes for it, and then go back to single operations.
+    It would trace all of it for minutes, and then run it uncompiled.
     """
     if keras.backend.backend() != "torch":
         return function
@@ -35,7 +40,15 @@ def _eager(function: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class _Given:
-    """What a step is handed beside gradients, of these variables; None for those it is built of."""
+    """What a step is handed beside gradients.
+
+    Parameters
+    ----------
+    variables : list of keras.Variable, optional
+        Those that the lists are of; by default those that the optimizer is built of.
+    hvp, third, hessian_diagonal, meta_grads
+        As `MetaOptimizer.apply` takes them.
+    """
 
     variables: Sequence[Any] | None = None
     hvp: Callable[..., Any] | None = None
@@ -48,6 +61,28 @@ class _Given:
         """The arguments that are there."""
         own = [one.name for one in fields(self) if one.name != "variables"]
         return [name for name in own if getattr(self, name) is not None]
+
+
+def _multiplier(name: str, lr: Any) -> Any:
+    """Return a multiplier as a float; a schedule or a function as it is."""
+    if isinstance(lr, type):
+        msg = f"`{name}` must be a number or a schedule; got the class {lr.__name__}: make one."
+        raise TypeError(msg)
+    if callable(lr):
+        return lr
+    return float(multiplier(name, keras.ops.convert_to_numpy(lr) if hasattr(lr, "dtype") else lr))
+
+
+def _check_goes_with(config: mo.MetaOptimize, name: str, value: Any) -> None:
+    """Raise where an option of Keras's changes gradients, and more is needed than gradients."""
+    needs = "held_out" if config.held_out else "curvature"
+    if value is None or not (config.held_out or curvature(config.curvature).kind != "none"):
+        return
+    msg = (
+        f"`{name}` must be left out with `{needs}`: Keras applies it to gradients, and not to what "
+        f"a step is handed beside them; got {value!r}."
+    )
+    raise ValueError(msg)
 
 
 @keras.saving.register_keras_serializable(package="metaopt_keras")
@@ -151,8 +186,10 @@ class MetaOptimizer(keras.optimizers.Optimizer):
                 f"base=metaopt.AdamW(weight_decay={weight_decay!r}); got {weight_decay!r}."
             )
             raise ValueError(msg)
+        _check_goes_with(config, "gradient_accumulation_steps", gradient_accumulation_steps)
+        _check_goes_with(config, "loss_scale_factor", loss_scale_factor)
+        lr = _multiplier("lr", lr)
         if not callable(lr):
-            lr = float(multipliers(lr, {"lr": lr})["lr"])  # type: ignore[arg-type]
             advice = taken_for_step_size([lr])
             if advice is not None:
                 warn(advice)
@@ -243,6 +280,7 @@ class MetaOptimizer(keras.optimizers.Optimizer):
             gradients is given. Weights and state are not changed then.
         """
         given = _Given(trainable_variables, hvp, third, hessian_diagonal, meta_grads)
+        self._check_grads(grads, trainable_variables)
         with self._giving(given):
             super().apply(grads, trainable_variables)
 
@@ -278,6 +316,31 @@ class MetaOptimizer(keras.optimizers.Optimizer):
         with self._giving(_Given(None, hvp, third, hessian_diagonal, meta_grads)):
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
+    def _check_grads(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None) -> None:
+        """Raise unless gradients are those of the variables."""
+        variables = trainable_variables
+        if variables is None:
+            if not self.built:
+                return  # of which Keras tells
+            variables = self._trainable_variables
+        grads = list(grads)
+        if len(grads) != len(variables):
+            msg = (
+                f"`grads` must have an array or None for each of the {len(variables)} variables; "
+                f"got {len(grads)}."
+            )
+            raise ValueError(msg)
+        if len({id(variable) for variable in variables}) < len(variables):
+            msg = "`trainable_variables` must be different ones; got one of them twice."
+            raise ValueError(msg)
+        for grad, variable in zip(grads, variables, strict=True):
+            if grad is not None and tuple(grad.shape) != tuple(variable.shape):
+                msg = (
+                    f"`grads` must have the shapes of the variables; that of {variable.path!r} has "
+                    f"{tuple(grad.shape)}, and the variable {tuple(variable.shape)}."
+                )
+                raise ValueError(msg)
+
     @contextmanager
     def _giving(self, given: _Given) -> Iterator[None]:
         """Have the next step find what it is handed beside gradients."""
@@ -287,7 +350,7 @@ class MetaOptimizer(keras.optimizers.Optimizer):
         if not given.names:
             yield
             return
-        if self.gradient_accumulation_steps:
+        if self.gradient_accumulation_steps:  # such as `hvp`, without which there is no curvature
             msg = (
                 f"`{given.names[0]}` must be left out with `gradient_accumulation_steps`: it would "
                 "be of one batch, and the step is of several."
@@ -312,7 +375,7 @@ class MetaOptimizer(keras.optimizers.Optimizer):
             for grad, variable in zip(grads, trainable_variables, strict=True)
         }
         params, state = self.config.step(
-            self.named(),
+            self._weights(),
             {name: moved.get(name) for name in variables},
             self._live(),
             lr=learning_rate if is_number(learning_rate) else value_of(learning_rate),
@@ -352,6 +415,58 @@ class MetaOptimizer(keras.optimizers.Optimizer):
         known = zip(self._names, self._trainable_variables, strict=True)
         return {name: variable for name, variable in known if name in self._held.count}
 
+    @property
+    def learning_rate(self) -> Any:
+        """The multiplier `lr` of the next step; it may be set between steps.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If it is set to what `lr` cannot be, or to a number where `lr` is no number.
+        """
+        return self._get_current_learning_rate()
+
+    @learning_rate.setter
+    def learning_rate(self, lr: Any) -> None:
+        lr = _multiplier("learning_rate", lr)
+        if not callable(lr) and not isinstance(self._learning_rate, keras.Variable):
+            msg = (
+                f"`learning_rate` must not be set to a number, as `lr` is {self._learning_rate!r}; "
+                f"got {lr!r}. Make the optimizer with a number, which can be set."
+            )
+            raise TypeError(msg)
+        keras.optimizers.Optimizer.learning_rate.fset(self, lr)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the variables to a file, and what they are the state of."""
+        super().save_own_variables(store)
+        store[MADE_WITH] = np.frombuffer(self._made_with().encode(), np.uint8)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Take the variables of a file, all of them or, with a warning, none."""
+        found = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118
+        made_with = found.pop(MADE_WITH, None)
+        arrays = [found.get(str(index)) for index in range(len(self.variables))]
+        fits = len(found) == len(arrays) and all(
+            array is not None and array.shape == tuple(variable.shape)
+            for array, variable in zip(arrays, self.variables, strict=True)
+        )
+        if not fits or made_with is None or made_with.tobytes().decode() != self._made_with():
+            warn(
+                f"The state of {self.name!r} is not loaded: the file has that of other parameters "
+                "or of another configuration, or this optimizer has not been built. It starts anew."
+            )
+            return
+        for array, variable in zip(arrays, self.variables, strict=True):
+            variable.assign(array)
+
+    def _made_with(self) -> str:
+        """Return what the state is of, whatever models and layers are called."""
+        places = {name: str(index) for index, name in enumerate(self._names)}
+        held = {} if self._held is None else arrays_of(self._held)
+        paths = [[places.get(part, part) for part in path] for path in held]
+        return json.dumps([paths, options_of(self.config)["sigma"]])
+
     def _live(self) -> mo.State:
         """Return the state in the core's form, in the memory of the variables."""
         if self._held is None:
@@ -380,12 +495,17 @@ class MetaOptimizer(keras.optimizers.Optimizer):
         ------
         ValueError
             If it is the state of another configuration or of other parameters, or before `build`.
+        TypeError
+            If it is no state.
         """
+        if not isinstance(state, mo.State):
+            msg = f"`state` must be a metaopt.State; got {state!r}."
+            raise TypeError(msg)
         check_alike(state, self._live())
         assert self._held is not None
         arrays = arrays_of(state)
         for path, variable in arrays_of(self._held).items():
-            variable.assign(arrays[path])
+            variable.assign(keras.ops.copy(arrays[path]))  # JAX gives the memory away in a step
 
     def step_sizes(self) -> dict[str, Any]:
         """Return the learned step sizes by block, as `metaopt.MetaOptimize.step_sizes`."""
@@ -405,13 +525,17 @@ class MetaOptimizer(keras.optimizers.Optimizer):
 
     def diagnostics(self) -> dict[str, Any]:
         """Return how the adaptation is doing, as `metaopt.MetaOptimize.diagnostics`."""
-        return self.config.diagnostics(self.core_state(), self.named())
+        return self.config.diagnostics(self.core_state(), self._weights())
 
     def named(self) -> dict[str, Any]:
-        """Return the weights by names of leaves, as `metaopt.load` takes them; none before `build`.
+        """Return copies of the weights by names of leaves, as `metaopt.load` takes them.
 
-        Those of torch are the memory of the variables.
+        None before `build`.
         """
+        return {name: keras.ops.copy(value) for name, value in self._weights().items()}
+
+    def _weights(self) -> dict[str, Any]:
+        """Return the weights by name, in the memory of the variables."""
         return {name: value_of(variable) for name, variable in self._leaves().items()}
 
     @contextmanager
@@ -427,7 +551,8 @@ class MetaOptimizer(keras.optimizers.Optimizer):
             If there is no `discount` below 1, or with curvature or another `sigma` than "exp";
             before `build`.
         RuntimeError
-            Of a step that is made within.
+            Of a step that is made within, at its end where a compiled function made it; within
+            another.
 
         Examples
         --------
@@ -442,9 +567,11 @@ class MetaOptimizer(keras.optimizers.Optimizer):
         >>> float(weight.numpy()[0])
         1.0
         """
-        averages = self.config.averaged_params(self._live(), self.named())
-        variables = self._leaves()
-        last = {name: keras.ops.copy(value) for name, value in self.named().items()}
+        if self._averaged:
+            msg = "The averaged weights are in place: leave `averaged_params()` first."
+            raise RuntimeError(msg)
+        averages = self.config.averaged_params(self._live(), self._weights())
+        variables, last, step = self._leaves(), self.named(), self._steps()
         self._averaged = True
         try:
             assign((variable, averages[name]) for name, variable in variables.items())
@@ -452,6 +579,16 @@ class MetaOptimizer(keras.optimizers.Optimizer):
         finally:
             self._averaged = False
             assign((variable, last[name]) for name, variable in variables.items())
+        if self._steps() != step:  # a function that JAX compiled earlier looks at no flag
+            msg = (
+                "Steps were made within `averaged_params()`: the weights are those of before, and "
+                "the state is not. Load both anew, and train outside."
+            )
+            raise RuntimeError(msg)
+
+    def _steps(self) -> int:
+        """Return how many steps have been made; waits for the device."""
+        return int(keras.ops.convert_to_numpy(self._live().step))
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> NoReturn:
         """Raise ValueError: weight decay is the rule's, and patterns say of which variables."""

@@ -55,6 +55,9 @@ def to_options(config: Mapping[str, Any], custom_objects: Any) -> dict[str, Any]
                 f"know: pass it in `custom_objects`, as {{{value['foreign']!r}: ...}}."
             )
             raise ValueError(msg)
+        if not (isinstance(cls, type) and is_dataclass(cls)):
+            msg = f"`config` must have dataclasses alone as objects; got one of {cls!r}."
+            raise ValueError(msg)
         return cls(**decode({"mapping": value["options"]}, arrays, foreign))
 
     for name in NAMES:
@@ -74,16 +77,20 @@ def _array(value: Any) -> Any:
     return np.asarray(found)
 
 
-def _check_no_path(name: str, rule: Any) -> None:
-    """Raise where a rule is given by the path of a class: nothing that a file names is imported."""
-    if isinstance(rule, Mapping) and isinstance(rule.get("name"), str):
-        rule = rule["name"]
-    if isinstance(rule, Mapping):
-        for pattern, one in rule.items():
-            _check_no_path(f"{name}[{pattern!r}]", one)
-    elif isinstance(rule, str) and "." in rule:
+def _check_no_path(name: str, given: Any) -> None:
+    """Raise where a rule, or one within it, is named by the path of a class, which is imported.
+
+    Nothing that a file names may be.
+    """
+    if isinstance(given, Mapping):
+        for key, part in given.items():
+            _check_no_path(f"{name}[{key!r}]", part)
+    elif isinstance(given, list | tuple):
+        for index, part in enumerate(given):
+            _check_no_path(f"{name}[{index}]", part)
+    elif isinstance(given, str) and "." in given:
         msg = (
-            f"`{name}` must not name a class to import, {rule!r}: make the optimizer with it, and "
+            f"`{name}` must not name a class to import, {given!r}: make the optimizer with it, and "
             "take its `get_config`."
         )
         raise ValueError(msg)

@@ -36,7 +36,7 @@ def names_of(variables: Sequence[Any], earlier: Sequence[str] = ()) -> tuple[str
 
 
 def _fits(name: str, path: str) -> bool:
-    """Say whether a name may be that of a path to which parents were added, or of which taken."""
+    """Say whether one of a name and a path is the end of the other, numbers of layers aside."""
     whole = (f"/{re.sub(NUMBER, '', name)}", f"/{name}")
     return any(one.endswith(f"/{path}") or f"/{path}".endswith(one) for one in whole)
 

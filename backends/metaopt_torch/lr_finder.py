@@ -213,7 +213,10 @@ class _Run:
         reached = [name for name, param in given if param.grad is not None]
         if reached or all(param.grad is None for param in own):
             of_whom = f"used {reached[0]!r} of yours" if reached else "used another"
-            msg = f"`loss` must use the model that it is handed, a copy of yours; it {of_whom}."
+            msg = (
+                f"`loss` must use the model that it is handed, a copy of yours; it {of_whom}. "
+                "Detach what it only compares with."
+            )
             raise ValueError(msg)
         self._opt.step()
         self._made += 1
