@@ -13,7 +13,6 @@ import numpy as np
 import metaopt as mo
 from metaopt.arrays import is_number
 from metaopt.configuration import BASE, META, META_LR, STEP_SIZE, RuleLike
-from metaopt.curvature import curvature
 from metaopt.inputs import check_formulas, multiplier, taken_for_step_size
 from metaopt.metaoptimize import check_config
 from metaopt.warning import warn
@@ -76,7 +75,8 @@ def _multiplier(name: str, lr: Any) -> Any:
 def _check_goes_with(config: mo.MetaOptimize, name: str, value: Any) -> None:
     """Raise where an option of Keras's changes gradients, and more is needed than gradients."""
     needs = "held_out" if config.held_out else "curvature"
-    if value is None or not (config.held_out or curvature(config.curvature).kind != "none"):
+    curved = getattr(config.curvature, "kind", config.curvature) != "none"
+    if value is None or not (config.held_out or curved):
         return
     msg = (
         f"`{name}` must be left out with `{needs}`: Keras applies it to gradients, and not to what "
