@@ -26,7 +26,7 @@ NUMPY = find("numpy")
 
 
 #: Minutes of compiling: in every run of the tests JAX has these, on demand all.
-SOME = ("jets", "special", "laws", "optimizer")
+SOME = ("jets", "special")
 
 
 def test_some_families_pass_on_jax(tmp_path: Path, capsys: Any) -> None:

@@ -23,6 +23,7 @@ from metaopt_torch import MetaOptimizer, buckets  # noqa: E402
 import metaopt as mo  # noqa: E402
 from metaopt.arrays import per_leaf  # noqa: E402
 from metaopt.plan import rules_by_leaf  # noqa: E402
+from tests.on_demand import slow_but  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
@@ -152,9 +153,12 @@ def compared(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         single_steps(under, case)
 
 
-@pytest.mark.parametrize("case", covering(Compiled(steps=4), {**PAIRS, **FEW}), ids=str)
+CASES = list(covering(Compiled(steps=4), {**PAIRS, **FEW}))
+
+
+@pytest.mark.parametrize("case", slow_but(CASES[::3], CASES), ids=str)
 def test_compiled_steps_are_the_oracles(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any two values of two options, every pair of rules among them, meet in one of the cases."""
+    """With `-m slow` any two values of two options, and every pair of rules, meet in a case."""
     compared(case, monkeypatch)
 
 
