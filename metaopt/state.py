@@ -1,12 +1,16 @@
 """The state of a run."""
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from metaopt.arrays import Leaves
+from metaopt.arrays import Leaves, per_leaf
 
-__all__ = ["State"]
+__all__ = ["State", "arrays_of", "each_array"]
+
+#: The names that lead to an array: of the field, and of the keys in it.
+Path = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,35 @@ class State:
     restarts: Any
     skipped: Any
     learned: Leaves[Leaves[Any]] = field(default_factory=OrderedDict)
+
+
+def each_array(function: Callable[[Path, Any], Any], state: State) -> State:
+    """Return a state with what a function makes of each array and the names that lead to it.
+
+    Parameters
+    ----------
+    function : callable
+        From a tuple of names, ("slots", "w", "exp_avg"), and an array.
+    state : State
+    """
+
+    def within(path: Path, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return per_leaf((key, within((*path, key), part)) for key, part in value.items())
+        return function(path, value)
+
+    return State(
+        **{one.name: within((one.name,), getattr(state, one.name)) for one in fields(state)}
+    )
+
+
+def arrays_of(state: State) -> dict[Path, Any]:
+    """Return the arrays of a state by the names that lead to them, in order.
+
+    Parameters
+    ----------
+    state : State
+    """
+    found: dict[Path, Any] = {}
+    each_array(found.__setitem__, state)
+    return found

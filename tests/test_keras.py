@@ -30,9 +30,10 @@ from metaopt_conformance.suite import run  # noqa: E402
 from metaopt_conformance.tolerances import relative_error, rounding  # noqa: E402
 from metaopt_keras import MetaOptimizer, from_config  # noqa: E402
 from metaopt_keras.callbacks import AverageCallback, LogCallback  # noqa: E402
-from metaopt_keras.state import arrays_of, assign  # noqa: E402
+from metaopt_keras.state import assign  # noqa: E402
 
 import metaopt as mo  # noqa: E402
+from metaopt.state import arrays_of  # noqa: E402
 from tests.pages import ROOT  # noqa: E402
 
 ops = keras.ops

@@ -11,13 +11,14 @@ import keras
 import numpy as np
 
 import metaopt as mo
-from metaopt.arrays import is_number
+from metaopt.arrays import is_number, map_leaves
 from metaopt.configuration import BASE, META, META_LR, STEP_SIZE, RuleLike
 from metaopt.inputs import check_formulas, multiplier, taken_for_step_size
 from metaopt.metaoptimize import check_config
+from metaopt.state import arrays_of, each_array
 from metaopt.warning import warn
 from metaopt_keras.serialized import options_of, to_options
-from metaopt_keras.state import arrays_of, assign, check_alike, each, names_of, value_of
+from metaopt_keras.state import assign, check_alike, names_of, value_of
 
 __all__ = ["MetaOptimizer", "from_config"]
 
@@ -236,7 +237,7 @@ class MetaOptimizer(keras.optimizers.Optimizer):
         super().build(variables)
         self._names = names
         if state is not None:
-            self._held = each(self._variable, state)
+            self._held = each_array(self._variable, state)
 
     def _variable(self, path: Sequence[str], array: Any) -> Any:
         """Return a variable of the optimizer's that holds an array of the first state."""
@@ -350,7 +351,7 @@ class MetaOptimizer(keras.optimizers.Optimizer):
         if not given.names:
             yield
             return
-        if self.gradient_accumulation_steps:  # such as `hvp`, without which there is no curvature
+        if self.gradient_accumulation_steps:
             msg = (
                 f"`{given.names[0]}` must be left out with `gradient_accumulation_steps`: it would "
                 "be of one batch, and the step is of several."
@@ -472,7 +473,7 @@ class MetaOptimizer(keras.optimizers.Optimizer):
         if self._held is None:
             msg = "There is no state yet: call `build` with the variables, or make a step."
             raise ValueError(msg)
-        return each(lambda _, variable: value_of(variable), self._held)
+        return each_array(lambda _, variable: value_of(variable), self._held)
 
     def core_state(self) -> mo.State:
         """Return the state in the core's form, for `metaopt.save` and other libraries.
@@ -482,7 +483,7 @@ class MetaOptimizer(keras.optimizers.Optimizer):
         ValueError
             Before `build` and the first step.
         """
-        return each(lambda _, array: keras.ops.copy(array), self._live())
+        return each_array(lambda _, array: keras.ops.copy(array), self._live())
 
     def load_core_state(self, state: mo.State) -> None:
         """Take a state in the core's form, such as `metaopt.load` returns, after `build`.
@@ -509,7 +510,7 @@ class MetaOptimizer(keras.optimizers.Optimizer):
 
     def step_sizes(self) -> dict[str, Any]:
         """Return the learned step sizes by block, as `metaopt.MetaOptimize.step_sizes`."""
-        return self.config.step_sizes(self.core_state())
+        return map_leaves(keras.ops.copy, self.config.step_sizes(self._live()))
 
     def effective_lr(self) -> dict[str, Any]:
         """Return the learned step sizes times the multiplier of the next step, by block."""
@@ -521,7 +522,7 @@ class MetaOptimizer(keras.optimizers.Optimizer):
 
     def hyperparameters(self) -> dict[str, dict[str, Any]]:
         """Return the numbers of rules that are learned, by name and block."""
-        return self.config.hyperparameters(self.core_state())
+        return map_leaves(keras.ops.copy, self.config.hyperparameters(self._live()))
 
     def diagnostics(self) -> dict[str, Any]:
         """Return how the adaptation is doing, as `metaopt.MetaOptimize.diagnostics`."""

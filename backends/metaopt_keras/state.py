@@ -1,18 +1,16 @@
 """The core's state in variables of Keras, and leaves by the paths of theirs."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
 
 import metaopt as mo
-from metaopt.arrays import per_leaf
+from metaopt.state import arrays_of
 
-__all__ = ["arrays_of", "assign", "check_alike", "each", "names_of", "value_of"]
+__all__ = ["assign", "check_alike", "names_of", "value_of"]
 
-Path = tuple[str, ...]
 NUMBER = r"_\d+$"
 
 
@@ -45,26 +43,6 @@ def value_of(variable: Any) -> Any:
     """Return the array that a variable, or an array itself, holds: of torch, without a graph."""
     value = keras.ops.convert_to_tensor(variable)
     return value.detach() if hasattr(value, "detach") else value
-
-
-def each(function: Callable[..., Any], state: mo.State) -> mo.State:
-    """Return a state with what a function makes of each array and the names that lead to it."""
-
-    def within(path: Path, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return per_leaf((key, within((*path, key), part)) for key, part in value.items())
-        return function(path, value)
-
-    return mo.State(
-        **{one.name: within((one.name,), getattr(state, one.name)) for one in fields(state)}
-    )
-
-
-def arrays_of(state: mo.State) -> dict[Path, Any]:
-    """Return the arrays of a state by the names that lead to them."""
-    found: dict[Path, Any] = {}
-    each(found.__setitem__, state)
-    return found
 
 
 def check_alike(state: mo.State, held: mo.State) -> None:

@@ -1,13 +1,12 @@
 """The core's state as a tree of MLX, of dicts and lists of arrays, and back."""
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
 from typing import Any
 
 from mlx.utils import tree_flatten, tree_unflatten
 
 import metaopt as mo
+from metaopt.state import arrays_of, each_array
 
 __all__ = ["from_tree", "named", "to_tree", "tree_like"]
 
@@ -24,7 +23,7 @@ def tree_like(tree: Any, arrays: Mapping[str, Any]) -> Any:
 
 def to_tree(state: mo.State) -> Any:
     """Return a state as a tree, in which each array has the path of its names."""
-    return tree_unflatten([(".".join(path), array) for path, array in _walk(state)])
+    return tree_unflatten([(".".join(path), array) for path, array in arrays_of(state).items()])
 
 
 def from_tree(tree: Any, like: mo.State) -> mo.State:
@@ -48,25 +47,4 @@ def from_tree(tree: Any, like: mo.State) -> mo.State:
             raise ValueError(msg)
         return value
 
-    def read(path: tuple[str, ...], other: Any) -> Any:
-        if isinstance(other, Mapping):
-            return OrderedDict((key, read((*path, key), part)) for key, part in other.items())
-        return array(path, other)
-
-    return mo.State(
-        **{one.name: read((one.name,), getattr(like, one.name)) for one in fields(like)}
-    )
-
-
-def _walk(state: mo.State) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield every array of a state with the names that lead to it."""
-
-    def within(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-        if isinstance(value, Mapping):
-            for key, part in value.items():
-                yield from within(part, (*path, key))
-        else:
-            yield path, value
-
-    for one in fields(state):
-        yield from within(getattr(state, one.name), (one.name,))
+    return each_array(array, like)
