@@ -32,7 +32,15 @@ from metaopt.rules.learned import bound
 from metaopt.state import State
 from metaopt.step_sizes import StepSizeMap, step_sizes
 
-__all__ = ["Given", "Reduce", "each_horizon", "make_step", "move_blocks", "sizes_of"]
+__all__ = [
+    "Given",
+    "Reduce",
+    "each_horizon",
+    "make_step",
+    "move_blocks",
+    "sizes_of",
+    "values_of_leaf",
+]
 
 #: From sums over the parts of the leaves that a device holds to those over all devices.
 Reduce: TypeAlias = Callable[[list[Any]], Sequence[Any]]
@@ -600,6 +608,11 @@ def _sizes_of_leaf(plan: Plan, sizes: Jet[Any], name: str) -> Jet[Any]:
     value = of(sizes.value)
     first = value if sizes.first is sizes.value else of(sizes.first)
     return Jet(value, first, None if sizes.second is None else of(sizes.second), sizes.order)
+
+
+def values_of_leaf(plan: Plan, values: Any, name: str) -> Any:
+    """Return a leaf's part of values per block, broadcastable to it, in its compute dtype."""
+    return cast(plan.blocks.expand_leaf(values, name, len(plan.shapes[name])), plan.dtypes[name])
 
 
 def discounts(plan: Plan, name: str, active: Any, discount: Any) -> Any:

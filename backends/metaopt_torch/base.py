@@ -27,6 +27,7 @@ from metaopt_torch.core_state import check_whole, whole, write
 from metaopt_torch.core_step import check_sharding
 from metaopt_torch.curvature import DoubleBackward
 from metaopt_torch.groups import (
+    FROZEN,
     MADE_WITH,
     OPTIONS,
     check_groups,
@@ -209,7 +210,7 @@ class BaseOptimizer(torch.optim.Optimizer):
         own = {"hvp": self._hvp, "rounding": self._rounding, "compile": self._compile}
         own["process_group"] = self._process_group
         hyper = {name for rule in self._rules for name in hyperparameters(rule)}
-        state = {MADE_WITH, *block_state_keys(self._given.meta)}
+        state = {MADE_WITH, FROZEN, *block_state_keys(self._given.meta)}
         take_keys(param_group, self._given, own, hyper, state)
         before = list(self.param_groups)
         super().add_param_group(param_group)

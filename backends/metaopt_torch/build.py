@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import metaopt as mo
@@ -23,13 +24,13 @@ from metaopt_torch.block_state import BlockState
 from metaopt_torch.changes import Continued, Index, blocks_of, continued
 from metaopt_torch.containers import Containers
 from metaopt_torch.counts import Counts
-from metaopt_torch.groups import MADE_WITH, configured, named, same
+from metaopt_torch.groups import FROZEN, MADE_WITH, configured, named, same
 from metaopt_torch.hyperparameters import Number, agreed, hyperparameters, misplaced, overrides
 from metaopt_torch.leaf import Followed, Group, Leaf
 from metaopt_torch.leaf_state import check_state, complete, is_stale, restart_rows
 from metaopt_torch.memory import shared
 from metaopt_torch.shards import local, shard_of, sliced
-from metaopt_torch.state_keys import Path, Place, learned_key, places, trace_key
+from metaopt_torch.state_keys import Path, Place, learned_key, needed, places, trace_key
 
 __all__ = ["Built", "build"]
 
@@ -52,21 +53,23 @@ class Built:
     starts: dict[str, Any]
     #: The groups, and their `block`.
     owners: list[tuple[Group, str | None]]
+    #: Whether nothing is learned any more, so that leaves have no traces.
+    frozen: bool
 
     @cached_property
     def in_core(self) -> bool:
         """Whether steps are the core's own.
 
         With curvature, a step size a weight, recovery, or where a parameter has several values of a
-        number that is learned.
+        number that is learned. What traces are needed for does not count once nothing is learned.
 
         So they are where others make the steps of parameters that have several step sizes.
         """
+        traced = self.plan.curvature != "none" or self.config.recover
         return (
-            self.plan.curvature != "none"
+            (traced and not self.frozen)
             or self.block_state.per_leaf
             or any(_several(number) for number in self.plan.learned.values())
-            or self.config.recover
             or any(is_opaque(leaf.rule) and leaf.blocks.ndim for leaf in self.leaves.values())
         )
 
@@ -85,6 +88,17 @@ class Built:
             return dict(sizes_of(self.config.sigma_map, betas).value)
         sizes = sizes_of(self.config.sigma_map, self.block_state["beta"].clone())
         return dict(self.plan.blocks.by_name(sizes.value))
+
+    def count(self, names: Sequence[str], accepted: Tensor | None) -> None:
+        """Count a step of these leaves, if it is accepted."""
+        self.counts.advance(names, accepted)
+        step, skipped = self.block_state["step"], self.block_state["skipped"]
+        if accepted is None:
+            step.add_(1)
+            return
+        one = accepted.to(torch.int32)
+        step.add_(one)
+        skipped.add_(1 - one)
 
     def blocks_of_groups(self) -> list[list[str]]:
         """Return the blocks of each group, in order of appearance."""
@@ -199,14 +213,26 @@ def build(
         block_state.carry(before.block_state, kept, numbers)
     block_state.read(groups, None if before is None else before.block_state)
     block_state.adopt_shared(groups)
+    frozen = any(group.get(FROZEN) for group in groups)
     specs: dict[str, dict[str, Spec]] = defaultdict(dict)
     held = places(plan, per_leaf=block_state.per_leaf)
+    ended: dict[str, list[str]] = defaultdict(list)
     for place in held.values():
-        if place.leaf is not None:
+        if place.leaf is None:
+            continue
+        if frozen and not needed(place):
+            ended[place.leaf] += place.keys
+        else:
             specs[place.leaf] |= dict.fromkeys(place.keys, place.spec)
     for name, leaf in leaves.items():
         check_state(leaf, specs[name])
     # from here on nothing raises, and groups and states are written to
+    for owner, keys in ended.items():
+        for key in keys:
+            leaves[owner].state.pop(key, None)
+    for key in block_state.keys() if frozen else []:
+        if key.rpartition(".")[2] == "meta_grad":
+            block_state[key].zero_()
     for name, leaf in leaves.items():
         first = {key: values[name] for key, values in begin.items() if name in values}
         _complete(leaf, specs[name], first, states, kept, numbers, before, kahan=kahan)
@@ -219,6 +245,8 @@ def build(
                 group.pop(key, None)
     block_state.hand_out(groups)
     _write_options(given, groups, leaves.values())
+    for group in groups if frozen else ():
+        group[FROZEN] = True
     pairs = {(id(leaf.rule), id(leaf.group)): (leaf.rule, leaf.group) for leaf in leaves.values()}
     return Built(
         config=config,
@@ -232,6 +260,7 @@ def build(
         ],
         starts=starts,
         owners=[(group, group["block"]) for group in groups],
+        frozen=frozen,
     )
 
 

@@ -77,6 +77,8 @@ def whole(built: Built) -> mo.State:
 
     def of_leaf(leaf: Leaf, key: str, spec: Spec) -> Tensor:
         if key not in leaf.state:
+            if leaf.state and key in leaf.averages:  # the trace is 0
+                return gathered(leaf.param.detach()).to(spec.dtype, copy=True)
             return torch.zeros(spec.shape, dtype=spec.dtype, device=leaf.param.device)
         value = gathered(leaf.state[key])
         if key in leaf.exchanged and mask is not None:

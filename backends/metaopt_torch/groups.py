@@ -23,6 +23,7 @@ from metaopt_torch.leaf import Group
 from metaopt_torch.memory import check_memory
 
 __all__ = [
+    "FROZEN",
     "MADE_WITH",
     "OPTIONS",
     "Configured",
@@ -45,6 +46,8 @@ __all__ = [
 OPTIONS = ("lr", "weight_decay", "maximize", "block", "step_size", "bounds")
 #: Key of a group for the rules and the maps that its state belongs to.
 MADE_WITH = "made_with"
+#: Key of a group for that nothing is learned any more; there where that is so.
+FROZEN = "step_sizes_frozen"
 #: Numbers of the whole optimizer that a group cannot change in mid-training.
 FIXED = ("meta_lr", "discount")
 

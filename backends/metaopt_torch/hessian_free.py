@@ -9,14 +9,16 @@ from torch import Tensor
 
 from metaopt.leaf import usable
 from metaopt.meta import begun, carried
+from metaopt.rules.rule import is_opaque
 from metaopt_torch.block_update import BlockUpdate
 from metaopt_torch.buckets import Bucket, Buckets
 from metaopt_torch.build import Built
 from metaopt_torch.compiler import Compiled, Eager, Once, in_chunks, placement
+from metaopt_torch.frozen import all_finite
 from metaopt_torch.leaf import Leaf
 from metaopt_torch.meta_gradient import Partial
 from metaopt_torch.pass_inputs import PassInputs
-from metaopt_torch.passes import Arrays, Kind, Pass, fused, moved, products
+from metaopt_torch.passes import Arrays, Kind, Pass, fused, moved, products, stepped
 
 __all__ = ["HessianFree"]
 
@@ -92,7 +94,9 @@ class HessianFree:
             self._prepare(grads, options)
             self._signature = signature
         accepted = None
-        if self._built.z_first:
+        if self._built.frozen:
+            accepted = self._as_learned(grads)
+        elif self._built.z_first:
             accepted = self._in_two_passes(grads, meta_grads)
         else:
             self._in_one_pass(grads)
@@ -109,37 +113,25 @@ class HessianFree:
 
     def _count(self, leaves: Sequence[Leaf], accepted: Tensor | None) -> None:
         """Count a step of these leaves, if it is accepted."""
-        self._built.counts.advance([leaf.name for leaf in leaves], accepted)
+        self._built.count([leaf.name for leaf in leaves], accepted)
         mark = next(_steps)
         for leaf in leaves:
             # of steps that may be refused the host does not know how many were made
             leaf.history = leaf.history + 1 if accepted is None else hash((leaf.history, mark))
-        step, skipped = self._block_state["step"], self._block_state["skipped"]
-        if accepted is None:
-            step.add_(1)
-            return
-        one = accepted.to(torch.int32)
-        step.add_(one)
-        skipped.add_(1 - one)
 
     def _prepare(self, grads: Mapping[str, Tensor], options: Hashable) -> None:
         """Compile what a step of these leaves needs, before any of it writes.
 
         Buckets that are ready for such gradients, under the same options, are passed over.
         """
-        beta = self._block_state["beta"]
-        numbers = {
-            name: number.inputs(number.sizes(), usable(number["beta"]))
-            for name, number in self._numbers.items()
-        }
-        inputs = self._inputs.of_step(self._blocks.sizes(), usable(beta), numbers)
+        inputs = self._inputs_as_learned()
         refused = None
         if self._config.skip_nonfinite:
-            refused = torch.ones((), dtype=torch.bool, device=beta.device)
+            refused = torch.ones((), dtype=torch.bool, device=self._block_state["beta"].device)
         # a pass that fails to compile raises here, while parameters and state are as they were
         for bucket in self._buckets:
             self._prepare_bucket(bucket, grads, options, inputs, refused)
-        for blocks in self._all_blocks.values():
+        for blocks in () if self._built.frozen else self._all_blocks.values():
             blocks.prepared(torch.zeros_like(blocks["meta_grad"]), refused)
 
     def _prepare_bucket(
@@ -151,15 +143,46 @@ class HessianFree:
         refused: Tensor | None,
     ) -> None:
         ready = options, [leaf.layouts for leaf in bucket.leaves]
-        if bucket.ready == ready:
+        if bucket.ready == ready or self._left_to_others(bucket):
             return
         bucket.ready, bucket.kernels = None, {}
         param, grad = self._buffers(bucket, grads)
-        if self._built.z_first:
+        if self._built.z_first and not self._built.frozen:
             self._kernel(products, bucket, _of_product(bucket, param, grad))
         arrays = _of_move(bucket, param, grad, inputs, refused)
-        self._kernel(moved if self._built.z_first else fused, bucket, arrays)
+        self._kernel(self._mover, bucket, arrays)
         bucket.ready = ready
+
+    @property
+    def _mover(self) -> Callable[[Kind], Pass]:
+        """What makes the pass that moves the parameters."""
+        if self._built.frozen:
+            return stepped
+        return moved if self._built.z_first else fused
+
+    def _left_to_others(self, bucket: Bucket) -> bool:
+        """Say whether a step has nothing to do here: others step, and no average is kept."""
+        return self._built.frozen and is_opaque(bucket.leaves[0].rule)
+
+    def _inputs_as_learned(self) -> Inputs:
+        """Return the inputs at the values that are learned, with every trace going on."""
+        numbers = {
+            name: number.inputs(number.sizes(), usable(number["beta"]))
+            for name, number in self._numbers.items()
+        }
+        mask = usable(self._block_state["beta"])
+        return self._inputs.of_step(self._blocks.sizes(), mask, numbers)
+
+    def _as_learned(self, grads: Mapping[str, Tensor]) -> Tensor | None:
+        """Make a step in which nothing is learned; return whether it was accepted, as above."""
+        accepted = None
+        if self._config.skip_nonfinite:
+            accepted = all_finite(self._built, grads)
+        inputs = self._inputs_as_learned()
+        for bucket in self._buckets:
+            if not self._left_to_others(bucket):
+                self._pass(bucket, grads, inputs, accepted)
+        return accepted
 
     def _in_one_pass(self, grads: Mapping[str, Tensor]) -> None:
         inputs = self._inputs_of_one_pass()
@@ -171,16 +194,24 @@ class HessianFree:
         mask = carried(state["meta_grad"], state["meta_count"])
         return self._inputs.of_step(self._blocks.sizes(), mask)
 
-    def _pass(self, bucket: Bucket, grads: Mapping[str, Tensor], inputs: Inputs) -> Partial:
+    def _pass(
+        self,
+        bucket: Bucket,
+        grads: Mapping[str, Tensor],
+        inputs: Inputs,
+        accepted: Tensor | None = None,
+    ) -> Partial:
         """Step a bucket, and return what it has for z."""
         param, grad = self._buffers(bucket, grads)
-        arrays = _of_move(bucket, param, grad, inputs, None)
-        sums = self._kernel(fused, bucket, arrays)(*arrays.values())
+        arrays = _of_move(bucket, param, grad, inputs, accepted)
+        sums = self._kernel(self._mover, bucket, arrays)(*arrays.values())
         bucket.written(param)
-        return Partial(bucket, sums, self._inputs.active(bucket))
+        return Partial(bucket, sums or (), self._inputs.active(bucket))
 
     def _learn(self, grads: Container[str], partials: Sequence[Partial]) -> None:
-        """Move the step sizes by what buckets have for z."""
+        """Move the step sizes by what buckets have for z, while they are learned."""
+        if self._built.frozen:
+            return
         (z,), _ = self._blocks.meta_gradient.total(grads, partials)
         self._blocks.move(begun(z, self._block_state["meta_count"]), None)
 

@@ -115,12 +115,12 @@ class Leaf:
         """Keys of what a pass reads and writes of the state."""
         kept = [key for key in (*self.exchanged, "compensation") if key in self.state]
         traces = [key for number, _ in self.numbers for key in number.traces.values()]
-        return (*self.rule.slots, *kept, *traces)
+        return (*self.rule.slots, *kept, *(key for key in traces if key in self.state))
 
     @property
     def shared(self) -> bool:
         """Whether other processes have its state too, which then has to stay where it is."""
-        return shared(local(self.state[self.buffered[0]]))
+        return shared(local(self.state[(*self.buffered, "step")[0]]))
 
     def changed(self) -> bool:
         """Return whether its parameter has another dtype or shape than what was made for it."""
@@ -190,7 +190,7 @@ class Leaf:
         for key, value in state.items():
             if key == "compensation" and key not in self.state:
                 continue  # of a run with another rounding
-            if key not in self.state:
+            if key not in self.state and key not in shapes:
                 key = self.exchanged.get(key, key)  # of parameters of another dtype
             if key not in self.state and key not in shapes:
                 return f"{self.name!r} has {key!r}, which is not of {type(self.rule).__name__}"

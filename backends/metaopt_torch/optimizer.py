@@ -14,6 +14,7 @@ from metaopt.metaoptimize import check_config
 from metaopt_torch.base import check_training
 from metaopt_torch.core_step import core_step, reduction
 from metaopt_torch.curvature import RandomState, by_central_difference
+from metaopt_torch.frozen import frozen_step
 from metaopt_torch.in_backward import InBackward, check_in_backward
 from metaopt_torch.plain import plain
 from metaopt_torch.tuned import TunedOptimizer, check_dense
@@ -154,6 +155,9 @@ class MetaOptimizer(TunedOptimizer):
         """
         self._held_out.check_outside("backward")
         self._refresh()
+        if self._ready.frozen:
+            loss.backward()
+            return
         self._double_backward.add(loss, [leaf.param for leaf in self._ready.leaves.values()])
 
     def step_in_backward(self) -> InBackward:
@@ -278,7 +282,7 @@ class MetaOptimizer(TunedOptimizer):
         if not any(group["params"] for group in self.param_groups):  # yet, or any more
             with torch.enable_grad():
                 return None if closure is None else closure()
-        exact = self._ready.plan.curvature == "exact" and hvp is None
+        exact = self._ready.plan.curvature == "exact" and hvp is None and not self._ready.frozen
         random = None
         if exact and self._hvp == "central":
             if closure is None:
@@ -298,7 +302,9 @@ class MetaOptimizer(TunedOptimizer):
                 self._close()
                 return loss
             grads, meta_grads = self._grads(), self._meta_grads()
-            if self._ready.in_core:
+            if self._ready.in_core and self._ready.frozen:
+                frozen_step(self._ready, grads, self._rounding)
+            elif self._ready.in_core:
                 derivatives = {"hvp": hvp, "third": third, "hessian_diagonal": hessian_diagonal}
                 if exact:
                     derivatives |= self._derivatives(grads, closure, random, third)

@@ -22,7 +22,7 @@ from metaopt_torch.leaf import Followed
 from metaopt_torch.rounding import lost, rounded
 from metaopt_torch.state_keys import horizon_keys
 
-__all__ = ["Arrays", "Kind", "Pass", "fused", "moved", "products"]
+__all__ = ["Arrays", "Kind", "Pass", "fused", "moved", "products", "stepped"]
 
 #: Buffers and step sizes, by name: "param", "grad", the rule's slots, "average" or else "trace" (of
 #: several discounts "average_0", "discount_0" and so on), and so on.
@@ -93,7 +93,7 @@ def products(kind: Kind) -> Pass:
     """
 
     def run(rule: Rule, arrays: Arrays) -> tuple[Tensor, ...]:  # noqa: ARG001
-        grad = _gradient(kind, arrays)
+        grad = _gradient(kind, arrays, arrays[_kept(kind, arrays)[0]].dtype)
         sums = []
         for key in _kept(kind, arrays):
             trace = arrays[key]
@@ -143,6 +143,29 @@ def moved(kind: Kind) -> Pass:
     return run
 
 
+def stepped(kind: Kind) -> Pass:
+    """Return the pass that moves the parameters and their slots, and nothing else.
+
+    That of an optimizer that learns no more. It takes "param", "grad", the slots, "count" and
+    "alpha", the latter broadcastable to the parameter; "compensation", "accepted" and
+    hyperparameters as `moved` does, of learned numbers their "value" and "slope"; and "unit_step"
+    where others make the steps.
+    """
+
+    def run(rule: Rule, arrays: Arrays) -> None:
+        dtype = arrays["alpha"].dtype
+        values = {place: jet.value for place, jet in _numbers(kind, arrays).items()}
+        rule = bound(with_arrays(rule, arrays), values)
+        slots = {slot: Jet(arrays[slot]) for slot in rule.slots}
+        row = Leaf(Jet(_weights(arrays, dtype)), slots, arrays["count"])
+        grad = Jet(_gradient(kind, arrays, dtype))
+        unit_step = arrays.get("unit_step")
+        delta, row = advance(rule, row, grad, Jet(arrays["alpha"]), unit_step=unit_step)
+        _put(arrays, _of_step(kind, arrays, delta, row))
+
+    return run
+
+
 def _by_block(kind: Kind, product: Tensor) -> Tensor:
     """Return the sums over blocks, a vector, or of the one block, of shape ()."""
     if kind.axes is None:
@@ -150,9 +173,15 @@ def _by_block(kind: Kind, product: Tensor) -> Tensor:
     return (product.sum(kind.axes) if kind.axes else product).reshape(-1)
 
 
-def _gradient(kind: Kind, arrays: Arrays) -> Tensor:
-    grad = arrays["grad"].to(arrays[_kept(kind, arrays)[0]].dtype)
+def _gradient(kind: Kind, arrays: Arrays, dtype: torch.dtype) -> Tensor:
+    grad = arrays["grad"].to(dtype)
     return -grad if kind.maximize else grad
+
+
+def _weights(arrays: Arrays, dtype: torch.dtype) -> Tensor:
+    """Return the parameters in the compute dtype, with what rounding has kept from them."""
+    wide = arrays["param"].to(dtype)
+    return wide + arrays["compensation"] if "compensation" in arrays else wide
 
 
 def _kept(kind: Kind, arrays: Arrays) -> tuple[str, ...]:
@@ -168,15 +197,14 @@ def _discounts(kind: Kind, arrays: Arrays) -> list[Tensor]:
 def _given(kind: Kind, rule: Rule, arrays: Arrays) -> tuple[Rule, list[Leaf], Tensor, Jet[Any]]:
     """Return what the core's passes take: rule, a row for each discount, gradient and step size."""
     keys = _kept(kind, arrays)
-    wide = arrays["param"].to(arrays[keys[0]].dtype)
-    if "compensation" in arrays:
-        wide = wide + arrays["compensation"]
+    dtype = arrays[keys[0]].dtype
+    wide = _weights(arrays, dtype)
     rule = with_arrays(rule, arrays)
     slots = {slot: arrays[slot] for slot in rule.slots}
     kind_of = "average" if keys == horizon_keys("average", kind.horizons) else "trace"
     rows = [Leaf.of(wide, slots, arrays["count"], **{kind_of: arrays[key]}) for key in keys]
     alpha = Jet(arrays["alpha"], arrays.get("alpha_trace", arrays["alpha"]))
-    return rule, rows, _gradient(kind, arrays), alpha
+    return rule, rows, _gradient(kind, arrays, dtype), alpha
 
 
 def _numbers(kind: Kind, arrays: Arrays) -> dict[str, Jet[Any]]:
@@ -207,21 +235,33 @@ def _write(
     Where the step `delta` is None, others move the parameters. `followed` are those of learned
     numbers.
     """
-    param, accepted = arrays["param"], arrays.get("accepted")
     pairs: list[tuple[Tensor, Any]] = []
     for key, row in zip(_kept(kind, arrays), rows, strict=True):
         pairs.append((arrays[key], row.param.first if row.average is None else row.average))
-    leaf = rows[0]  # they have the step in common
-    pairs += [(arrays[slot], jet.value) for slot, jet in leaf.slots.items()]
-    if delta is not None:
-        new = leaf.param.value
-        pairs.append((param, rounded(new, param.dtype, kind.rounding)))
-        if "compensation" in arrays:
-            pairs.append((arrays["compensation"], lost(new, param.dtype)))
+    pairs += _of_step(kind, arrays, delta, rows[0])  # they have the step in common
     for number, row in zip(kind.numbers, followed, strict=True):
         for slot, key in number.traces.items():
             trace = row.param.first if slot == "" else row.slots[slot].first
             # that of a slot that nothing reaches in this step is 0
             pairs.append((arrays[key], torch.zeros_like(arrays[key]) if trace is None else trace))
+    _put(arrays, pairs)
+
+
+def _of_step(
+    kind: Kind, arrays: Arrays, delta: Tensor | None, leaf: Leaf
+) -> list[tuple[Tensor, Any]]:
+    """Return what a step writes of slots and parameters, with the buffers for it."""
+    pairs = [(arrays[slot], jet.value) for slot, jet in leaf.slots.items()]
+    if delta is not None:
+        param, new = arrays["param"], leaf.param.value
+        pairs.append((param, rounded(new, param.dtype, kind.rounding)))
+        if "compensation" in arrays:
+            pairs.append((arrays["compensation"], lost(new, param.dtype)))
+    return pairs
+
+
+def _put(arrays: Arrays, pairs: Sequence[tuple[Tensor, Any]]) -> None:
+    """Write values into buffers, where the step is accepted."""
+    accepted = arrays.get("accepted")
     for old, value in pairs:
         old.copy_(value if accepted is None else torch.where(accepted, value, old))

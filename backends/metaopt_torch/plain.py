@@ -10,7 +10,7 @@ import metaopt as mo
 from metaopt.rules import Rule
 from metaopt.rules.rule import decay_step_size, weight_decay_at
 from metaopt_torch.build import Built
-from metaopt_torch.groups import MADE_WITH, OPTIONS, multiplier_of
+from metaopt_torch.groups import FROZEN, MADE_WITH, OPTIONS, multiplier_of
 from metaopt_torch.hyperparameters import hyperparameters
 from metaopt_torch.leaf import Group, Leaf
 
@@ -58,7 +58,7 @@ def plain(built: Built) -> torch.optim.Optimizer:
         raise ValueError(msg)
     kind: Any = next(iter(kinds.values()))
     optimizer: torch.optim.Optimizer = kind(list(groups.values()), lr=0.0)
-    ours = {*OPTIONS, *built.block_state.keys(), MADE_WITH, OF_SCHEDULERS}
+    ours = {*OPTIONS, *built.block_state.keys(), MADE_WITH, FROZEN, OF_SCHEDULERS}
     ours |= {option for rule in built.plan.rules.values() for option in hyperparameters(rule)}
     for group, source in zip(optimizer.param_groups, sources.values(), strict=True):
         for key, value in source.items():

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from metaopt.plan import Plan, Spec
 
-__all__ = ["Path", "Place", "horizon_keys", "learned_key", "learned_specs", "places", "trace_key"]
+__all__ = [
+    "Path",
+    "Place",
+    "horizon_keys",
+    "learned_key",
+    "learned_specs",
+    "needed",
+    "places",
+    "trace_key",
+]
 
 #: Keys of nested mappings, from the field of the state on.
 Path: TypeAlias = tuple[str, ...]
@@ -64,6 +73,12 @@ def places(plan: Plan, *, per_leaf: bool) -> dict[Path, Place]:
         one = Spec(spec.shape[1:], spec.dtype) if split else spec
         found[path] = Place(path, leaf, keys, one, split)
     return found
+
+
+def needed(place: Place) -> bool:
+    """Say whether steps need an array of a leaf's state where nothing is learned any more."""
+    field = place.path[2] if place.path[0] == "learned" else place.path[0]
+    return field in ("count", "slots", "beta")
 
 
 def learned_specs(plan: Plan) -> dict[str, tuple[str, Spec]]:

@@ -12,7 +12,8 @@ from metaopt_torch.averaged import check_in_place, copies_of_averages, in_place
 from metaopt_torch.base import BaseOptimizer
 from metaopt_torch.core_state import whole
 from metaopt_torch.core_step import copies, project, reduction
-from metaopt_torch.groups import check_fixed, check_numbers, multiplier_of
+from metaopt_torch.frozen import check_averages_kept
+from metaopt_torch.groups import FROZEN, check_fixed, check_numbers, multiplier_of
 from metaopt_torch.leaf import Leaf
 from metaopt_torch.shards import gathered, redistributed
 
@@ -198,7 +199,8 @@ class TunedOptimizer(BaseOptimizer):
         ------
         ValueError
             If there is no `discount` below 1, or with curvature or another `sigma` than "exp":
-            the traces are no distances to averages then. Without `copy` also if parameters are
+            the traces are no distances to averages then. After `freeze`, unless the base is an
+            `Averaged`. Without `copy` also if parameters are
             those of FullyShardedDataParallel (FSDP1).
         RuntimeError
             If called inside.
@@ -224,6 +226,7 @@ class TunedOptimizer(BaseOptimizer):
         self._held_out.check_outside("averaged_params")
         self._refresh()
         check_averages(self._ready.config, self._ready.plan)
+        check_averages_kept(self._ready)
         if copy:
             return copies_of_averages(self._ready)
         check_in_place(self._ready)
@@ -238,6 +241,55 @@ class TunedOptimizer(BaseOptimizer):
                 yield
             finally:
                 self._evaluating = False
+
+    @torch._disable_dynamo
+    def freeze(self) -> None:
+        """Learn no more: go on with the step sizes of now, and free what learning takes.
+
+        In place, and for good; a state that was saved before brings learning back. Steps are those
+        of the base update at the step sizes of now, and so at the last values of hyperparameters
+        that are learned. `lr` of the groups, and what schedules it, still multiplies them. Moments,
+        counts and the average of an `Averaged` go on; `skip_nonfinite` still skips.
+
+        Traces are freed, and with them the averages that they are distances to. Of the meta update
+        a few numbers a block stay, at weight level beta alone. What learning asks for (held-out
+        gradients, derivatives, closures for them) is not looked at any more, and `recover` does
+        nothing. The state is frozen, too: what it is loaded into is frozen then. Groups that are
+        added later step with the step size of their block, if it is new with that where it starts.
+
+        Raises
+        ------
+        ValueError
+            If there are no parameters yet.
+        RuntimeError
+            Inside `averaged_params` or `meta_gradients`; with `step_in_backward`, between the
+            backward pass and `step`.
+
+        Examples
+        --------
+        >>> from metaopt_torch import MetaOptimizer
+        >>> param = torch.nn.Parameter(torch.ones(3))
+        >>> opt = MetaOptimizer([param], compile=False)
+        >>> param.square().sum().backward()
+        >>> opt.step()
+        >>> opt.freeze()
+        >>> opt.step()
+        >>> sorted(opt.state[param])
+        ['exp_avg', 'exp_avg_sq', 'step']
+        """
+        self._held_out.check_outside("freeze")
+        self._refresh()
+        ready = self._ready
+        if ready.frozen:
+            return
+        for group in self.param_groups:
+            group[FROZEN] = True
+        try:
+            self._build(ready)
+        except Exception:
+            for group in self.param_groups:
+                group.pop(FROZEN, None)
+            raise
 
     def step_sizes(self) -> dict[str, Tensor]:
         """Return the learned step sizes by block, before the multiplier `lr`.

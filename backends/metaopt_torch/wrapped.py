@@ -13,6 +13,7 @@ from metaopt.step import sizes_of
 from metaopt_torch.base import check_training
 from metaopt_torch.build import Built
 from metaopt_torch.core_step import core_step
+from metaopt_torch.frozen import frozen_step
 from metaopt_torch.groups import OPTIONS
 from metaopt_torch.inner import (
     Piece,
@@ -243,6 +244,9 @@ class WrappedOptimizer(TunedOptimizer):
                 for name, old in before.items():
                     local(built.leaves[name].param).copy_(old)
         with torch.no_grad():
+            if built.frozen:
+                frozen_step(built, grads, "nearest", unit_steps)
+                return
             core_step(built, grads, "nearest", {"unit_steps": unit_steps}, meta_grads)
             built.counts.settle()
 
