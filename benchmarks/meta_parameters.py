@@ -1,6 +1,7 @@
 """What it brings to learn weight decay and decay rates, and to learn from held-out gradients.
 
-    python -m benchmarks.meta_parameters [--task NAME] [--jobs 4] [--output benchmarks/results]
+    python -m benchmarks.meta_parameters [--task NAME] [--jobs 4] [--data FOLDER] \
+        [--output benchmarks/results]
 
 Each row is AdamW with the defaults for what is not said; what is measured takes no part in
 anything. A row that learns from held-out gradients trains on what is left; all others train on
@@ -9,13 +10,13 @@ all. "Best of" is the best mean of a grid, by the very measure that is shown, wh
 
 import argparse
 import importlib
-import itertools
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 import metaopt as mo
+from benchmarks.training.data import shakespeare
 from metaopt.demo import network
 from metaopt.demo.data import load_digits
 
@@ -32,6 +34,8 @@ SEEDS = range(5)
 DECAY, BETAS = 0.1, (0.9, 0.999)
 DECAYS, FIRST, SECOND = (0.0, 0.01, 0.1, 1.0), (0.0, 0.5, 0.9, 0.99), (0.9, 0.99, 0.999, 0.9999)
 META_LR = 1e-2
+#: Characters that the next one is told from.
+CONTEXT = 5
 #: What is shown of the end of a run.
 LAST = ("step size", "weight_decay", "betas[0]", "betas[1]")
 
@@ -76,38 +80,90 @@ def digits(seed: int, noise: float = 0.0) -> Task:
     images, labels = found.train_images[order], found.train_labels[order].copy()
     noisy = rng.random(len(labels)) < noise
     labels[noisy] = rng.integers(0, 10, int(np.sum(noisy)))
-    test = found.test_images, found.test_labels
-    params = network.init(rng)
+    tests = found.test_images, found.test_labels
+    return _of_network(network.init(rng), images, labels, tests, 1150, 2000)
 
+
+def noisy(seed: int) -> Task:
+    """Return the same, with 40% of the labels of training and of what is held out drawn anew."""
+    return digits(seed, 0.4)
+
+
+def finetuning(seed: int) -> Task:
+    """Return the network of 0 to 4 tuned on 5 to 9, 90 images, 30 held out, 1,000 steps of 30."""
+    found, rng = load_digits(), np.random.default_rng(300 + seed)
+    chosen = rng.choice(np.flatnonzero(found.train_labels >= 5), 120, replace=False)
+    images, labels = found.train_images[chosen], found.train_labels[chosen]
+    others = found.test_labels >= 5
+    tests = found.test_images[others], found.test_labels[others]
+    return _of_network(_trained_on_0_to_4(seed), images, labels, tests, 90, 1000, size=30)
+
+
+@cache
+def _trained_on_0_to_4(seed: int) -> network.Params:
+    found, rng = load_digits(), np.random.default_rng(seed)
+    first = found.train_labels < 5
+    images, labels = found.train_images[first], found.train_labels[first]
+    opt, params = mo.MetaOptimize(step_size=1e-3), network.init(rng)
+    state = opt.init(params)
+    for _ in range(500):
+        chosen = rng.choice(len(labels), 64, replace=False)
+        _, grads = network.loss_and_grads(params, images[chosen], labels[chosen])
+        params, state = opt.step(params, grads, state)
+    return params
+
+
+def characters(data: Path, seed: int) -> Task:
+    """Return the next of 3,000 characters of Tiny Shakespeare, 750 held out, 2,000 steps of 64."""
+    train, tests, kinds = shakespeare(data)
+    begin = int(np.random.default_rng(400 + seed).integers(len(train) - 3000))
+    coded, one_hot = train[begin : begin + 3000], np.eye(kinds, dtype=np.float32)
+
+    def examples(coded: Any) -> Batch:
+        seen = np.lib.stride_tricks.sliding_window_view(coded[:-1], CONTEXT)
+        return one_hot[seen].reshape(len(seen), -1), coded[CONTEXT:]
+
+    rng = np.random.default_rng(seed)
+    params = network.init(rng, widths=(CONTEXT * kinds, 64, 64, kinds))
+    return _of_network(params, *examples(coded), examples(tests[:20_000]), 2245, 2000)
+
+
+def _of_network(
+    params: dict[str, Any],
+    inputs: Any,
+    labels: Any,
+    tests: Batch,
+    train: int,
+    steps: int,
+    size: int = 64,
+) -> Task:
     def module() -> tuple[Any, Any]:
         torch = importlib.import_module("torch")
-        nn, widths = torch.nn, network.WIDTHS
-        layers = [nn.Linear(*ends) for ends in itertools.pairwise(widths)]
-        for index, layer in enumerate(layers, 1):
-            for name in ("weight", "bias"):
-                with torch.no_grad():
-                    getattr(layer, name).copy_(torch.tensor(params[f"layer{index}.{name}"]))
+        nn = torch.nn
+        layers = []
+        for index in (1, 2, 3):
+            weight, bias = (params[f"layer{index}.{name}"] for name in ("weight", "bias"))
+            layer = nn.Linear(*weight.shape[::-1])
+            with torch.no_grad():
+                layer.weight.copy_(torch.tensor(weight))
+                layer.bias.copy_(torch.tensor(bias))
+            layers.append(layer)
         net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
         return net, nn.functional.cross_entropy
 
     return Task(
         params=params,
         grads=lambda params, x, y: network.loss_and_grads(params, x, y)[1],
-        draw=_examples(images, labels, 1150, 64),
+        draw=_examples(inputs, labels, train, size),
         measure=lambda params, _: {
-            "test loss": network.loss(params, *test),
-            "test accuracy": network.accuracy(params, *test),
+            "test loss": network.loss(params, *tests),
+            "test accuracy": network.accuracy(params, *tests),
         },
         over=0.0,
-        steps=2000,
+        steps=steps,
         step_size=1e-4,
         module=module,
     )
-
-
-def noisy(seed: int) -> Task:
-    """Return the same, with 40% of the labels of training and of what is held out drawn anew."""
-    return digits(seed, 0.4)
 
 
 def regression(seed: int) -> Task:
@@ -170,6 +226,7 @@ def _linear(inputs: int) -> Callable[[], tuple[Any, Any]]:
 TASKS: dict[str, Callable[[int], Task]] = {
     "digits": digits,
     "noisy": noisy,
+    "finetuning": finetuning,
     "regression": regression,
     "drift": drift,
 }
@@ -345,10 +402,9 @@ def times() -> Iterator[str]:
         yield f"| {name} | {median(seconds) / plain:.2f} |"
 
 
-def section(name: str) -> list[str]:
+def section(name: str, make: Callable[[int], Task]) -> list[str]:
     """Return the lines of a task."""
-    make = TASKS[name]
-    lines = ["", f"## {name.capitalize()}", "", _sentence(make.__doc__ or ""), ""]
+    lines = ["", f"## {name.capitalize()}", "", _sentence(make), ""]
     columns: list[str] = []
     for row, grid in settings().items():
         results = [(value, [run(make(s), one, s) for s in SEEDS]) for value, one in grid]
@@ -366,7 +422,7 @@ def section(name: str) -> list[str]:
     return lines
 
 
-def report(tasks: list[str], jobs: int) -> Iterator[str]:
+def report(tasks: Mapping[str, Callable[[int], Task]], jobs: int) -> Iterator[str]:
     """Yield the lines of the page."""
     yield "# Learned weight decay and betas"
     yield ""
@@ -382,7 +438,7 @@ def report(tasks: list[str], jobs: int) -> Iterator[str]:
         f"{platform.python_version()}, numpy {np.__version__}, metaopt {mo.__version__}."
     )
     with ProcessPoolExecutor(jobs) as pool:
-        for lines in pool.map(section, tasks):
+        for lines in pool.map(section, tasks, tasks.values()):
             yield from lines
     yield ""
     try:
@@ -391,8 +447,9 @@ def report(tasks: list[str], jobs: int) -> Iterator[str]:
         yield f"Times were not taken: {error}."
 
 
-def _sentence(doc: str) -> str:
-    """Return what a docstring says is returned, as a sentence."""
+def _sentence(make: Any) -> str:
+    """Return what a function's docstring says is returned, as a sentence."""
+    doc = (make.func if isinstance(make, partial) else make).__doc__ or ""
     words = doc.removeprefix("Return ")
     return words[:1].upper() + words[1:]
 
@@ -422,12 +479,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--task", action="append", choices=tuple(TASKS), help="(default all)")
+    names = (*TASKS, "characters")
+    parser.add_argument("--task", action="append", choices=names, help="(default all)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--data", type=Path, help="folder of Tiny Shakespeare, for characters")
     parser.add_argument("--output", type=Path, help="folder for the tables")
     options = parser.parse_args(arguments)
+    tasks = dict(TASKS)
+    if options.data is not None:
+        tasks["characters"] = partial(characters, options.data)
+    elif "characters" in (options.task or ()):
+        parser.error("characters needs `--data`, a folder with tinyshakespeare.txt.")
+    chosen = {name: tasks[name] for name in options.task or tasks}
     lines = []
-    for line in report(options.task or list(TASKS), options.jobs):
+    for line in report(chosen, options.jobs):
         print(line, flush=True)
         lines.append(line)
     if options.output is not None:

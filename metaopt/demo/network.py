@@ -13,13 +13,15 @@ WIDTHS = (64, 128, 128, 10)
 LAYERS = range(1, len(WIDTHS))
 
 
-def init(rng: np.random.Generator, dtype: str = "float32") -> Params:
+def init(
+    rng: np.random.Generator, dtype: str = "float32", widths: tuple[int, ...] = WIDTHS
+) -> Params:
     """Return weights drawn from N(0, 2 / inputs), He et al. (2015), and biases of zero.
 
     Names and shapes are PyTorch's: "layer1.weight" is (outputs, inputs), "layer1.bias" (outputs,).
     """
     params = {}
-    for layer, inputs, outputs in zip(LAYERS, WIDTHS, WIDTHS[1:], strict=False):
+    for layer, inputs, outputs in zip(LAYERS, widths, widths[1:], strict=False):
         weight = rng.normal(scale=(2 / inputs) ** 0.5, size=(outputs, inputs))
         params[f"layer{layer}.weight"] = weight.astype(dtype)
         params[f"layer{layer}.bias"] = np.zeros(outputs, dtype)
