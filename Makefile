@@ -20,15 +20,18 @@ OLDEST_TESTS = tests/test_rules.py tests/test_blocks.py tests/test_checkpoint.py
 
 # as many processes as there are cores, with one thread each: more would wait for each other
 test slow newest oldest: export OMP_NUM_THREADS = 1
+# XLA compiles in a third of the time; of the pinned version alone, as others may not know a flag and die of it
+test: export XLA_FLAGS = --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 \
+	--xla_llvm_disable_expensive_passes=true
 
 demo: .venv-demo/ready ## train on handwritten digits from step sizes that are far too small
 	.venv-demo/bin/python -m metaopt demo
 
 test: .venv/ready ## run all tests but those that are slow
-	.venv/bin/python -m pytest -n auto --durations 25
+	.venv/bin/python -m pytest -n auto --dist loadgroup --durations 25
 
 slow: .venv/ready ## run the tests that are slow
-	.venv/bin/python -m pytest -n auto -m slow
+	.venv/bin/python -m pytest -n auto --dist loadgroup -m slow
 
 newest: ## run tests of the adapters on the newest PyTorch and JAX, those newer than the pinned ones
 	$(PYTHON) -m venv .venv-newest

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["slow_but"]
+__all__ = ["selected", "slow_but"]
 
 
 def slow_but(always: Collection[Any], cases: Iterable[Any]) -> list[Any]:
@@ -18,3 +18,13 @@ def slow_but(always: Collection[Any], cases: Iterable[Any]) -> list[Any]:
     return [
         case if case in always else pytest.param(case, marks=pytest.mark.slow) for case in cases
     ]
+
+
+def selected(request: pytest.FixtureRequest, *names: str) -> set[Any]:
+    """Return which values of parameters the tests of a module's fixture will run with."""
+    found = set()
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.path == request.path:
+            values = tuple(item.callspec.params[name] for name in names)
+            found.add(values if len(names) > 1 else values[0])
+    return found

@@ -25,21 +25,22 @@ from tests.on_demand import slow_but
 NUMPY = find("numpy")
 
 
-#: Minutes of compiling: in every run of the tests JAX has these, on demand all.
-SOME = ("jets", "special")
+#: What these run in every run of the tests; on demand all.
+SOME = {"torch": ("trajectory", "optimizer", "special", "jets"), "jax": ("jets", "special")}
 
 
-def test_some_families_pass_on_jax(tmp_path: Path, capsys: Any) -> None:
-    pytest.importorskip("jax")
-    families = [argument for family in SOME for argument in ("--family", family)]
-    status = main(["--backend", "jax", "--quick", "--output", str(tmp_path), *families])
+@pytest.mark.parametrize("name", SOME)
+def test_some_families_pass(name: str, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip(name)
+    families = [argument for family in SOME[name] for argument in ("--family", family)]
+    status = main(["--backend", name, "--quick", "--output", str(tmp_path), *families])
     assert status == 0, capsys.readouterr().out
-    found = json.loads((tmp_path / "conformance_jax.json").read_text())["outcomes"]
+    found = json.loads((tmp_path / f"conformance_{name}.json").read_text())["outcomes"]
     passed = {entry["family"] for entry in found if entry["status"] == "passed"}
-    assert passed == set(SOME)
+    assert passed >= set(SOME[name])
 
 
-@pytest.mark.parametrize("name", slow_but(["numpy", "torch"], ["numpy", "strict", "torch", "jax"]))
+@pytest.mark.parametrize("name", slow_but(["numpy"], ["numpy", "strict", "torch", "jax"]))
 def test_the_quick_part_passes(name: str, tmp_path: Path, capsys: Any) -> None:
     try:
         find(name)

@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
+from tests.on_demand import selected, slow_but
+
 pytest.importorskip("jax")
 pytest.importorskip("optax")
 pytest.importorskip("orbax.checkpoint")
 
 ROOT = Path(__file__).parents[1]
+
+# one process of the tests runs what the fixture does
+pytestmark = pytest.mark.xdist_group("devices")
 
 #: Scenarios of jax_devices.py, in the order in which they run.
 SCENARIOS = [
@@ -32,15 +37,33 @@ SCENARIOS = [
     "orbax_without_leaves",
 ]
 
+#: One of each kind of sharding with the defaults, and what has code of its own.
+ALWAYS = [
+    "auto,scalar",
+    "explicit,weight",
+    "explicit,diagonal",
+    "mixed,exact",
+    "injected,auto",
+    "shard_map,skip",
+    "auto,discounts",
+    "orbax,discounts",
+    "axis_names",
+    "leaf,explicit",
+    "algoperf",
+    "orbax_without_leaves",
+]
+
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return what went wrong, by scenario, in a process with eight devices."""
+    asked = selected(request, "scenario")
+    scenarios = [scenario for scenario in SCENARIOS if scenario in asked]
     folder = tmp_path_factory.mktemp("devices")
     paths = [ROOT, ROOT / "backends", ROOT / "conformance"]
     script, file = ROOT / "tests" / "jax_devices.py", folder / "failures.json"
     done = subprocess.run(
-        [sys.executable, str(script), str(file), str(folder), *SCENARIOS],
+        [sys.executable, str(script), str(file), str(folder), *scenarios],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
         capture_output=True,
         text=True,
@@ -48,10 +71,10 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Any:
         check=False,
     )
     if not file.exists():
-        return dict.fromkeys(SCENARIOS, f"the process died:\n{done.stderr[-3000:]}")
+        return dict.fromkeys(scenarios, f"the process died:\n{done.stderr[-3000:]}")
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", slow_but(ALWAYS, SCENARIOS))
 def test_a_sharded_run_equals_one_device(scenario: str, failures: dict[str, str]) -> None:
     assert scenario not in failures, failures[scenario]

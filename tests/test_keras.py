@@ -116,6 +116,7 @@ def test_the_same_tests_pass_on_jax() -> None:
     if JAX:
         pytest.skip("this is that run")
     pytest.importorskip("jax")
+    flags = os.environ.get("XLA_FLAGS", "")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "both", "-p", "no:cacheprovider", __file__],
         capture_output=True,
@@ -124,7 +125,7 @@ def test_the_same_tests_pass_on_jax() -> None:
         cwd=ROOT,
         env=os.environ
         | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
-        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=2"}
         # it compiles in half the time, and imports nothing for plugins
         | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )

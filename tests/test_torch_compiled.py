@@ -85,7 +85,7 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("small", slow_but([0], [0, 2**16]))
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", slow_but(["scalar", "two passes", "several"], OPTIONS))
 def test_compiled_and_eager_steps_agree(name: str, small: int, monkeypatch: Any) -> None:
     monkeypatch.setitem(buckets.SMALL, "cpu", small)
     monkeypatch.setattr(compiler, "CHUNK", 2**10)  # several chunks in the eager one

@@ -9,14 +9,20 @@ from typing import Any
 
 import pytest
 
+from tests.on_demand import selected
+
 torch = pytest.importorskip("torch")
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="torch is built without gloo",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+        reason="torch is built without gloo",
+    ),
+    # one process of the tests runs what the fixture does
+    pytest.mark.xdist_group("ranks"),
+]
 
 #: Scenarios of torch_ranks.py by number of processes, in the order in which they run.
 SCENARIOS: dict[int, list[str]] = {
@@ -98,14 +104,49 @@ SCENARIOS: dict[int, list[str]] = {
     3: ["load,blocks=node", "load,blocks=weight"],
 }
 
+CASES = [(world, scenario) for world, scenarios in SCENARIOS.items() for scenario in scenarios]
+
+#: What is near to another, on demand alone.
+SLOW = [
+    (2, "ddp,held_out=True,view=True"),
+    (2, "fsdp"),
+    (2, "fsdp,several=True"),
+    (2, "fsdp,several=True,blocks=weight"),
+    (2, "fsdp,held_out=True"),
+    (2, "fsdp,held_out=True,blocks=weight"),
+    (2, "scaled,held_out=True"),
+    (2, "averages"),
+    (2, "fsdp,inner=True,blocks=tensor"),
+    (2, "fsdp,inner=True,blocks=weight"),
+    (2, "fsdp,skip_nonfinite=True,meta_first=True,blocks=node"),
+    (2, "tensor_parallel,blocks=weight"),
+    (2, "curvature"),
+    (2, "fsdp1"),
+    (2, "fsdp1,strategy=NO_SHARD,blocks=node"),
+    (2, "fsdp1,blocks=weight"),
+    (2, "zero"),
+    (4, "ddp"),
+    (4, "fsdp,blocks=node"),
+    (4, "fsdp,blocks=weight"),
+    (4, "hsdp,held_out=True"),
+    (4, "two_meshes"),
+    (4, "two_meshes,blocks=weight"),
+]
+
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], str]:
+def failures(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, str], str]:
     """Return what went wrong, by number of processes and scenario."""
+    asked = selected(request, "world", "scenario")
+    if any(scenario.startswith("load,") for _, scenario in asked):  # what others have saved
+        asked |= {(world, name) for world, name in CASES if name.startswith("save,")}
     folder = tmp_path_factory.mktemp("ranks")
     found: dict[tuple[int, str], str] = {}
     for world, scenarios in SCENARIOS.items():
-        for scenario, text in launched(world, folder, scenarios).items():
+        wanted = [scenario for scenario in scenarios if (world, scenario) in asked]
+        for scenario, text in launched(world, folder, wanted).items() if wanted else ():
             found[world, scenario] = text
     return found
 
@@ -143,10 +184,10 @@ def launched(world: int, folder: Path, scenarios: list[str]) -> dict[str, str]:
     return found
 
 
-CASES = [(world, scenario) for world, scenarios in SCENARIOS.items() for scenario in scenarios]
-
-
-@pytest.mark.parametrize(("world", "scenario"), CASES)
+@pytest.mark.parametrize(
+    ("world", "scenario"),
+    [pytest.param(*case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES],
+)
 def test_a_distributed_run_equals_one_process(
     world: int, scenario: str, failures: dict[tuple[int, str], Any]
 ) -> None:
