@@ -3,6 +3,8 @@
     python -m benchmarks.meta_parameters [--task NAME] [--jobs 4] [--data FOLDER] \
         [--output benchmarks/results]
 
+A page in the folder keeps the parts of the tasks that are not run again.
+
 Each row is AdamW with the defaults for what is not said; what is measured takes no part in
 anything. A row that learns from held-out gradients trains on what is left; all others train on
 all. "Best of" is the best mean of a grid, by the very measure that is shown, which flatters it.
@@ -36,6 +38,17 @@ DECAYS, FIRST, SECOND = (0.0, 0.01, 0.1, 1.0), (0.0, 0.5, 0.9, 0.99), (0.9, 0.99
 META_LR = 1e-2
 #: Characters that the next one is told from.
 CONTEXT = 5
+HEAD = f"""# Learned weight decay and betas
+
+Made by `python -m benchmarks.meta_parameters`. AdamW with the defaults and a weight decay of \
+{DECAY:g}; a learned number starts from there, or from what AdamW has by default, with a `meta_lr` \
+of {META_LR:g} unless another is said. Means over {len(SEEDS)} seeds and, in brackets, least and \
+largest; what was learned at the end by geometric means. *Held out*: learns from gradients of \
+what is held out, and trains on the rest; other rows train on all. *Best*: of a grid by the very \
+measure that is shown, which flatters it. gdtuo learns Adam's step size and betas, from the same, \
+without weight decay.
+"""
+TIMES = "Times"
 #: What is shown of the end of a run.
 LAST = ("step size", "weight_decay", "betas[0]", "betas[1]")
 
@@ -404,7 +417,7 @@ def times() -> Iterator[str]:
 
 def section(name: str, make: Callable[[int], Task]) -> list[str]:
     """Return the lines of a task."""
-    lines = ["", f"## {name.capitalize()}", "", _sentence(make), ""]
+    lines = [f"## {name.capitalize()}", "", f"{_sentence(make)} {_machine()}.", ""]
     columns: list[str] = []
     for row, grid in settings().items():
         results = [(value, [run(make(s), one, s) for s in SEEDS]) for value, one in grid]
@@ -422,29 +435,41 @@ def section(name: str, make: Callable[[int], Task]) -> list[str]:
     return lines
 
 
-def report(tasks: Mapping[str, Callable[[int], Task]], jobs: int) -> Iterator[str]:
-    """Yield the lines of the page."""
-    yield "# Learned weight decay and betas"
-    yield ""
-    yield (
-        "Made by `python -m benchmarks.meta_parameters`. AdamW with the defaults and a weight "
-        f"decay of {DECAY:g}; a learned number starts from there, or from what AdamW has by "
-        f"default, with a `meta_lr` of {META_LR:g} unless another is said. Means over {len(SEEDS)} "
-        "seeds and, in brackets, least and largest; what was learned at the end by geometric "
-        "means. *Held out*: learns from gradients of what is held out, and trains on the rest; "
-        "other rows train on all. *Best*: of a grid by the very measure that is shown, which "
-        "flatters it. gdtuo learns Adam's step size and betas, from the same, without weight "
-        f"decay. {platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python "
-        f"{platform.python_version()}, numpy {np.__version__}, metaopt {mo.__version__}."
-    )
+def report(
+    tasks: Mapping[str, Callable[[int], Task]], jobs: int, kept: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield the page after each part is made; other parts are `kept`, by their titles."""
+    parts = dict(kept)
+
+    def page() -> str:
+        order = [*map(str.capitalize, (*TASKS, "characters")), TIMES]
+        return "\n".join([HEAD, *(f"\n{parts[title]}" for title in order if title in parts)])
+
     with ProcessPoolExecutor(jobs) as pool:
-        for lines in pool.map(section, tasks, tasks.values()):
-            yield from lines
-    yield ""
+        for name, lines in zip(tasks, pool.map(section, tasks, tasks.values()), strict=True):
+            parts[name.capitalize()] = "\n".join(lines) + "\n"
+            yield page()
     try:
-        yield from times()
+        lines = [f"## {TIMES}", "", f"{_machine()}.", "", *times()]
     except ImportError as error:
-        yield f"Times were not taken: {error}."
+        lines = [f"## {TIMES}", "", f"Not taken: {error}."]
+    parts[TIMES] = "\n".join(lines) + "\n"
+    yield page()
+
+
+def _parts(page: Path) -> dict[str, str]:
+    """Return the parts of a page by their titles; none where there is no page."""
+    if not page.exists():
+        return {}
+    _, *parts = page.read_text(encoding="utf-8").split("\n## ")
+    return {part.partition("\n")[0]: f"## {part.strip()}\n" for part in parts}
+
+
+def _machine() -> str:
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python "
+        f"{platform.python_version()}, numpy {np.__version__}, metaopt {mo.__version__}"
+    )
 
 
 def _sentence(make: Any) -> str:
@@ -491,13 +516,13 @@ def main(arguments: list[str] | None = None) -> None:
     elif "characters" in (options.task or ()):
         parser.error("characters needs `--data`, a folder with tinyshakespeare.txt.")
     chosen = {name: tasks[name] for name in options.task or tasks}
-    lines = []
-    for line in report(chosen, options.jobs):
-        print(line, flush=True)
-        lines.append(line)
-    if options.output is not None:
-        text = "\n".join(lines) + "\n"
-        (options.output / "meta_parameters.md").write_text(text, encoding="utf-8")
+    path = None if options.output is None else options.output / "meta_parameters.md"
+    for page in report(chosen, options.jobs, {} if path is None else _parts(path)):
+        if path is not None:
+            part = path.with_name(f"{path.name}.part")
+            part.write_text(page, encoding="utf-8")
+            part.replace(path)
+    print(page)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -243,3 +244,27 @@ def test_what_is_learned_is_held_against_grids(name: str, monkeypatch: pytest.Mo
     assert float(decay) != meta_parameters.DECAY, "it is learned"
     assert (float(first), float(second.removesuffix(" |"))) != meta_parameters.BETAS
     assert rows["step size"][-3:] == ["", "", " |"], "numbers that are not learned are not shown"
+
+
+def test_a_page_keeps_the_parts_of_tasks_that_are_not_run_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = tmp_path / "meta_parameters.md"
+
+    def run(task: str, result: str) -> list[str]:
+        # where pages are made in the process of the test
+        monkeypatch.setattr(meta_parameters, "ProcessPoolExecutor", ThreadPoolExecutor)
+        monkeypatch.setattr(
+            meta_parameters, "section", lambda name, _: [f"## {name.capitalize()}", "", result]
+        )
+        monkeypatch.setattr(meta_parameters, "times", lambda: iter([f"taken with {task}"]))
+        meta_parameters.main(["--task", task, "--output", str(tmp_path)])
+        return [line for line in page.read_text().splitlines() if line][2:]
+
+    first = run("drift", "as it was")
+    assert first[:2] == ["## Drift", "as it was"]
+    both = run("noisy", "new")
+    assert both[:4] == ["## Noisy", "new", "## Drift", "as it was"]
+    assert both[-1] == "taken with noisy"
+    assert run("drift", "other")[:4] == ["## Noisy", "new", "## Drift", "other"]
+    assert [path.name for path in tmp_path.iterdir()] == ["meta_parameters.md"]
